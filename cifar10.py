@@ -1,0 +1,367 @@
+"""The CIFAR-10 model of the tutorial: inputs, inference, loss, train.
+
+    images, labels = distorted_inputs()
+    logits = inference(images)
+    total_loss = loss(logits, labels)
+    train_op = train(total_loss, global_step)
+
+1,068,298 parameters; about 19.5 million multiply-adds per image for inference. The architecture
+follows Alex Krizhevsky's cuda-convnet, with fully connected layers at the top.
+"""
+
+import math
+import re
+
+from absl import flags
+
+import cifar10_data
+import cifar10_input
+from cifar10_runtime import tf
+
+FLAGS = flags.FLAGS
+
+flags.DEFINE_integer(
+    "batch_size", 128, "Images per batch (in training: per tower and step).", lower_bound=1
+)
+flags.DEFINE_string("data_dir", "/tmp/cifar10_data", "Folder that holds the data sets.")
+flags.DEFINE_string(
+    "data_url",
+    cifar10_data.DATA_URL,
+    "Source of cifar-10-binary.tar.gz where data_dir has no CIFAR-10 yet: http(s)://, file:// or "
+    "a path. Its SHA-256 must be the original's.",
+)
+flags.DEFINE_boolean(
+    "synthetic_data",
+    False,
+    "Use a generated stand-in for CIFAR-10 (ten kinds of coloured shapes); needs no network.",
+)
+flags.DEFINE_float(
+    "min_fraction_of_examples_in_queue",
+    cifar10_input.MIN_FRACTION_OF_EXAMPLES_IN_QUEUE,
+    "Share of an epoch (50,000 images) that training keeps in its shuffling queue. Less starts "
+    "sooner and mixes less.",
+    lower_bound=0.0,
+    upper_bound=1.0,
+)
+flags.DEFINE_boolean(
+    "use_fp16",
+    False,
+    "Compute in 16 bits where that is safe (float16 on GPUs, bfloat16 on CPUs); variables and "
+    "checkpoints stay float32.",
+)
+
+IMAGE_SIZE = cifar10_input.IMAGE_SIZE
+NUM_CLASSES = cifar10_input.NUM_CLASSES
+NUM_EXAMPLES_PER_EPOCH_FOR_TRAIN = cifar10_input.NUM_EXAMPLES_PER_EPOCH_FOR_TRAIN
+NUM_EXAMPLES_PER_EPOCH_FOR_EVAL = cifar10_input.NUM_EXAMPLES_PER_EPOCH_FOR_EVAL
+
+# The recipe.
+MOVING_AVERAGE_DECAY = 0.9999  # per step, of the learned variables
+NUM_EPOCHS_PER_DECAY = 350.0  # epochs until the learning rate decays
+LEARNING_RATE_DECAY_FACTOR = 0.1
+INITIAL_LEARNING_RATE = 0.1
+WEIGHT_DECAY = 0.004  # of local3 and local4, times half the sum of the squared weights
+LOSS_AVERAGE_DECAY = 0.9  # per step, of the losses that TensorBoard shows
+
+# The operations of tower N are named tower_N/..., see cifar10_multi_gpu_train.py.
+TOWER_NAME = "tower"
+
+DATA_URL = cifar10_data.DATA_URL
+
+
+def maybe_download_and_extract():
+    """Makes sure that the data set the flags ask for is in place, and checks every record of it.
+
+    Returns:
+      The path of the folder with the record files.
+
+    Raises:
+      cifar10_data.DataError: it cannot be had, or a record is wrong.
+    """
+    if FLAGS.synthetic_data:
+        folder = cifar10_data.maybe_generate_synthetic(FLAGS.data_dir)
+    else:
+        folder = cifar10_data.maybe_download_and_extract(FLAGS.data_dir, FLAGS.data_url)
+    cifar10_data.check_records(folder)
+    return folder
+
+
+def data_folder():
+    """Returns the path of the folder with the record files that the flags ask for."""
+    name = cifar10_data.SYNTHETIC_FOLDER if FLAGS.synthetic_data else cifar10_data.EXTRACTED_FOLDER
+    return f"{FLAGS.data_dir}/{name}"
+
+
+def distorted_inputs(batch_size=None):
+    """Makes the training input from what the flags say; see `cifar10_input.distorted_inputs`.
+
+    Args:
+      batch_size: int; the flag `batch_size` where None.
+
+    Returns:
+      images, float32 [batch_size, 24, 24, 3], and labels, int32 [batch_size].
+    """
+    return cifar10_input.distorted_inputs(
+        data_folder(), batch_size or FLAGS.batch_size, FLAGS.min_fraction_of_examples_in_queue
+    )
+
+
+def inputs(eval_data, num_epochs=None):
+    """Makes the evaluation input from what the flags say; see `cifar10_input.inputs`.
+
+    Args:
+      eval_data: bool; True for the test file, False for the training files.
+      num_epochs: how often each record comes; None for ever.
+
+    Returns:
+      images, float32 [batch_size, 24, 24, 3], and labels, int32 [batch_size].
+    """
+    return cifar10_input.inputs(eval_data, data_folder(), FLAGS.batch_size, num_epochs)
+
+
+def _variable_on_cpu(name, shape, initializer):
+    """Makes, or in later towers finds, a float32 variable in the memory that towers share."""
+    with tf.device("/cpu:0"):
+        return tf.get_variable(name, shape, tf.float32, initializer)
+
+
+def _variable_with_weight_decay(name, shape, stddev, weight_decay):
+    """Makes a variable that starts as a truncated normal.
+
+    Args:
+      name: string.
+      shape: list of ints.
+      stddev: float; the standard deviation before truncation at twice that.
+      weight_decay: float or None; adds `weight_decay * l2_loss(variable)` to the losses, where
+        l2_loss is half the sum of squares.
+    """
+    variable = _variable_on_cpu(name, shape, tf.truncated_normal_initializer(stddev=stddev))
+    if weight_decay is not None:
+        decay = tf.multiply(tf.nn.l2_loss(variable), weight_decay, name="weight_loss")
+        tf.add_to_collection("losses", decay)
+    return variable
+
+
+def _tag(operation):
+    """Turns an operation's name into a TensorBoard tag: `tower_0/conv1/weights`: `weights/conv1`.
+
+    The kind comes first, so that TensorBoard shows the layers of one kind side by side; the tower
+    goes, so that the tags are the same for any number of towers.
+    """
+    name = re.sub(f"^{TOWER_NAME}_[0-9]+/", "", operation.name)
+    return "/".join(reversed(name.split("/")))
+
+
+def _summarize_activation(activation, layer):
+    """Adds a histogram of a layer's output, and the share of it that is zero; returns it."""
+    # A model that is built again over the same variables, as a later tower is, would only repeat
+    # the summaries of the first.
+    if not tf.get_variable_scope().reuse:
+        with tf.name_scope(None):
+            tf.summary.histogram(f"activations/{layer}", activation)
+            tf.summary.scalar(f"sparsity/{layer}", tf.nn.zero_fraction(activation))
+    return activation
+
+
+def _convolution(images, layer, channels, bias):
+    """5 x 5 convolution, bias, ReLU: [batch, n, n, m] to [batch, n, n, channels].
+
+    Args:
+      images: float32 [batch, n, n, m].
+      layer: string; the variables' scope.
+      channels: int; the number of filters.
+      bias: float; what the biases start at.
+    """
+    with tf.variable_scope(layer):
+        shape = [5, 5, images.shape.as_list()[3], channels]
+        kernel = _variable_with_weight_decay("weights", shape, stddev=5e-2, weight_decay=None)
+        biases = _variable_on_cpu("biases", [channels], tf.constant_initializer(bias))
+        convolved = tf.nn.conv2d(images, kernel, strides=[1, 1, 1, 1], padding="SAME")
+        activation = tf.nn.relu(tf.nn.bias_add(convolved, biases), name=layer)
+        return _summarize_activation(activation, layer)
+
+
+def _pool(images, name):
+    """3 x 3 max pool with stride 2: [batch, n, n, m] to [batch, n / 2, n / 2, m]."""
+    return tf.nn.max_pool(
+        images, ksize=[1, 3, 3, 1], strides=[1, 2, 2, 1], padding="SAME", name=name
+    )
+
+
+def _normalize(images, name):
+    """Local response normalization over 9 channels; section 3.3 of the AlexNet paper.
+
+    cuda-convnet divides alpha by the size of the window and TensorFlow does not, hence the / 9.
+    """
+    return tf.nn.lrn(images, depth_radius=4, bias=1.0, alpha=0.001 / 9.0, beta=0.75, name=name)
+
+
+def _fully_connected(features, layer, units, stddev, bias, weight_decay, relu=True):
+    """Fully connected layer, with ReLU unless `relu` is false: [batch, n] to [batch, units].
+
+    Args:
+      features: float32 [batch, n].
+      layer: string; the variables' scope.
+      units: int.
+      stddev: float; the spread of the weights at the start.
+      bias: float; what the biases start at.
+      weight_decay: float or None; see `_variable_with_weight_decay`.
+      relu: bool.
+    """
+    with tf.variable_scope(layer):
+        shape = [features.shape.as_list()[1], units]
+        weights = _variable_with_weight_decay("weights", shape, stddev, weight_decay)
+        biases = _variable_on_cpu("biases", [units], tf.constant_initializer(bias))
+        product = tf.matmul(features, weights)
+        if relu:
+            activation = tf.nn.relu(product + biases, name=layer)
+        else:
+            activation = tf.add(product, biases, name=layer)
+        return _summarize_activation(activation, layer)
+
+
+def inference(images):
+    """Builds the model up to the logits.
+
+    Args:
+      images: float32 [batch, 24, 24, 3] from `distorted_inputs` or `inputs`; the batch may be of
+        any size, or of a size that is not known yet.
+
+    Returns:
+      Logits, float32 [batch, 10]. They are not normalized; `tf.nn.softmax` makes probabilities.
+    """
+    conv1 = _convolution(images, "conv1", channels=64, bias=0.0)  # [batch, 24, 24, 64]
+    pool1 = _pool(conv1, "pool1")  # [batch, 12, 12, 64]
+    norm1 = _normalize(pool1, "norm1")
+
+    conv2 = _convolution(norm1, "conv2", channels=64, bias=0.1)  # [batch, 12, 12, 64]
+    norm2 = _normalize(conv2, "norm2")  # this time before the pool, as in cuda-convnet
+    pool2 = _pool(norm2, "pool2")  # [batch, 6, 6, 64]
+
+    features = tf.reshape(pool2, [-1, math.prod(pool2.shape.as_list()[1:])])  # [batch, 2304]
+    local3 = _fully_connected(
+        features, "local3", units=384, stddev=0.04, bias=0.1, weight_decay=WEIGHT_DECAY
+    )  # [batch, 384]
+    local4 = _fully_connected(
+        local3, "local4", units=192, stddev=0.04, bias=0.1, weight_decay=WEIGHT_DECAY
+    )  # [batch, 192]
+    # No softmax here: the loss below takes logits, which is faster and numerically safer.
+    return _fully_connected(
+        local4,
+        "softmax_linear",
+        units=NUM_CLASSES,
+        stddev=1 / 192.0,
+        bias=0.0,
+        weight_decay=None,
+        relu=False,
+    )  # [batch, 10]
+
+
+def loss(logits, labels, scope=None):
+    """Adds the cross-entropy to the collection `losses`, and sums that collection.
+
+    Args:
+      logits: float32 [batch, 10] from `inference`.
+      labels: int [batch]; 0 to 9.
+      scope: string; only losses in this name scope count, as one tower's do. All where None.
+
+    Returns:
+      float32 []; the mean cross-entropy of the batch, in nats, plus the weight decay terms.
+    """
+    cross_entropy = tf.nn.sparse_softmax_cross_entropy_with_logits(
+        labels=tf.cast(labels, tf.int64), logits=logits, name="cross_entropy_per_example"
+    )
+    tf.add_to_collection("losses", tf.reduce_mean(cross_entropy, name="cross_entropy"))
+    return tf.add_n(tf.get_collection("losses", scope), name="total_loss")
+
+
+def decayed_learning_rate(global_step, examples_per_step):
+    """Returns the learning rate at a step, and shows it in TensorBoard.
+
+    It falls to a tenth every 350 epochs, at once (not gradually). An epoch is 50,000 examples,
+    whoever consumes them: with N towers it takes N times fewer steps.
+
+    Args:
+      global_step: int []; how many updates there have been.
+      examples_per_step: int; the images that one update consumes, over all towers.
+
+    Returns:
+      float32 [].
+    """
+    steps_per_epoch = NUM_EXAMPLES_PER_EPOCH_FOR_TRAIN / examples_per_step
+    learning_rate = tf.train.exponential_decay(
+        INITIAL_LEARNING_RATE,
+        global_step,
+        decay_steps=int(steps_per_epoch * NUM_EPOCHS_PER_DECAY),
+        decay_rate=LEARNING_RATE_DECAY_FACTOR,
+        staircase=True,
+    )
+    tf.summary.scalar("learning_rate", learning_rate)
+    return learning_rate
+
+
+def average_losses(tower_losses):
+    """Averages each loss over the towers, and keeps and shows its moving average over the steps.
+
+    One batch's loss is noisy; TensorBoard shows the moving average under the loss's name, and the
+    batch's own value under that name with `_raw`.
+
+    Args:
+      tower_losses: for each tower the list of its losses, float32 [] each, in the same order.
+
+    Returns:
+      The operation that updates the moving averages.
+    """
+    with tf.device("/cpu:0"), tf.name_scope("loss_averages"):
+        means = {
+            _tag(losses[0].op): tf.reduce_mean(tf.stack(losses), name=_tag(losses[0].op))
+            for losses in zip(*tower_losses, strict=True)
+        }
+        averages = tf.train.ExponentialMovingAverage(LOSS_AVERAGE_DECAY, name="avg")
+        averages_op = averages.apply(list(means.values()))
+        with tf.name_scope(None):
+            for tag, mean in means.items():
+                tf.summary.scalar(f"{tag}_raw", mean)
+                tf.summary.scalar(tag, averages.average(mean))
+    return averages_op
+
+
+def update_variables(optimizer, gradients, global_step):
+    """Applies the gradients, then, and only then, updates the moving averages of the variables.
+
+    Args:
+      optimizer: a `tf.train.Optimizer`.
+      gradients: list of (gradient, variable).
+      global_step: int64 [] variable; counts this update.
+
+    Returns:
+      The operation that does both.
+    """
+    for gradient, variable in gradients:
+        tf.summary.histogram(f"gradients/{variable.op.name}", gradient)
+        tf.summary.histogram(_tag(variable.op), variable)
+    apply_gradients_op = optimizer.apply_gradients(gradients, global_step=global_step)
+    averages = tf.train.ExponentialMovingAverage(MOVING_AVERAGE_DECAY, global_step)
+    with tf.control_dependencies([apply_gradients_op]):
+        return averages.apply(tf.trainable_variables())
+
+
+def train(total_loss, global_step):
+    """Builds one training step: gradients, update, moving averages.
+
+    Args:
+      total_loss: float32 [] from `loss`.
+      global_step: int64 [] variable; counts the updates.
+
+    Returns:
+      The operation that trains on one batch.
+    """
+    optimizer = tf.train.GradientDescentOptimizer(
+        decayed_learning_rate(global_step, FLAGS.batch_size)
+    )
+    gradients = optimizer.compute_gradients(total_loss)
+    return tf.group(
+        average_losses([[*tf.get_collection("losses"), total_loss]]),
+        update_variables(optimizer, gradients, global_step),
+        name="train",
+    )

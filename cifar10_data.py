@@ -1,0 +1,342 @@
+"""The CIFAR-10 data set on disk: download, verify, extract, check, and a synthetic stand-in.
+
+Bytes and files only; TensorFlow is not needed here. Reference for the binary format and for the
+archive: https://www.cs.toronto.edu/~kriz/cifar.html.
+"""
+
+import colorsys
+import contextlib
+import hashlib
+import http.client
+import os
+import pathlib
+import shutil
+import tarfile
+import tempfile
+import urllib.request
+import zlib
+
+import numpy as np
+from tqdm import tqdm
+
+# The record layout, stated here once: a label byte, then the pixels, depth-major (all of red, row
+# by row, then all of green, then all of blue).
+LABEL_BYTES = 1
+HEIGHT = 32  # pixels
+WIDTH = 32  # pixels
+DEPTH = 3  # colour channels
+IMAGE_BYTES = DEPTH * HEIGHT * WIDTH
+RECORD_BYTES = LABEL_BYTES + IMAGE_BYTES
+
+CLASS_NAMES = (
+    "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck",
+)  # fmt: skip
+NUM_CLASSES = len(CLASS_NAMES)
+
+TRAIN_FILES = tuple(f"data_batch_{number}.bin" for number in range(1, 6))
+TEST_FILES = ("test_batch.bin",)
+CLASS_NAMES_FILE = "batches.meta.txt"
+
+DATA_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
+ARCHIVE_NAME = "cifar-10-binary.tar.gz"
+ARCHIVE_SHA256 = "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"
+EXTRACTED_FOLDER = "cifar-10-batches-bin"  # also the folder's name inside the archive
+ARCHIVE_FILES = (*TRAIN_FILES, *TEST_FILES, CLASS_NAMES_FILE, "readme.html")
+
+DOWNLOAD_TIMEOUT = 60.0  # seconds without a byte before a connection counts as dead
+CHUNK_BYTES = 1 << 20
+WAYS_ON = (
+    "start again to retry, name another source with --data_url, or use a generated stand-in with "
+    "--synthetic_data"
+)
+
+SYNTHETIC_FOLDER = "cifar-10-synthetic-bin"
+SYNTHETIC_RECORDS_PER_FILE = 2000
+COLOUR_SPREAD = 0.15  # standard deviation of a shape's hue around its class's, in turns
+NOISE = 30.0  # standard deviation of the noise on each colour value, of 255
+
+
+def _in_square(u, v, half_side=1.0):
+    return np.maximum(abs(u), abs(v)) < half_side
+
+
+# What the classes of the stand-in show: whether a point is inside the shape, which reaches from
+# about -1 to 1 in both coordinates. Each is its own mirror image, as training mirrors images.
+_SHAPES = {
+    "disc": lambda u, v: np.hypot(u, v) < 1,
+    "ring": lambda u, v: abs(np.hypot(u, v) - 0.775) < 0.225,
+    "square": lambda u, v: _in_square(u, v, 0.9),
+    "triangle": lambda u, v: (abs(v) < 0.95) & (abs(u) < (v + 1) / 2),
+    "plus": lambda u, v: _in_square(u, v) & (np.minimum(abs(u), abs(v)) < 0.3),
+    "cross": lambda u, v: _in_square(u, v) & (abs(abs(u) - abs(v)) < 0.4),
+    "rows": lambda u, v: _in_square(u, v) & (np.cos(2.5 * np.pi * v) > 0),
+    "columns": lambda u, v: _in_square(u, v) & (np.cos(2.5 * np.pi * u) > 0),
+    "checkers": lambda u, v: _in_square(u, v) & (np.cos(2 * np.pi * u) * np.cos(2 * np.pi * v) > 0),
+    "pair": lambda u, v: np.hypot(abs(u) - 0.6, v) < 0.45,
+}
+
+
+class DataError(RuntimeError):
+    """The data set cannot be used. The message is one line: what is wrong, where, and the cure."""
+
+
+def record_files(folder, eval_data):
+    """Returns the paths of the test file (`eval_data` true) or of the five training files."""
+    return [os.path.join(folder, name) for name in (TEST_FILES if eval_data else TRAIN_FILES)]
+
+
+def count_records(folder, eval_data):
+    """Returns how many records those files hold together. Raises OSError if one is missing."""
+    return sum(os.path.getsize(path) for path in record_files(folder, eval_data)) // RECORD_BYTES
+
+
+def check_records(folder):
+    """Checks all six record files: there, whole records, at least one, every label a class.
+
+    TensorFlow's reader drops a partial last record without a word, and a label out of range turns
+    into a loss of NaN on a GPU; so both are found here, in well under a second, before training.
+
+    Raises:
+      DataError: names the file, the record (counted from 0) and the cure.
+    """
+    for path in record_files(folder, eval_data=False) + record_files(folder, eval_data=True):
+        _check_file(path)
+
+
+def _check_file(path):
+    cure = (
+        f"replace it, or move the folder {os.path.dirname(path)} away and start again "
+        "to have CIFAR-10 downloaded"
+    )
+    if not os.path.exists(path):
+        raise DataError(f"{path} is missing; {cure}")
+    if not os.path.isfile(path):
+        raise DataError(f"{path} is not a file; {cure}")
+    try:
+        size = os.path.getsize(path)
+        if size == 0:
+            raise DataError(f"{path} is empty, it has no record 0; {cure}")
+        records, rest = divmod(size, RECORD_BYTES)
+        if rest:
+            raise DataError(
+                f"{path}: record {records} is cut short, it has {rest} of {RECORD_BYTES} bytes; "
+                f"{cure}"
+            )
+        labels = np.memmap(path, np.uint8, mode="r").reshape(records, RECORD_BYTES)[:, 0]
+        wrong = np.flatnonzero(labels >= NUM_CLASSES)
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror}); {cure}") from error
+    if wrong.size:
+        raise DataError(
+            f"{path}: record {wrong[0]} has label {labels[wrong[0]]}, but labels are 0 to "
+            f"{NUM_CLASSES - 1}; {cure}"
+        )
+
+
+def maybe_download_and_extract(data_dir, url=DATA_URL, sha256=ARCHIVE_SHA256):
+    """Makes sure that `data_dir` holds CIFAR-10, and fetches it if it does not.
+
+    What is in the folder `cifar-10-batches-bin` already is used as it is. So is an archive
+    `cifar-10-binary.tar.gz` in `data_dir`, once its checksum holds.
+
+    Args:
+      data_dir: the folder that the data set goes into; made if need be.
+      url: where the archive comes from: http(s)://, file://, or a path.
+      sha256: the archive's SHA-256, in hexadecimal digits.
+
+    Returns:
+      The path of the folder with the record files. `check_records` checks what is in it.
+
+    Raises:
+      DataError: the archive cannot be had, or is not the one that was asked for.
+    """
+    folder = os.path.join(data_dir, EXTRACTED_FOLDER)
+    if os.path.isdir(folder):
+        return folder
+    archive = os.path.join(data_dir, ARCHIVE_NAME)
+    try:
+        os.makedirs(data_dir, exist_ok=True)
+        if not os.path.exists(archive):
+            _download(url, archive, sha256)
+        elif _sha256_of(archive) != sha256:
+            raise DataError(
+                f"{archive} has another SHA-256 than {sha256}; delete it and start again"
+            )
+        _extract(archive, folder)
+    except OSError as error:
+        raise DataError(
+            f"cannot write the data set to {data_dir}: {error}; name another folder with --data_dir"
+        ) from error
+    return folder
+
+
+def _download(url, archive, sha256):
+    """Fetches `url`; the file gets its final name only when its checksum holds."""
+    if "://" not in url:
+        url = pathlib.Path(url).absolute().as_uri()
+    part = f"{archive}.{os.getpid()}.part"
+    try:
+        digest = _fetch(url, part)
+        if digest != sha256:
+            raise DataError(
+                f"{url} is not the expected archive: its SHA-256 is {digest}, not {sha256}; "
+                f"{WAYS_ON}"
+            )
+        os.replace(part, archive)
+    finally:
+        if os.path.exists(part):
+            os.remove(part)
+
+
+def _fetch(url, path):
+    """Copies what `url` serves to `path`, with a progress bar on stderr; returns its SHA-256."""
+    digest = hashlib.sha256()
+    received = 0
+    with open(path, "wb") as output:
+        try:
+            with urllib.request.urlopen(url, timeout=DOWNLOAD_TIMEOUT) as response:
+                length = response.headers.get("Content-Length")
+                expected = int(length) if length is not None else None
+                with tqdm(
+                    total=expected,
+                    desc=f"Downloading {ARCHIVE_NAME}",
+                    unit="B",
+                    unit_scale=True,
+                ) as bar:
+                    while chunk := response.read(CHUNK_BYTES):
+                        output.write(chunk)
+                        digest.update(chunk)
+                        received += len(chunk)
+                        bar.update(len(chunk))
+        # A connection that misbehaves is an OSError or an HTTPException; an address that makes
+        # no sense is a ValueError.
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            raise DataError(f"cannot download {url}: {error}; {WAYS_ON}") from error
+    if expected is not None and received != expected:
+        raise DataError(
+            f"cannot download {url}: the connection ended after {received} of {expected} bytes; "
+            f"{WAYS_ON}"
+        )
+    return digest.hexdigest()
+
+
+def _sha256_of(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _extract(archive, folder):
+    """Extracts the known files of `archive`; `folder` appears with all of them or not at all."""
+    wanted = {f"{EXTRACTED_FOLDER}/{name}": name for name in ARCHIVE_FILES}
+    with _made_whole(folder) as staging:
+        try:
+            with tarfile.open(archive, "r:gz") as members:
+                for member in members:
+                    # A name or a kind that is not expected (a path out of the folder, a link,
+                    # a device) is passed over: check_records then tells what is missing.
+                    name = wanted.get(member.name)
+                    if name is not None and member.isfile():
+                        with open(os.path.join(staging, name), "wb") as output:
+                            shutil.copyfileobj(members.extractfile(member), output)
+        except (tarfile.TarError, EOFError, zlib.error) as error:
+            raise DataError(
+                f"{archive} cannot be extracted ({error}); delete it and start again"
+            ) from error
+
+
+@contextlib.contextmanager
+def _made_whole(folder):
+    """Gives a new folder to fill; it is renamed to `folder` when, and only when, that succeeds."""
+    parent = os.path.dirname(folder)
+    staging = tempfile.mkdtemp(dir=parent, prefix=os.path.basename(folder) + ".")
+    try:
+        yield staging
+        os.chmod(staging, 0o755)  # mkdtemp's 0o700 would lock out other users of the data set
+        try:
+            os.rename(staging, folder)
+        except OSError:
+            # Another process that started at the same time was faster: its folder is as good.
+            if not os.path.isdir(folder):
+                raise
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def maybe_generate_synthetic(data_dir, seed=0):
+    """Makes sure that `data_dir` holds the synthetic stand-in, and draws it if it does not.
+
+    Ten classes of coloured shapes in CIFAR-10's binary format, 2,000 records a file. Position,
+    size, tilt, colours and noise vary from image to image, and a class's colour is only likelier
+    in that class, so a model has to learn the shapes. What is there already is used as it is.
+
+    Args:
+      data_dir: the folder in which `cifar-10-synthetic-bin` is made.
+      seed: int; the same seed gives the same bytes.
+
+    Returns:
+      The path of the folder with the record files.
+
+    Raises:
+      DataError: the folder cannot be written.
+    """
+    folder = os.path.join(data_dir, SYNTHETIC_FOLDER)
+    if os.path.isdir(folder):
+        return folder
+    try:
+        os.makedirs(data_dir, exist_ok=True)
+        with _made_whole(folder) as staging:
+            for number, path in enumerate(
+                record_files(staging, eval_data=False) + record_files(staging, eval_data=True)
+            ):
+                generator = np.random.default_rng([seed, number])
+                _draw_records(SYNTHETIC_RECORDS_PER_FILE, generator).tofile(path)
+            with open(os.path.join(staging, CLASS_NAMES_FILE), "w") as names:
+                names.write("".join(f"{name}\n" for name in _SHAPES))
+    except OSError as error:
+        raise DataError(
+            f"cannot write the data set to {data_dir}: {error}; name another folder with --data_dir"
+        ) from error
+    return folder
+
+
+def _draw_records(count, generator):
+    """Draws `count` records with labels in random order: uint8 [count, RECORD_BYTES]."""
+    labels = generator.permutation(np.arange(count) % NUM_CLASSES)
+
+    def draw(low, high):  # one value per image, ready to broadcast over its pixels
+        return generator.uniform(low, high, [count, 1, 1]).astype(np.float32)
+
+    # Coordinates in units of the shape's half size, around its centre, tilted by up to 14 degrees:
+    # enough to vary, and far from the 45 degrees that would turn a plus into a cross.
+    size, tilt = draw(6.0, 9.0), draw(-0.25, 0.25)
+    y = (np.arange(HEIGHT, dtype=np.float32)[:, np.newaxis] - draw(12.5, 18.5)) / size
+    x = (np.arange(WIDTH, dtype=np.float32) - draw(12.5, 18.5)) / size
+    u = np.cos(tilt) * x + np.sin(tilt) * y
+    v = np.cos(tilt) * y - np.sin(tilt) * x
+    mask = np.empty(u.shape, bool)
+    for label, is_inside in enumerate(_SHAPES.values()):
+        chosen = labels == label
+        mask[chosen] = is_inside(u[chosen], v[chosen])
+
+    # [count, 3, 1, 1]: depth-major, as in a record.
+    hues = labels / NUM_CLASSES + generator.normal(0.0, COLOUR_SPREAD, count)
+    shape_colour = _colours(hues, generator)
+    ground_colour = _colours(generator.uniform(0.0, 1.0, count), generator)
+    images = generator.standard_normal([count, DEPTH, HEIGHT, WIDTH], np.float32)
+    images *= NOISE
+    images += np.where(mask[:, np.newaxis], shape_colour, ground_colour)
+
+    records = np.empty([count, RECORD_BYTES], np.uint8)
+    records[:, 0] = labels
+    records[:, LABEL_BYTES:] = images.clip(0, 255, out=images).reshape(count, IMAGE_BYTES)
+    return records
+
+
+def _colours(hues, generator):
+    """Gives each hue (in turns) a random saturation and brightness: float32 [count, 3, 1, 1]."""
+    saturations = generator.uniform(0.3, 1.0, hues.size)
+    values = generator.uniform(80.0, 220.0, hues.size)
+    colours = [
+        colorsys.hsv_to_rgb(*hsv) for hsv in zip(hues % 1.0, saturations, values, strict=True)
+    ]
+    return np.array(colours, np.float32)[:, :, np.newaxis, np.newaxis]

@@ -1,0 +1,237 @@
+"""Records in, batches out: the reader, the distortions and the queues of the CIFAR-10 tutorial.
+
+    string_input_producer -> FixedLengthRecordReader -> decode -> distort -> shuffle_batch
+
+Everything here runs on the CPU. The threads work on blocks of records, because an op costs about
+as much for one small image as for dozens; every random value is still drawn for each image.
+"""
+
+import cifar10_data
+from cifar10_runtime import tf
+
+IMAGE_SIZE = 24  # pixels; the crop that the model sees, of the 32 in a record
+
+NUM_CLASSES = cifar10_data.NUM_CLASSES
+NUM_EXAMPLES_PER_EPOCH_FOR_TRAIN = 50000
+NUM_EXAMPLES_PER_EPOCH_FOR_EVAL = 10000
+
+# The share of an epoch that waits in the training queue: more mixes better, fewer starts sooner.
+MIN_FRACTION_OF_EXAMPLES_IN_QUEUE = 0.4
+
+NUM_PREPROCESS_THREADS = 16
+RECORDS_PER_READ = 64  # per thread and call
+
+# The bounds of the tutorial's distortions.
+MAX_BRIGHTNESS_DELTA = 63.0  # of pixel values 0 to 255
+MIN_CONTRAST_FACTOR = 0.2
+MAX_CONTRAST_FACTOR = 1.8
+
+
+class CIFAR10Record:
+    """One record, or a block of `n` with `n` as the first dimension of each tensor.
+
+    Attributes:
+      height, width, depth: int; 32, 32 and 3.
+      key: string []; the file and the record's number in it, as `file:record`.
+      label: int32 [1]; 0 to 9.
+      uint8image: uint8 [height, width, depth].
+    """
+
+    height = cifar10_data.HEIGHT
+    width = cifar10_data.WIDTH
+    depth = cifar10_data.DEPTH
+
+    def __init__(self, key, label, uint8image):
+        self.key = key
+        self.label = label
+        self.uint8image = uint8image
+
+
+def read_cifar10(filename_queue):
+    """Reads one record from the files that a queue names.
+
+    For N-fold parallelism call it N times: each call makes a reader with a place of its own.
+
+    Args:
+      filename_queue: a queue of file names, as `tf.train.string_input_producer` gives.
+
+    Returns:
+      A `CIFAR10Record`.
+    """
+    reader = tf.FixedLengthRecordReader(record_bytes=cifar10_data.RECORD_BYTES)
+    key, value = reader.read(filename_queue)
+    labels, images = _decode(tf.expand_dims(value, 0))
+    return CIFAR10Record(key, labels[0], images[0])
+
+
+def _read_block(filename_queue, size):
+    """Reads up to `size` records at once; fewer at the end of a file."""
+    reader = tf.FixedLengthRecordReader(record_bytes=cifar10_data.RECORD_BYTES)
+    keys, values = reader.read_up_to(filename_queue, size)
+    return CIFAR10Record(keys, *_decode(values))
+
+
+def _decode(values):
+    """Decodes records, string [n], to labels, int32 [n, 1], and images, uint8 [n, 32, 32, 3]."""
+    records = tf.reshape(tf.decode_raw(values, tf.uint8), [-1, cifar10_data.RECORD_BYTES])
+    labels = tf.cast(records[:, : cifar10_data.LABEL_BYTES], tf.int32)
+    depth_major = tf.reshape(
+        records[:, cifar10_data.LABEL_BYTES :],
+        [-1, cifar10_data.DEPTH, cifar10_data.HEIGHT, cifar10_data.WIDTH],
+    )
+    # A transpose in effect; but on uint8 that op is slower, and oneDNN logs an error where the
+    # processor lacks a way of its own to do it.
+    return labels, tf.stack(tf.unstack(depth_major, axis=1), axis=-1)
+
+
+def _random_crop_and_flip(images):
+    """Cuts a random IMAGE_SIZE square from each image, and mirrors every other one by chance.
+
+    One gather does both: a mirrored image is one whose columns are taken from right to left.
+
+    Args:
+      images: [n, 32, 32, 3], any dtype.
+
+    Returns:
+      [n, 24, 24, 3], the same dtype.
+    """
+    count = tf.shape(images)[0]
+    height, width, depth = images.shape.as_list()[1:]
+    steps = tf.range(IMAGE_SIZE)
+    top = tf.random.uniform([count, 1], 0, height - IMAGE_SIZE + 1, tf.int32)
+    left = tf.random.uniform([count, 1], 0, width - IMAGE_SIZE + 1, tf.int32)
+    flip = tf.random.uniform([count, 1]) < 0.5
+    rows = top + steps  # [n, 24]
+    columns = left + tf.where_v2(flip, IMAGE_SIZE - 1 - steps, steps)  # [n, 24]
+    origins = tf.range(count) * (height * width)  # where each image's pixels start
+    pixels = origins[:, None, None] + rows[:, :, None] * width + columns[:, None, :]
+    return tf.gather(tf.reshape(images, [-1, depth]), pixels)
+
+
+def _random_brightness(images):
+    """Adds to each image (float32 [n, height, width, 3]) one value within +-MAX_BRIGHTNESS_DELTA.
+
+    As the images are standardized afterwards, this cancels out. It is the tutorial's, it costs
+    next to nothing, and it starts to count as soon as somebody takes standardization away.
+    """
+    shape = [tf.shape(images)[0], 1, 1, 1]
+    return images + tf.random.uniform(shape, -MAX_BRIGHTNESS_DELTA, MAX_BRIGHTNESS_DELTA)
+
+
+def _random_contrast(images):
+    """Scales each image's distance from its channels' means by one random factor per image.
+
+    The formula is `tf.image.adjust_contrast`'s, which takes a single factor for all images.
+    """
+    shape = [tf.shape(images)[0], 1, 1, 1]
+    factors = tf.random.uniform(shape, MIN_CONTRAST_FACTOR, MAX_CONTRAST_FACTOR)
+    means = tf.reduce_mean(images, [1, 2], keepdims=True)
+    return (images - means) * factors + means
+
+
+def _distort(images):
+    """Distorts and standardizes: uint8 [n, 32, 32, 3] to float32 [n, 24, 24, 3]."""
+    images = tf.cast(_random_crop_and_flip(images), tf.float32)
+    return _standardize(_random_contrast(_random_brightness(images)))
+
+
+def _crop(images):
+    """Crops centrally and standardizes: uint8 [n, 32, 32, 3] to float32 [n, 24, 24, 3]."""
+    height, width = images.shape.as_list()[1:3]
+    top, left = (height - IMAGE_SIZE) // 2, (width - IMAGE_SIZE) // 2
+    images = images[:, top : top + IMAGE_SIZE, left : left + IMAGE_SIZE]
+    return _standardize(tf.cast(images, tf.float32))
+
+
+def _standardize(images):
+    """Gives each image mean 0 and variance 1 (less contrast than noise is left as it is)."""
+    images = tf.image.per_image_standardization(images)
+    return tf.ensure_shape(images, [None, IMAGE_SIZE, IMAGE_SIZE, cifar10_data.DEPTH])
+
+
+def _filename_queue(filenames, num_epochs, shuffle):
+    for filename in filenames:
+        if not tf.gfile.Exists(filename):
+            raise ValueError(f"Failed to find file: {filename}")
+    return tf.train.string_input_producer(filenames, num_epochs=num_epochs, shuffle=shuffle)
+
+
+def _as_batch(images, labels):
+    """Shows the batch in TensorBoard, and gives labels their shape [batch]."""
+    with tf.name_scope(None):  # so that the tag is not prefixed with the scope
+        tf.summary.image("input", images)
+    return images, tf.reshape(labels, [-1])
+
+
+def distorted_inputs(
+    data_dir,
+    batch_size,
+    min_fraction_of_examples_in_queue=MIN_FRACTION_OF_EXAMPLES_IN_QUEUE,
+):
+    """Makes the training input: shuffled, distorted images, for ever.
+
+    Args:
+      data_dir: the folder with the record files `data_batch_1.bin` to `data_batch_5.bin`.
+      batch_size: int; images per batch.
+      min_fraction_of_examples_in_queue: float; the share of an epoch that is in the queue before
+        the first batch leaves it, and stays in it. A batch is drawn from at least that many.
+
+    Returns:
+      images: float32 [batch_size, 24, 24, 3], each with mean 0 and variance 1.
+      labels: int32 [batch_size], 0 to 9.
+
+    Raises:
+      ValueError: a file is missing.
+    """
+    min_queue_examples = int(NUM_EXAMPLES_PER_EPOCH_FOR_TRAIN * min_fraction_of_examples_in_queue)
+    print(
+        f"Filling queue with {min_queue_examples} CIFAR images before starting to train. "
+        "This will take a few minutes.",
+        flush=True,
+    )
+    with tf.device("/cpu:0"), tf.name_scope("distorted_inputs"):
+        filenames = cifar10_data.record_files(data_dir, eval_data=False)
+        records = _read_block(_filename_queue(filenames, None, shuffle=True), RECORDS_PER_READ)
+        images, labels = tf.train.shuffle_batch(
+            [_distort(records.uint8image), records.label],
+            batch_size=batch_size,
+            num_threads=NUM_PREPROCESS_THREADS,
+            capacity=min_queue_examples + 3 * batch_size,
+            min_after_dequeue=min_queue_examples,
+            enqueue_many=True,
+        )
+        return _as_batch(images, labels)
+
+
+def inputs(eval_data, data_dir, batch_size, num_epochs=None):
+    """Makes the evaluation input: centrally cropped images, in the order of the files.
+
+    Args:
+      eval_data: bool; True for the test file, False for the training files.
+      data_dir: the folder with the record files.
+      batch_size: int; images per batch.
+      num_epochs: how often each record comes; None for ever. A limited input counts in a local
+        variable, so run `tf.local_variables_initializer()`; after the last batch, which may be
+        smaller, the queue raises `tf.errors.OutOfRangeError`.
+
+    Returns:
+      images: float32 [batch_size, 24, 24, 3], each with mean 0 and variance 1; the first
+        dimension is unknown where `num_epochs` is given.
+      labels: int32 [batch_size], 0 to 9.
+
+    Raises:
+      ValueError: a file is missing.
+    """
+    with tf.device("/cpu:0"), tf.name_scope("inputs"):
+        filenames = cifar10_data.record_files(data_dir, eval_data)
+        filename_queue = _filename_queue(filenames, num_epochs, shuffle=False)
+        records = _read_block(filename_queue, RECORDS_PER_READ)
+        images, labels = tf.train.batch(
+            [_crop(records.uint8image), records.label],
+            batch_size=batch_size,
+            num_threads=1,  # more would not keep the order
+            capacity=4 * (batch_size + RECORDS_PER_READ),
+            enqueue_many=True,
+            allow_smaller_final_batch=num_epochs is not None,
+        )
+        return _as_batch(images, labels)

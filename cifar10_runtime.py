@@ -1,0 +1,156 @@
+"""What every script stands on: TensorFlow 1 graph mode, kept quiet, and one way to run a `main`.
+
+The other modules write `from cifar10_runtime import tf`; that `tf` is `tensorflow.compat.v1`.
+"""
+
+import contextlib
+import logging
+import os
+import sys
+import tempfile
+
+from absl import app, flags
+from absl.logging import converter
+
+from cifar10_data import DataError
+
+# TensorFlow's C++ side reads this once, when it is loaded: 1 leaves out what is below a warning.
+# Whoever sets it to 0 sees everything: then nothing is held back here either.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")
+_QUIET = os.environ["TF_CPP_MIN_LOG_LEVEL"] != "0"
+
+FLAGS = flags.FLAGS
+
+
+class UserError(RuntimeError):
+    """A script cannot go on, and its user can mend it: the message says how, in one line."""
+
+
+@contextlib.contextmanager
+def _stderr_without(is_noise):
+    """Holds back what is written to stderr meanwhile, then lets out all lines but the noise.
+
+    The C++ side writes to the file descriptor, so replacing `sys.stderr` would hold back nothing.
+
+    Args:
+      is_noise: takes the lines (a list of bytes) and the number of one; tells whether to drop it.
+    """
+    try:
+        stderr = os.dup(2) if _QUIET else None
+    except OSError:  # it is closed: nobody can hear the noise
+        stderr = None
+    if stderr is None:
+        yield
+        return
+    with tempfile.TemporaryFile() as held:
+        sys.stderr.flush()
+        os.dup2(held.fileno(), 2)
+        try:
+            yield
+        finally:
+            sys.stderr.flush()
+            os.dup2(stderr, 2)
+            os.close(stderr)
+            held.seek(0)
+            lines = held.readlines()
+            for number, line in enumerate(lines):
+                if not is_noise(lines, number):
+                    os.write(2, line)
+
+
+def _is_start_up_notice(lines, number):
+    """Knows the notices of TensorFlow 2.21 that no variable turns off, and their preamble."""
+    line = lines[number]
+    if line.startswith((b"I0000 ", b"WARNING: All log messages before absl::InitializeLog()")):
+        return True
+    # An error only where there is a driver: without one it is how a CPU machine starts.
+    no_driver = any(b"Could not find cuda drivers" in notice for notice in lines)
+    return no_driver and b"failed call to cuInit" in line
+
+
+def _is_cancellation(lines, number):
+    """Knows the warning, of two lines, that each blocked queue thread prints when it is ended."""
+    cancelled = b"Local rendezvous is aborting with status: CANCELLED"
+    return cancelled in lines[number] or (
+        number > 0 and cancelled in lines[number - 1] and b"{{node " in lines[number]
+    )
+
+
+def quiet_cancellation():
+    """Returns a context in which to stop queue threads: cancelling them prints no warning."""
+    return _stderr_without(_is_cancellation)
+
+
+def _is_wanted(record):
+    """Drops the advice to leave queues for tf.data, unless info messages are asked for."""
+    is_advice = "is deprecated and will be removed" in str(record.msg)
+    return not is_advice or tf.get_logger().isEnabledFor(logging.INFO)
+
+
+with _stderr_without(_is_start_up_notice):
+    import tensorflow.compat.v1 as tf
+
+    # The first look at the devices is what calls cuInit. It takes no GPU memory.
+    GPUS = tf.config.list_physical_devices("GPU")
+
+tf.get_logger().addFilter(_is_wanted)
+
+# Sessions, queues and readers exist in graph mode only. The rest of TensorFlow 2's behaviour, its
+# resource variables among it, stays: their reads and writes happen in the order that control
+# dependencies say.
+tf.disable_eager_execution()
+
+# Flags hold their defaults until a script parses its command line; without this, reading one
+# (from a notebook, a test) would be an error, or parse a command line that is not ours.
+FLAGS.mark_as_parsed()
+
+
+def run(main):
+    """Runs a script's `main()`: parses flags strictly, and tells errors in one line.
+
+    Unknown flags, bad values and stray arguments end the script with a usage message and exit
+    code 1; so does an error that the user can mend (`UserError`, `DataError`), without a traceback.
+    Ctrl-C ends it with exit code 130.
+    """
+
+    def checked_main(arguments):
+        if len(arguments) > 1:
+            raise app.UsageError(f"this argument is not a flag: {arguments[1]!r}")
+        # TensorFlow's messages have a handler of their own; absl's would print them once more.
+        tf.get_logger().propagate = False
+        given = FLAGS["verbosity"].present
+        tf.logging.set_verbosity(
+            converter.absl_to_standard(FLAGS.verbosity) if given else tf.logging.WARN
+        )
+        try:
+            main()
+        except (DataError, UserError) as error:
+            print(f"{os.path.basename(arguments[0])}: error: {error}", file=sys.stderr)
+            return 1
+        except KeyboardInterrupt:
+            return 130
+        return 0
+
+    app.run(checked_main)
+
+
+def session_config(use_fp16=False, log_device_placement=False):
+    """Returns the `tf.ConfigProto` that all sessions of the project use.
+
+    GPU memory is taken as it is needed, so that evaluation runs beside training on one GPU; an op
+    whose device does not exist runs on one that does.
+
+    Args:
+      use_fp16: bool; 16-bit arithmetic by TensorFlow's graph rewriting, with variables and
+        checkpoints in float32. On GPUs the type is float16, on CPUs bfloat16.
+      log_device_placement: bool; print the device of every op.
+    """
+    config = tf.ConfigProto(allow_soft_placement=True, log_device_placement=log_device_placement)
+    config.gpu_options.allow_growth = True
+    if use_fp16:
+        options = config.graph_options.rewrite_options
+        if GPUS:
+            options.auto_mixed_precision = options.ON
+        else:
+            options.auto_mixed_precision_onednn_bfloat16 = options.ON
+    return config

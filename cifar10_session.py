@@ -1,0 +1,142 @@
+"""One training run: the flags, the session and the hooks that both trainers share."""
+
+import datetime
+import math
+import sys
+import time
+
+from absl import flags
+
+from cifar10_runtime import UserError, quiet_cancellation, tf
+
+flags.DEFINE_string(
+    "train_dir",
+    "/tmp/cifar10_train",
+    "Folder for checkpoints and summaries. What is there is continued, never deleted.",
+)
+flags.DEFINE_integer(
+    "max_steps", 1000000, "Steps to train, those of earlier runs included.", lower_bound=1
+)
+flags.DEFINE_integer("log_frequency", 10, "Steps between two lines of progress.", lower_bound=1)
+flags.DEFINE_boolean("log_device_placement", False, "Print the device of every operation.")
+
+
+class _LossHook(tf.train.SessionRunHook):
+    """Prints the progress of training, and ends it on a loss that is not finite.
+
+    Args:
+      loss: float32 [].
+      global_step: int64 [].
+      examples_per_step: int; images that one step consumes, over all towers.
+      log_frequency: int; steps between two lines. The first step of a run has a line of its own,
+        which includes the filling of the queue.
+    """
+
+    def __init__(self, loss, global_step, examples_per_step, log_frequency):
+        self._loss = loss
+        self._global_step = global_step
+        self._examples_per_step = examples_per_step
+        self._log_frequency = log_frequency
+
+    def after_create_session(self, session, coord):
+        # Counted here from then on: a fetch beside the update could see the step before or after.
+        self._step = session.run(self._global_step)
+        self._first_step_since_line = self._step
+        self._start_time = time.monotonic()
+        self._line_is_due = True
+
+    def before_run(self, run_context):
+        return tf.train.SessionRunArgs(self._loss)
+
+    def after_run(self, run_context, run_values):
+        loss = run_values.results
+        if not math.isfinite(loss):  # NanTensorHook would let infinity pass
+            raise UserError(
+                f"the loss at step {self._step} is {loss}; to go on from the checkpoint before it, "
+                "start again"
+            )
+        if self._line_is_due or self._step % self._log_frequency == 0:
+            self._print_line(loss)
+        self._step += 1
+
+    def _print_line(self, loss):
+        now = time.monotonic()
+        seconds = now - self._start_time
+        steps = self._step + 1 - self._first_step_since_line
+        print(
+            f"{datetime.datetime.now():%Y-%m-%d %H:%M:%S.%f}: step {self._step}, "
+            f"loss = {loss:.2f} ({steps * self._examples_per_step / seconds:.1f} examples/sec; "
+            f"{seconds / steps:.3f} sec/batch)",
+            flush=True,
+        )
+        self._start_time = now
+        self._first_step_since_line = self._step + 1
+        self._line_is_due = False
+
+
+def steps_remain(train_dir, max_steps):
+    """Makes `train_dir` if need be, and tells whether there is anything left to train.
+
+    Returns:
+      bool; False where the newest checkpoint has reached `max_steps`. Says so on stderr.
+
+    Raises:
+      UserError: the folder cannot be made.
+    """
+    try:
+        tf.gfile.MakeDirs(train_dir)
+        newest = tf.train.latest_checkpoint(train_dir)
+        if newest is None:
+            return True
+        step = tf.train.load_checkpoint(newest).get_tensor(tf.GraphKeys.GLOBAL_STEP)
+    except tf.errors.OpError as error:
+        raise UserError(f"cannot use --train_dir={train_dir}: {error.message}") from error
+    if step < max_steps:
+        return True
+    print(
+        f"{newest} has reached step {step} of --max_steps={max_steps}: nothing to do",
+        file=sys.stderr,
+    )
+    return False
+
+
+def run_training(
+    train_op,
+    loss,
+    examples_per_step,
+    train_dir,
+    max_steps,
+    log_frequency,
+    config,
+):
+    """Trains in the default graph until `max_steps`, from the newest checkpoint in `train_dir`.
+
+    Args:
+      train_op: the operation that trains one step and counts it in the global step.
+      loss: float32 []; the loss of that step.
+      examples_per_step: int; images that one step consumes, over all towers.
+      train_dir: folder for checkpoints and summaries.
+      max_steps: int; the global step to stop at.
+      log_frequency: int; steps between two lines of progress.
+      config: the session's `tf.ConfigProto`.
+
+    Raises:
+      UserError: the loss is not finite. The checkpoint of that step is not written.
+    """
+    session = tf.train.MonitoredTrainingSession(
+        checkpoint_dir=train_dir,
+        # These run before the hook that saves, those in `hooks` after it.
+        chief_only_hooks=[
+            _LossHook(loss, tf.train.get_global_step(), examples_per_step, log_frequency)
+        ],
+        hooks=[tf.train.StopAtStepHook(last_step=max_steps)],
+        config=config,
+    )
+    try:
+        while not session.should_stop():
+            session.run(train_op)
+    finally:
+        # What `with session` would do, but for two things: the warnings stay away, and the
+        # exception that ends an exhausted input goes on to the caller.
+        with quiet_cancellation():
+            session.__exit__(*sys.exc_info())

@@ -1,0 +1,50 @@
+"""Trains the CIFAR-10 model on a CPU or on one GPU.
+
+    python cifar10_train.py
+    python cifar10_train.py --synthetic_data --max_steps=300 --train_dir=/tmp/synthetic_train
+    tensorboard --logdir=/tmp/cifar10_train
+
+Started again with the same --train_dir it goes on from the newest checkpoint there. The model gets
+to about 86% precision within 60,000 steps or so (source: the TensorFlow tutorial).
+"""
+
+from absl import flags
+
+import cifar10
+import cifar10_session
+from cifar10_runtime import run, session_config, tf
+
+FLAGS = flags.FLAGS
+flags.adopt_module_key_flags(cifar10)
+flags.adopt_module_key_flags(cifar10_session)
+
+
+def train():
+    """Trains as the flags say, up to --max_steps."""
+    if not cifar10_session.steps_remain(FLAGS.train_dir, FLAGS.max_steps):
+        return
+    with tf.Graph().as_default():
+        with tf.device("/cpu:0"):
+            global_step = tf.train.get_or_create_global_step()
+        images, labels = cifar10.distorted_inputs()
+        logits = cifar10.inference(images)
+        loss = cifar10.loss(logits, labels)
+        train_op = cifar10.train(loss, global_step)
+        cifar10_session.run_training(
+            train_op,
+            loss,
+            examples_per_step=FLAGS.batch_size,
+            train_dir=FLAGS.train_dir,
+            max_steps=FLAGS.max_steps,
+            log_frequency=FLAGS.log_frequency,
+            config=session_config(FLAGS.use_fp16, FLAGS.log_device_placement),
+        )
+
+
+def main():
+    cifar10.maybe_download_and_extract()
+    train()
+
+
+if __name__ == "__main__":
+    run(main)
