@@ -137,7 +137,7 @@ def _variable_with_weight_decay(name, shape, stddev, weight_decay):
     """
     variable = _variable_on_cpu(name, shape, tf.truncated_normal_initializer(stddev=stddev))
     if weight_decay is not None:
-        decay = tf.multiply(tf.nn.l2_loss(variable), weight_decay, name="weight_loss")
+        decay = tf.multiply(tf.nn.l2_loss(variable), weight_decay, name="weight_decay")
         tf.add_to_collection("losses", decay)
     return variable
 
@@ -161,6 +161,16 @@ def _summarize_activation(activation, layer):
             tf.summary.histogram(f"activations/{layer}", activation)
             tf.summary.scalar(f"sparsity/{layer}", tf.nn.zero_fraction(activation))
     return activation
+
+
+def _scalar_summary(tag, value):
+    """Adds a scalar under exactly that tag.
+
+    `tf.summary.scalar` makes the tag from the operation's name, and `cross_entropy` is taken by
+    the operation that computes it: the tag would be `cross_entropy_1`.
+    """
+    summary = tf.raw_ops.ScalarSummary(tags=tag, values=value)
+    tf.add_to_collection(tf.GraphKeys.SUMMARIES, summary)
 
 
 def _convolution(images, layer, channels, bias):
@@ -317,12 +327,15 @@ def average_losses(tower_losses):
             _tag(losses[0].op): tf.reduce_mean(tf.stack(losses), name=_tag(losses[0].op))
             for losses in zip(*tower_losses, strict=True)
         }
-        averages = tf.train.ExponentialMovingAverage(LOSS_AVERAGE_DECAY, name="avg")
+        averages = tf.train.ExponentialMovingAverage(
+            LOSS_AVERAGE_DECAY,
+            zero_debias=True,  # or the curves would start near 0
+            name="avg",
+        )
         averages_op = averages.apply(list(means.values()))
-        with tf.name_scope(None):
-            for tag, mean in means.items():
-                tf.summary.scalar(f"{tag}_raw", mean)
-                tf.summary.scalar(tag, averages.average(mean))
+        for tag, mean in means.items():
+            _scalar_summary(f"{tag}_raw", mean)
+            _scalar_summary(tag, averages.average(mean))
     return averages_op
 
 

@@ -13,6 +13,7 @@ import pathlib
 import shutil
 import tarfile
 import tempfile
+import urllib.error
 import urllib.request
 import zlib
 
@@ -52,8 +53,8 @@ WAYS_ON = (
 
 SYNTHETIC_FOLDER = "cifar-10-synthetic-bin"
 SYNTHETIC_RECORDS_PER_FILE = 2000
-COLOUR_SPREAD = 0.15  # standard deviation of a shape's hue around its class's, in turns
-NOISE = 30.0  # standard deviation of the noise on each colour value, of 255
+COLOUR_SPREAD = 0.1  # standard deviation of a shape's hue around its class's, in turns
+NOISE = 20.0  # standard deviation of the noise on each colour value, of 255
 
 
 def _in_square(u, v, half_side=1.0):
@@ -211,6 +212,8 @@ def _fetch(url, path):
         # A connection that misbehaves is an OSError or an HTTPException; an address that makes
         # no sense is a ValueError.
         except (OSError, http.client.HTTPException, ValueError) as error:
+            if isinstance(error, urllib.error.HTTPError):
+                error.close()  # it is the response as well, and holds the connection
             raise DataError(f"cannot download {url}: {error}; {WAYS_ON}") from error
     if expected is not None and received != expected:
         raise DataError(

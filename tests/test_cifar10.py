@@ -1,0 +1,300 @@
+"""The model against the table of its layers, against NumPy, and against arithmetic by hand."""
+
+import math
+
+import numpy as np
+import numpy_model
+import pytest
+from conftest import write_data_set
+
+import cifar10
+import cifar10_data
+import cifar10_input
+from cifar10_runtime import tf
+
+pytestmark = pytest.mark.usefixtures("graph")
+
+
+def started_session():
+    session = tf.Session()
+    session.run(tf.global_variables_initializer())
+    return session
+
+
+def test_the_public_constants_are_the_tutorials():
+    assert cifar10.MOVING_AVERAGE_DECAY == 0.9999
+    assert cifar10.NUM_EPOCHS_PER_DECAY == 350.0
+    assert cifar10.LEARNING_RATE_DECAY_FACTOR == 0.1
+    assert cifar10.INITIAL_LEARNING_RATE == 0.1
+    assert cifar10.TOWER_NAME == "tower"
+    assert cifar10.DATA_URL.endswith("/cifar-10-binary.tar.gz")
+    for name in (
+        "IMAGE_SIZE",
+        "NUM_CLASSES",
+        "NUM_EXAMPLES_PER_EPOCH_FOR_TRAIN",
+        "NUM_EXAMPLES_PER_EPOCH_FOR_EVAL",
+    ):
+        assert getattr(cifar10, name) == getattr(cifar10_input, name)
+
+
+def test_flags_have_the_tutorials_defaults_without_a_command_line_being_parsed():
+    assert cifar10.FLAGS.batch_size == 128
+    assert cifar10.FLAGS.data_dir == "/tmp/cifar10_data"
+    assert cifar10.FLAGS.use_fp16 is False
+    assert cifar10.FLAGS.synthetic_data is False
+    assert cifar10.FLAGS.data_url == cifar10.DATA_URL
+    assert cifar10.FLAGS.min_fraction_of_examples_in_queue == 0.4
+
+
+def test_the_model_has_1068298_parameters_of_the_tables_shapes_on_the_cpu():
+    with tf.device("/device:GPU:0"):
+        cifar10.inference(tf.zeros([2, 24, 24, 3]))
+    shapes = {variable.op.name: tuple(variable.shape) for variable in tf.trainable_variables()}
+    expected = {}
+    for name, shape, _, _, _ in numpy_model.LAYERS:
+        expected[f"{name}/weights"] = shape
+        expected[f"{name}/biases"] = shape[-1:]
+    assert shapes == expected
+    assert sum(math.prod(shape) for shape in shapes.values()) == 1068298
+    assert {variable.device for variable in tf.global_variables()} == {"/device:CPU:0"}
+    assert {variable.dtype for variable in tf.global_variables()} == {tf.float32}
+
+
+@pytest.mark.parametrize("layer", numpy_model.LAYERS, ids=lambda layer: layer[0])
+def test_variables_start_as_the_table_says(layer):
+    name, shape, stddev, bias, _ = layer
+    cifar10.inference(tf.zeros([2, 24, 24, 3]))
+    variables = {variable.op.name: variable for variable in tf.trainable_variables()}
+    with started_session() as session:
+        weights = session.run(variables[f"{name}/weights"])
+        biases = session.run(variables[f"{name}/biases"])
+    np.testing.assert_array_equal(biases, np.full(shape[-1], bias, np.float32))
+    # A normal distribution cut off at 2 standard deviations has 0.8796 of the spread.
+    assert np.abs(weights).max() <= 2 * stddev * 1.0001
+    tolerance = 5 / math.sqrt(2 * weights.size)
+    assert weights.std() == pytest.approx(0.8796 * stddev, rel=tolerance)
+    assert abs(weights.mean()) < 5 * stddev / math.sqrt(weights.size)
+
+
+@pytest.mark.parametrize("batch_size", [None, 1, 3])
+def test_inference_agrees_with_numpy_for_any_batch_size_known_or_not(batch_size):
+    images = tf.placeholder(tf.float32, [batch_size, 24, 24, 3])
+    logits = cifar10.inference(images)
+    assert logits.shape.as_list() == [batch_size, 10]
+    values = numpy_model.random_variables(seed=1)
+    batch = np.random.default_rng(2).normal(0, 3, [batch_size or 2, 24, 24, 3]).astype(np.float32)
+    with tf.Session() as session:
+        for variable in tf.trainable_variables():
+            variable.load(values[variable.op.name], session)
+        result = session.run(logits, {images: batch})
+    np.testing.assert_allclose(result, numpy_model.inference(batch, values), atol=2e-4)
+
+
+def test_operations_have_the_tutorials_names():
+    cifar10.inference(tf.zeros([2, 24, 24, 3]))
+    names = {operation.name for operation in tf.get_default_graph().get_operations()}
+    assert names >= {
+        "conv1/Conv2D",
+        "conv1/conv1",
+        "pool1",
+        "norm1",
+        "conv2/Conv2D",
+        "conv2/conv2",
+        "norm2",
+        "pool2",
+        "local3/local3",
+        "local4/local4",
+        "softmax_linear/softmax_linear",
+    }
+
+
+def test_the_loss_is_cross_entropy_plus_the_decay_of_the_two_local_layers():
+    generator = np.random.default_rng(3)
+    logits = generator.normal(0, 5, [6, 10]).astype(np.float32)
+    labels = np.array([0, 9, 3, 3, 5, 1], np.int32)
+    cifar10.inference(tf.zeros([2, 24, 24, 3]))
+    total_loss = cifar10.loss(tf.constant(logits), tf.constant(labels))
+    values = numpy_model.random_variables(seed=4)
+    with tf.Session() as session:
+        for variable in tf.trainable_variables():
+            variable.load(values[variable.op.name], session)
+        result, terms = session.run([total_loss, tf.get_collection("losses")])
+
+    exact = logits.astype(np.float64)
+    probabilities = np.exp(exact) / np.exp(exact).sum(axis=1, keepdims=True)
+    cross_entropy = -np.log(probabilities[np.arange(6), labels]).mean()
+    decays = [
+        decay * (values[f"{name}/weights"].astype(np.float64) ** 2).sum() / 2
+        for name, _, _, _, decay in numpy_model.LAYERS
+        if decay is not None
+    ]
+    np.testing.assert_allclose(sorted(terms), sorted([cross_entropy, *decays]), rtol=1e-5)
+    np.testing.assert_allclose(result, cross_entropy + sum(decays), rtol=1e-5)
+
+
+def test_the_loss_starts_between_4_6_and_4_75():
+    images = np.random.default_rng(0).normal(0, 1, [64, 24, 24, 3]).astype(np.float32)
+    total_loss = cifar10.loss(cifar10.inference(tf.constant(images)), tf.range(64) % 10)
+    with started_session() as session:
+        assert 4.6 < session.run(total_loss) < 4.75
+
+
+@pytest.mark.parametrize(
+    ("towers", "step", "expected"),
+    [
+        # 50,000 / 128 steps an epoch, times 350, rounded down: 136,718.
+        (1, 0, 0.1),
+        (1, 136717, 0.1),
+        (1, 136718, 0.01),
+        (1, 2 * 136718 - 1, 0.01),
+        (1, 2 * 136718, 0.001),
+        (1, 3 * 136718, 0.0001),
+        # Two towers consume an epoch in half the steps: 68,359.
+        (2, 0, 0.1),
+        (2, 68358, 0.1),
+        (2, 68359, 0.01),
+        (2, 2 * 68359 - 1, 0.01),
+        (2, 2 * 68359, 0.001),
+    ],
+)
+def test_the_learning_rate_falls_to_a_tenth_every_350_epochs(towers, step, expected):
+    rate = cifar10.decayed_learning_rate(tf.constant(step, tf.int64), 128 * towers)
+    with tf.Session() as session:
+        assert session.run(rate) == pytest.approx(expected, rel=1e-6)
+
+
+def test_an_update_moves_a_variable_against_its_gradient_and_then_its_average():
+    # Loss 3 * w, w from 1, rate 0.1: w is 0.7, then 0.4. The average's decay after update n is
+    # (1 + n) / (10 + n) while that is under 0.9999: 2 / 11 * 1 + 9 / 11 * 0.7, and so on.
+    weight = tf.get_variable("w", initializer=1.0)
+    global_step = tf.train.get_or_create_global_step()
+    optimizer = tf.train.GradientDescentOptimizer(0.1)
+    update = cifar10.update_variables(
+        optimizer, optimizer.compute_gradients(3 * weight), global_step
+    )
+    (average,) = (v for v in tf.global_variables() if v.op.name == "w/ExponentialMovingAverage")
+    with started_session() as session:
+        assert session.run(average) == 1.0
+        session.run(update)
+        first = 2 / 11 * 1 + 9 / 11 * 0.7
+        assert session.run([weight, average, global_step]) == pytest.approx([0.7, first, 1])
+        session.run(update)
+        second = 3 / 12 * first + 9 / 12 * 0.4
+        assert session.run([weight, average, global_step]) == pytest.approx([0.4, second, 2])
+
+
+def test_averages_are_never_taken_before_the_update_they_belong_to():
+    # With rate 1 and a large variable, an average that ran beside the update would show.
+    weight = tf.get_variable("w", initializer=tf.zeros([300000]))
+    global_step = tf.train.get_or_create_global_step()
+    optimizer = tf.train.GradientDescentOptimizer(1.0)
+    gradients = [(-tf.ones([300000]), weight)]
+    update = cifar10.update_variables(optimizer, gradients, global_step)
+    (average,) = (v for v in tf.global_variables() if v.op.name == "w/ExponentialMovingAverage")
+    expected = 0.0
+    with started_session() as session:
+        for step in range(1, 40):
+            session.run(update)
+            decay = (1 + step) / (10 + step)
+            expected = decay * expected + (1 - decay) * step
+            found = session.run(average)
+            np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def build_training(batch_size):
+    images = tf.random.stateless_normal([batch_size, 24, 24, 3], seed=[1, 2])
+    global_step = tf.train.get_or_create_global_step()
+    total_loss = cifar10.loss(cifar10.inference(images), tf.range(batch_size) % 10)
+    return cifar10.train(total_loss, global_step), total_loss, global_step
+
+
+def test_a_training_step_moves_every_variable_by_the_rate_times_its_gradient():
+    train_op, total_loss, global_step = build_training(4)
+    variables = tf.trainable_variables()
+    gradients = tf.gradients(total_loss, variables)
+    with started_session() as session:
+        before, steps = session.run([variables, gradients])
+        session.run(train_op)
+        after = session.run(variables)
+        assert session.run(global_step) == 1
+    for start, gradient, end in zip(before, steps, after, strict=True):
+        assert np.abs(gradient).max() > 0
+        np.testing.assert_allclose(end, start - 0.1 * gradient, atol=1e-6)
+
+
+def test_the_loss_of_a_batch_falls_when_the_model_trains_on_it():
+    train_op, total_loss, _ = build_training(4)
+    with started_session() as session:
+        first = session.run(total_loss)
+        for _ in range(30):
+            session.run(train_op)
+        assert session.run(total_loss) < first - 1
+
+
+def test_a_checkpoint_has_the_variables_that_the_tutorials_evaluation_restores():
+    build_training(4)
+    names = {variable.op.name for variable in tf.global_variables()}
+    learned = {variable.op.name for variable in tf.trainable_variables()}
+    assert len(learned) == 10
+    assert names >= learned | {f"{name}/ExponentialMovingAverage" for name in learned}
+    assert "global_step" in names
+
+
+def test_the_moving_average_of_a_loss_follows_the_losses():
+    loss = tf.placeholder(tf.float32, [], name="cross_entropy")
+    average_op = cifar10.average_losses([[loss]])
+    summaries = tf.summary.merge_all()
+    with started_session() as session:
+        biased, weight = 0.0, 0.0
+        for value in (5.0, 1.0, 3.0):
+            session.run(average_op, {loss: value})
+            # Decay 0.9, corrected for the start from nothing.
+            biased, weight = 0.9 * biased + 0.1 * value, 0.9 * weight + 0.1
+            summary = tf.Summary.FromString(session.run(summaries, {loss: value}))
+            found = {entry.tag: entry.simple_value for entry in summary.value}
+            assert found == pytest.approx(
+                {"cross_entropy": biased / weight, "cross_entropy_raw": value}, rel=1e-5
+            )
+
+
+def summary_tags():
+    with started_session() as session:
+        summary = tf.Summary.FromString(session.run(tf.summary.merge_all()))
+    return sorted(value.tag for value in summary.value)
+
+
+def test_summaries_show_layers_losses_variables_gradients_and_the_rate():
+    build_training(4)
+    layers = [layer[0] for layer in numpy_model.LAYERS]
+    losses = ["cross_entropy", "total_loss", "weight_decay/local3", "weight_decay/local4"]
+    expected = ["learning_rate", *losses, *(f"{loss}_raw" for loss in losses)]
+    for layer in layers:
+        expected += [f"activations/{layer}", f"sparsity/{layer}"]
+        for kind in ("weights", "biases"):
+            expected += [f"{kind}/{layer}", f"gradients/{layer}/{kind}"]
+    assert summary_tags() == sorted(expected)
+
+
+def test_the_functions_without_arguments_read_the_flags(tmp_path, capsys):
+    write_data_set(tmp_path / cifar10_data.EXTRACTED_FOLDER)
+    cifar10.FLAGS.data_dir = str(tmp_path)
+    cifar10.FLAGS.batch_size = 6
+    cifar10.FLAGS.min_fraction_of_examples_in_queue = 0.002
+    images, labels = cifar10.distorted_inputs()
+    assert (images.shape, labels.shape) == ([6, 24, 24, 3], [6])
+    assert "Filling queue with 100 CIFAR images" in capsys.readouterr().out
+    images, labels = cifar10.inputs(eval_data=True)
+    assert (images.shape, labels.shape) == ([6, 24, 24, 3], [6])
+
+
+def test_real_or_synthetic_data_is_as_the_flag_says_and_is_checked(tmp_path):
+    write_data_set(tmp_path / cifar10_data.EXTRACTED_FOLDER)
+    cifar10.FLAGS.data_dir = str(tmp_path)
+    assert cifar10.maybe_download_and_extract() == cifar10.data_folder()
+    assert cifar10.data_folder() == str(tmp_path / "cifar-10-batches-bin")
+    cifar10.FLAGS.synthetic_data = True
+    assert cifar10.maybe_download_and_extract() == cifar10.data_folder()
+    assert cifar10.data_folder() == str(tmp_path / "cifar-10-synthetic-bin")
+    (tmp_path / "cifar-10-synthetic-bin" / "test_batch.bin").write_bytes(b"")
+    with pytest.raises(cifar10_data.DataError, match="is empty"):
+        cifar10.maybe_download_and_extract()

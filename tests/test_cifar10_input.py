@@ -1,0 +1,274 @@
+"""Bytes in, exact pixels out; and what the random distortions may and may not do."""
+
+import collections
+import os
+
+import numpy as np
+import pytest
+from conftest import (
+    all_batches,
+    make_records,
+    pixels,
+    running_queues,
+    standardized_centers,
+    write_data_set,
+)
+
+import cifar10_input
+from cifar10_runtime import tf
+
+pytestmark = pytest.mark.usefixtures("graph")
+
+
+def evaluate(build, images, repeat=1):
+    """Returns what `build` makes of a batch of images; a list of `repeat` drawings if over 1."""
+    placeholder = tf.placeholder(images.dtype, [None, *images.shape[1:]])
+    result = build(placeholder)
+    with tf.Session() as session:
+        results = [session.run(result, {placeholder: images}) for _ in range(repeat)]
+    return results if repeat > 1 else results[0]
+
+
+def assert_uniform(values, low, high):
+    """Checks the Kolmogorov-Smirnov distance; by chance 1 in a million drawings exceeds it."""
+    values = np.sort(values)
+    assert values[0] >= low
+    assert values[-1] <= high
+    expected = (values - low) / (high - low)
+    distance = np.abs(expected - (np.arange(values.size) + 0.5) / values.size).max()
+    assert distance < 2.7 / np.sqrt(values.size)
+
+
+def test_the_constants_are_the_tutorials():
+    assert cifar10_input.IMAGE_SIZE == 24
+    assert cifar10_input.NUM_CLASSES == 10
+    assert cifar10_input.NUM_EXAMPLES_PER_EPOCH_FOR_TRAIN == 50000
+    assert cifar10_input.NUM_EXAMPLES_PER_EPOCH_FOR_EVAL == 10000
+
+
+def test_a_record_of_known_bytes_becomes_the_image_it_describes(tmp_path):
+    # The pixel in row y and column x has the value 7 * y + 3 * x + 50 * channel, modulo 256.
+    record = [6]
+    for channel in range(3):
+        record += [(7 * y + 3 * x + 50 * channel) % 256 for y in range(32) for x in range(32)]
+    path = tmp_path / "records.bin"
+    path.write_bytes(make_records(1).tobytes() + bytes(record))
+
+    result = cifar10_input.read_cifar10(tf.train.string_input_producer([str(path)], num_epochs=1))
+    assert (result.height, result.width, result.depth) == (32, 32, 3)
+    assert (result.label.dtype, result.label.shape) == (tf.int32, [1])
+    assert (result.uint8image.dtype, result.uint8image.shape) == (tf.uint8, [32, 32, 3])
+    assert (result.key.dtype, result.key.shape) == (tf.string, [])
+    with running_queues() as session:
+        batches = all_batches(session, [result.key, result.label, result.uint8image])
+    assert len(batches) == 2
+    key, label, image = batches[1]
+    assert key.decode() == f"{path}:1"
+    assert label.tolist() == [6]
+    y, x, channel = np.meshgrid(range(32), range(32), range(3), indexing="ij")
+    np.testing.assert_array_equal(image, (7 * y + 3 * x + 50 * channel) % 256)
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 128])
+def test_evaluation_gives_each_record_once_in_the_order_of_the_file(tmp_path, batch_size):
+    _, test = write_data_set(tmp_path, test_count=131)
+    images, labels = cifar10_input.inputs(True, str(tmp_path), batch_size, num_epochs=1)
+    with running_queues() as session:
+        batches = all_batches(session, [images, labels])
+    assert [len(batch_labels) for _, batch_labels in batches] == (
+        [batch_size] * (131 // batch_size) + [131 % batch_size] * (131 % batch_size > 0)
+    )
+    images, labels = (np.concatenate(parts) for parts in zip(*batches, strict=True))
+    np.testing.assert_array_equal(labels, test[:, 0])
+    np.testing.assert_allclose(images, standardized_centers(test), atol=1e-4)
+
+
+def test_evaluation_on_the_training_files_reads_all_five_in_order(tmp_path):
+    train, _ = write_data_set(tmp_path)
+    images, _ = cifar10_input.inputs(False, str(tmp_path), 4, num_epochs=1)
+    with running_queues() as session:
+        images = np.concatenate(all_batches(session, images))
+    np.testing.assert_allclose(images, standardized_centers(train), atol=1e-4)
+
+
+def test_evaluation_input_runs_for_ever_by_default_in_full_batches(tmp_path):
+    _, test = write_data_set(tmp_path, test_count=5)
+    images, labels = cifar10_input.inputs(True, str(tmp_path), 4)
+    assert (images.dtype, images.shape) == (tf.float32, [4, 24, 24, 3])
+    assert (labels.dtype, labels.shape) == (tf.int32, [4])
+    with running_queues() as session:
+        found = np.concatenate([session.run(labels) for _ in range(10)])
+    np.testing.assert_array_equal(found, np.tile(test[:, 0], 8))
+
+
+def test_training_input_runs_for_ever_on_the_training_files_in_another_order(tmp_path):
+    train, _ = write_data_set(tmp_path)
+    train[:, 0] = 7
+    train.tofile(tmp_path / "data_batch_1.bin")
+    images, labels = cifar10_input.distorted_inputs(str(tmp_path), 8, 0.002)
+    assert (images.dtype, images.shape) == (tf.float32, [8, 24, 24, 3])
+    assert (labels.dtype, labels.shape) == (tf.int32, [8])
+    with running_queues() as session:
+        batches = [session.run([images, labels]) for _ in range(40)]
+    images, labels = (np.concatenate(parts) for parts in zip(*batches, strict=True))
+    np.testing.assert_allclose(images.mean(axis=(1, 2, 3)), 0, atol=1e-4)
+    np.testing.assert_allclose(images.std(axis=(1, 2, 3)), 1, atol=1e-3)
+    # 320 images from 47 records: none comes out twice the same, and no class in runs of its file.
+    assert len(np.unique(images.reshape(320, -1), axis=0)) == 320
+    assert 0.2 < (labels == 7).mean() < 0.9
+    assert np.count_nonzero(np.diff(labels == 7)) > 50
+
+
+def test_training_images_keep_their_labels(tmp_path):
+    # Records of label n are darker on the left where n is even and on top where n is odd: no
+    # distortion but the mirror changes that, and it leaves a vertical gradient vertical.
+    records = make_records(40)
+    ramp = np.arange(32) * 7
+    for record in records:
+        image = np.broadcast_to(ramp if record[0] % 2 == 0 else ramp[:, np.newaxis], [3, 32, 32])
+        record[1:] = image.reshape(-1)
+    for number in range(1, 6):
+        records.tofile(tmp_path / f"data_batch_{number}.bin")
+    images, labels = cifar10_input.distorted_inputs(str(tmp_path), 100, 0.01)
+    with running_queues() as session:
+        images, labels = session.run([images, labels])
+    across = np.abs(images[:, :, 0] - images[:, :, -1]).mean(axis=(1, 2))
+    down = np.abs(images[:, 0] - images[:, -1]).mean(axis=(1, 2))
+    np.testing.assert_array_equal(across > down, labels % 2 == 0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "minimum"), [((), 20000), ((0.02,), 1000), ((1.0,), 50000), ((0.0,), 0)]
+)
+def test_the_training_queue_keeps_its_fraction_of_an_epoch(tmp_path, capsys, arguments, minimum):
+    write_data_set(tmp_path)
+    cifar10_input.distorted_inputs(str(tmp_path), 128, *arguments)
+    (queue,) = [
+        operation
+        for operation in tf.get_default_graph().get_operations()
+        if operation.type == "RandomShuffleQueueV2"
+        and operation.get_attr("component_types") == [tf.float32, tf.int32]
+    ]
+    assert queue.get_attr("min_after_dequeue") == minimum
+    assert queue.get_attr("capacity") >= minimum + 128
+    assert capsys.readouterr().out == (
+        f"Filling queue with {minimum} CIFAR images before starting to train. "
+        "This will take a few minutes.\n"
+    )
+
+
+def test_sixteen_threads_fill_the_training_queue(tmp_path):
+    write_data_set(tmp_path)
+    cifar10_input.distorted_inputs(str(tmp_path), 128)
+    runners = tf.get_collection(tf.GraphKeys.QUEUE_RUNNERS)
+    assert sorted(len(runner.enqueue_ops) for runner in runners) == [1, 16]
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_every_input_operation_is_on_the_cpu(tmp_path, training):
+    write_data_set(tmp_path)
+    with tf.device("/device:GPU:0"):
+        if training:
+            cifar10_input.distorted_inputs(str(tmp_path), 8)
+        else:
+            cifar10_input.inputs(True, str(tmp_path), 8, num_epochs=1)
+    operations = tf.get_default_graph().get_operations()
+    assert {operation.device for operation in operations} == {"/device:CPU:0"}
+
+
+def test_a_missing_file_is_an_error_when_the_input_is_built(tmp_path):
+    write_data_set(tmp_path)
+    os.remove(tmp_path / "data_batch_5.bin")
+    os.remove(tmp_path / "test_batch.bin")
+    with pytest.raises(ValueError, match="Failed to find file: .*data_batch_5.bin"):
+        cifar10_input.distorted_inputs(str(tmp_path), 8)
+    with pytest.raises(ValueError, match="Failed to find file: .*test_batch.bin"):
+        cifar10_input.inputs(True, str(tmp_path), 8)
+
+
+def test_an_image_summary_shows_the_batch(tmp_path):
+    write_data_set(tmp_path)
+    cifar10_input.inputs(True, str(tmp_path), 8)
+    with running_queues() as session:
+        summary = tf.Summary.FromString(session.run(tf.summary.merge_all()))
+    images = {value.tag: value.image for value in summary.value if value.HasField("image")}
+    assert set(images) == {"input/image/0", "input/image/1", "input/image/2"}
+    assert {(image.height, image.width) for image in images.values()} == {(24, 24)}
+
+
+def draw_crops_and_flips(count):
+    """Draws for `count` copies of an image whose pixels say where they are; top, left, flipped."""
+    y, x = np.meshgrid(range(32), range(32), indexing="ij")
+    image = np.stack([y, x, 0 * x], axis=-1).astype(np.uint8)
+    crops = evaluate(cifar10_input._random_crop_and_flip, np.tile(image, [count, 1, 1, 1]))
+    assert crops.shape == (count, 24, 24, 3)
+    rows, columns = crops[..., 0].astype(int), crops[..., 1].astype(int)
+    top, left = rows.min(axis=(1, 2)), columns.min(axis=(1, 2))
+    flipped = columns[:, 0, 0] > columns[:, 0, -1]
+    # Each crop is a whole square of the image, mirrored or not, and nothing else.
+    steps = np.arange(24)
+    expected_columns = left[:, np.newaxis] + np.where(flipped[:, np.newaxis], 23 - steps, steps)
+    np.testing.assert_array_equal(
+        rows, np.broadcast_to((top[:, np.newaxis] + steps)[:, :, np.newaxis], rows.shape)
+    )
+    np.testing.assert_array_equal(
+        columns, np.broadcast_to(expected_columns[:, np.newaxis, :], columns.shape)
+    )
+    return top, left, flipped
+
+
+def test_each_crop_and_flip_is_equally_likely_and_drawn_for_each_image():
+    count = 16200
+    drawn = collections.Counter(zip(*draw_crops_and_flips(count), strict=True))
+    assert set(drawn) == {(t, l, f) for t in range(9) for l in range(9) for f in (False, True)}  # noqa: E741
+    # Chi-squared over 162 cells: mean 161, standard deviation sqrt(2 * 161) = 18.
+    expected = count / 162
+    chi_squared = sum((found - expected) ** 2 / expected for found in drawn.values())
+    assert chi_squared < 161 + 6 * 18
+
+
+def test_neighbours_in_a_block_are_cropped_and_flipped_independently():
+    for values in draw_crops_and_flips(10000):
+        correlation = np.corrcoef(values[:-1], values[1:])[0, 1]
+        assert abs(correlation) < 0.06  # 6 standard deviations of 1 / sqrt(10000)
+
+
+def test_brightness_adds_one_uniform_value_within_63_to_each_image():
+    images = np.random.default_rng(0).uniform(0, 255, [4000, 3, 4, 3]).astype(np.float32)
+    deltas = evaluate(cifar10_input._random_brightness, images) - images
+    assert np.ptp(deltas, axis=(1, 2, 3)).max() < 1e-4
+    assert_uniform(deltas[:, 0, 0, 0], -63 - 1e-4, 63 + 1e-4)
+
+
+def test_contrast_scales_each_image_by_one_uniform_factor_around_its_channels_means():
+    images = np.random.default_rng(0).uniform(0, 255, [4000, 3, 4, 3]).astype(np.float32)
+    results = evaluate(cifar10_input._random_contrast, images)
+    means = images.mean(axis=(1, 2), keepdims=True)
+    factors = (results - means)[:, 0, 0, 0] / (images - means)[:, 0, 0, 0]
+    reliable = np.abs((images - means)[:, 0, 0, 0]) > 10  # small distances round off
+    assert_uniform(factors[reliable], 0.2 - 1e-4, 1.8 + 1e-4)
+    # The formula is the stock op's, which takes one factor a call.
+    chosen = np.flatnonzero(reliable)[:5]
+    stock = [tf.image.adjust_contrast(images[i], np.float64(factors[i])) for i in chosen]
+    with tf.Session() as session:
+        np.testing.assert_allclose(results[chosen], session.run(stock), atol=0.01)
+
+
+@pytest.mark.parametrize("name", ["_random_brightness", "_random_contrast"])
+def test_every_run_draws_anew(name):
+    images = np.random.default_rng(0).uniform(0, 255, [2, 3, 4, 3]).astype(np.float32)
+    first, second = evaluate(getattr(cifar10_input, name), images, repeat=2)
+    assert (np.abs(first - second).max(axis=(1, 2, 3)) > 1e-3).all()
+
+
+def test_an_image_of_one_colour_is_standardized_to_zeros():
+    images = np.full([1, 32, 32, 3], 200, np.uint8)
+    np.testing.assert_array_equal(evaluate(cifar10_input._crop, images), np.zeros([1, 24, 24, 3]))
+    np.testing.assert_allclose(evaluate(cifar10_input._distort, images), 0, atol=1e-2)
+
+
+def test_the_central_crop_leaves_out_four_pixels_on_each_side():
+    records = make_records(3)
+    np.testing.assert_allclose(
+        evaluate(cifar10_input._crop, pixels(records)), standardized_centers(records), atol=1e-4
+    )
