@@ -15,7 +15,7 @@ from absl import flags
 
 import cifar10
 import cifar10_data
-from cifar10_runtime import UserError, quiet_cancellation, run, session_config, tf
+from cifar10_runtime import UserError, quiet_cancellation, reason_of, run, session_config, tf
 
 FLAGS = flags.FLAGS
 flags.adopt_module_key_flags(cifar10)
@@ -88,8 +88,7 @@ def _restore(session, saver, checkpoint):
         return tf.train.load_checkpoint(checkpoint).get_tensor(tf.GraphKeys.GLOBAL_STEP)
     # ValueError is the Saver's own check that the files exist.
     except (tf.errors.OpError, ValueError) as error:
-        reason = getattr(error, "message", str(error)).splitlines()[0]
-        raise CheckpointError(f"{checkpoint} cannot be restored: {reason}") from error
+        raise CheckpointError(f"{checkpoint} cannot be restored: {reason_of(error)}") from error
 
 
 def eval_once(saver, summary_writer, top_k_op, summary_op, checkpoint=None, num_examples=None):

@@ -6,6 +6,7 @@ The other modules write `from cifar10_runtime import tf`; that `tf` is `tensorfl
 import contextlib
 import logging
 import os
+import re
 import sys
 import tempfile
 
@@ -103,6 +104,12 @@ tf.disable_eager_execution()
 # Flags hold their defaults until a script parses its command line; without this, reading one
 # (from a notebook, a test) would be an error, or parse a command line that is not ours.
 FLAGS.mark_as_parsed()
+
+
+def reason_of(error):
+    """Returns the line of an exception's text that says why; TensorFlow's have dozens of others."""
+    match = re.search(r"^Node: .*\n(.+)", str(error), re.MULTILINE)
+    return match[1] if match else str(error).splitlines()[0]
 
 
 def run(main):

@@ -7,7 +7,7 @@ import time
 
 from absl import flags
 
-from cifar10_runtime import UserError, quiet_cancellation, tf
+from cifar10_runtime import UserError, quiet_cancellation, reason_of, tf
 
 flags.DEFINE_string(
     "train_dir",
@@ -90,7 +90,7 @@ def steps_remain(train_dir, max_steps):
             return True
         step = tf.train.load_checkpoint(newest).get_tensor(tf.GraphKeys.GLOBAL_STEP)
     except tf.errors.OpError as error:
-        raise UserError(f"cannot use --train_dir={train_dir}: {error.message}") from error
+        raise UserError(f"cannot use --train_dir={train_dir}: {reason_of(error)}") from error
     if step < max_steps:
         return True
     print(

@@ -1,0 +1,250 @@
+"""Evaluation against a recount in NumPy, and how it deals with checkpoints."""
+
+import pathlib
+import threading
+import time
+import types
+
+import numpy as np
+import numpy_model
+import pytest
+from conftest import standardized_centers, write_data_set
+
+import cifar10
+import cifar10_data
+import cifar10_eval
+from cifar10_runtime import UserError, tf
+
+FLAGS = cifar10_eval.FLAGS
+RAW, AVERAGED = 11, 12  # seeds of the variables and of their moving averages
+
+
+def save_checkpoint(checkpoint_dir, step):
+    """Saves a checkpoint with different values in the variables and in their averages."""
+    checkpoint_dir = pathlib.Path(checkpoint_dir)
+    checkpoint_dir.mkdir(exist_ok=True)
+    with tf.Graph().as_default(), tf.Session() as session:
+        tf.get_variable("global_step", initializer=np.int64(step))
+        raw = numpy_model.random_variables(RAW)
+        averaged = numpy_model.random_variables(AVERAGED)
+        for name in raw:
+            tf.get_variable(name, initializer=raw[name])
+            tf.get_variable(f"{name}/ExponentialMovingAverage", initializer=averaged[name])
+        session.run(tf.global_variables_initializer())
+        return tf.train.Saver().save(session, str(checkpoint_dir / "model.ckpt"), step)
+
+
+def correct_predictions(records, seed):
+    """Returns for each record whether NumPy's model predicts its label."""
+    logits = numpy_model.inference(
+        standardized_centers(records), numpy_model.random_variables(seed)
+    )
+    return logits.argmax(axis=1) == records[:, 0]
+
+
+@pytest.fixture
+def records(tmp_path):
+    """A small data set and folders that the flags name; returns its training and test records."""
+    FLAGS.data_dir = str(tmp_path)
+    FLAGS.checkpoint_dir = str(tmp_path / "train")
+    FLAGS.eval_dir = str(tmp_path / "eval")
+    FLAGS.run_once = True
+    return write_data_set(
+        tmp_path / cifar10_data.EXTRACTED_FOLDER, train_counts=(20, 1, 30, 8, 5), test_count=131
+    )
+
+
+def printed_precision(capsys):
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 1
+    now, value = lines[0].split(": precision @ 1 = ")
+    assert len(now) == len("2015-11-06 08:30:44.391206")
+    return value
+
+
+def recorded(eval_dir):
+    """Returns the (step, precision) pairs in the event files of a folder, and all tags."""
+    pairs, tags = [], set()
+    for path in sorted(pathlib.Path(eval_dir).glob("events.out.tfevents.*")):
+        for event in tf.train.summary_iterator(str(path)):
+            for value in event.summary.value:
+                tags.add(value.tag)
+                if value.tag == "precision @ 1":
+                    pairs.append((event.step, value.simple_value))
+    return pairs, tags
+
+
+def test_flags_have_the_tutorials_defaults():
+    assert FLAGS.eval_dir == "/tmp/cifar10_eval"
+    assert FLAGS.eval_data == "test"
+    assert FLAGS.checkpoint_dir == "/tmp/cifar10_train"
+    assert FLAGS.eval_interval_secs == 300
+    assert FLAGS.num_examples == 10000
+    assert FLAGS.run_once is False
+    assert FLAGS.use_moving_averages is True
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 128])
+def test_precision_is_that_of_a_recount_in_numpy(records, capsys, batch_size):
+    _, test = records
+    save_checkpoint(FLAGS.checkpoint_dir, 7)
+    FLAGS.batch_size = batch_size
+    cifar10_eval.evaluate()
+    expected = correct_predictions(test, AVERAGED).mean()
+    assert expected > 0
+    assert printed_precision(capsys) == f"{expected:.3f}"
+    pairs, tags = recorded(FLAGS.eval_dir)
+    assert pairs == [(7, pytest.approx(expected, rel=1e-6))]
+    assert "activations/conv1" in tags
+
+
+def test_raw_variables_are_evaluated_on_request(records, capsys):
+    _, test = records
+    save_checkpoint(FLAGS.checkpoint_dir, 7)
+    FLAGS.use_moving_averages = False
+    cifar10_eval.evaluate()
+    expected = correct_predictions(test, RAW).mean()
+    assert expected != correct_predictions(test, AVERAGED).mean()
+    assert printed_precision(capsys) == f"{expected:.3f}"
+
+
+def test_the_training_files_are_evaluated_on_request(records, capsys):
+    train, _ = records
+    save_checkpoint(FLAGS.checkpoint_dir, 7)
+    FLAGS.eval_data = "train_eval"
+    cifar10_eval.evaluate()
+    assert printed_precision(capsys) == f"{correct_predictions(train, AVERAGED).mean():.3f}"
+
+
+def test_num_examples_limits_the_count_to_the_first_images(records, capsys):
+    _, test = records
+    save_checkpoint(FLAGS.checkpoint_dir, 7)
+    FLAGS.batch_size = 8
+    FLAGS.num_examples = 50
+    cifar10_eval.evaluate()
+    output = capsys.readouterr()
+    assert f"= {correct_predictions(test, AVERAGED)[:50].mean():.3f}\n" in output.out
+    assert output.err == ""
+
+
+def test_fewer_images_than_asked_for_are_told(records, capsys):
+    save_checkpoint(FLAGS.checkpoint_dir, 7)
+    cifar10_eval.evaluate()
+    assert "--num_examples=10000, but there are 131" in capsys.readouterr().err
+
+
+def test_without_a_checkpoint_run_once_is_an_error(records):
+    with pytest.raises(UserError, match=f"no checkpoint in {FLAGS.checkpoint_dir}"):
+        cifar10_eval.evaluate()
+
+
+def test_a_damaged_checkpoint_is_an_error_that_names_it(records):
+    path = save_checkpoint(FLAGS.checkpoint_dir, 7)
+    pathlib.Path(f"{path}.data-00000-of-00001").write_bytes(b"")
+    with pytest.raises(
+        cifar10_eval.CheckpointError, match="model.ckpt-7 cannot be restored: Read less bytes"
+    ) as error:
+        cifar10_eval.evaluate()
+    assert "\n" not in str(error.value)
+
+
+def test_a_checkpoint_of_another_model_is_an_error_that_names_what_is_missing(records):
+    with tf.Graph().as_default(), tf.Session() as session:
+        tf.get_variable("global_step", initializer=np.int64(7))
+        session.run(tf.global_variables_initializer())
+        pathlib.Path(FLAGS.checkpoint_dir).mkdir()
+        tf.train.Saver().save(session, f"{FLAGS.checkpoint_dir}/model.ckpt", 7)
+    with pytest.raises(
+        cifar10_eval.CheckpointError,
+        match="cannot be restored: Key .*/ExponentialMovingAverage not found in checkpoint",
+    ):
+        cifar10_eval.evaluate()
+
+
+def test_eval_once_takes_the_tutorials_arguments_and_the_newest_checkpoint(records, capsys):
+    _, test = records
+    save_checkpoint(FLAGS.checkpoint_dir, 3)
+    save_checkpoint(FLAGS.checkpoint_dir, 9)
+    with tf.Graph().as_default():
+        images, labels = cifar10.inputs(eval_data=True, num_epochs=1)
+        top_k_op = tf.nn.in_top_k(cifar10.inference(images), labels, 1)
+        averages = tf.train.ExponentialMovingAverage(cifar10.MOVING_AVERAGE_DECAY)
+        saver = tf.train.Saver(averages.variables_to_restore())
+        with tf.summary.FileWriter(FLAGS.eval_dir) as writer:
+            for _ in range(2):
+                precision = cifar10_eval.eval_once(saver, writer, top_k_op, None)
+                assert precision == correct_predictions(test, AVERAGED).mean()
+    assert [step for step, _ in recorded(FLAGS.eval_dir)[0]] == [9, 9]
+
+
+class Stop(Exception):  # noqa: N818
+    """Ends an evaluation that would go on for ever."""
+
+
+def evaluate_for_ever(monkeypatch, before_wait):
+    """Runs `evaluate` until `before_wait`, called with the number of the wait, raises `Stop`."""
+    waits = iter(range(1000))
+    clock = types.SimpleNamespace(
+        sleep=lambda _: before_wait(next(waits)), monotonic=time.monotonic
+    )
+    monkeypatch.setattr(cifar10_eval, "time", clock)
+    FLAGS.run_once = False
+    with pytest.raises(Stop):
+        cifar10_eval.evaluate()
+
+
+def test_each_new_checkpoint_is_evaluated_once_from_the_first_that_appears(
+    records, capsys, monkeypatch
+):
+    def trainer(wait):
+        if wait in (2, 6, 7):
+            save_checkpoint(FLAGS.checkpoint_dir, wait * 10)
+        if wait == 12:
+            raise Stop
+
+    evaluate_for_ever(monkeypatch, trainer)
+    assert [step for step, _ in recorded(FLAGS.eval_dir)[0]] == [20, 60, 70]
+    assert f"Waiting for a checkpoint in {FLAGS.checkpoint_dir}" in capsys.readouterr().err
+
+
+def test_a_checkpoint_that_is_deleted_meanwhile_is_given_up_for_the_newest(records, monkeypatch):
+    save_checkpoint(FLAGS.checkpoint_dir, 1)
+    eval_once = cifar10_eval.eval_once
+    taken = []
+
+    def eval_once_after_the_trainer_moved_on(*arguments):
+        taken.append(arguments[-1])
+        if len(taken) == 1:
+            for path in pathlib.Path(FLAGS.checkpoint_dir).glob("model.ckpt-1.*"):
+                path.unlink()
+            save_checkpoint(FLAGS.checkpoint_dir, 2)
+        return eval_once(*arguments)
+
+    monkeypatch.setattr(cifar10_eval, "eval_once", eval_once_after_the_trainer_moved_on)
+    cifar10_eval.evaluate()
+    assert [path.rsplit("-")[-1] for path in taken] == ["1", "2"]
+    assert [step for step, _ in recorded(FLAGS.eval_dir)[0]] == [2]
+
+
+def test_a_damaged_checkpoint_does_not_end_the_wait_for_a_better_one(records, monkeypatch, capsys):
+    path = save_checkpoint(FLAGS.checkpoint_dir, 1)
+    pathlib.Path(f"{path}.data-00000-of-00001").write_bytes(b"")
+
+    def trainer(wait):
+        if wait == 3:
+            save_checkpoint(FLAGS.checkpoint_dir, 2)
+        if wait == 8:
+            raise Stop
+
+    evaluate_for_ever(monkeypatch, trainer)
+    assert [step for step, _ in recorded(FLAGS.eval_dir)[0]] == [2]
+
+
+def test_evaluations_leave_no_threads_behind(records, monkeypatch):
+    save_checkpoint(FLAGS.checkpoint_dir, 7)
+    FLAGS.num_examples = 10  # the queue still holds images then
+    FLAGS.batch_size = 2
+    before = threading.active_count()
+    for _ in range(3):
+        cifar10_eval.evaluate()
+    assert threading.active_count() == before

@@ -1,0 +1,87 @@
+"""What reaches stderr and what does not; the session's configuration."""
+
+import os
+
+import pytest
+
+import cifar10_runtime
+from cifar10_runtime import session_config, tf
+
+CANCELLATION = (
+    b"W0000 00:00:1.0 1 local_rendezvous.cc:412] Local rendezvous is aborting with status: "
+    b"CANCELLED: Enqueue operation was cancelled\n\t [[{{node distorted_inputs/enqueue}}]]\n"
+)
+REAL = b"W0000 00:00:1.0 1 gpu_device.cc:1] Cannot dlopen some GPU libraries.\n"
+
+
+def heard(capfd, context, text):
+    with context:
+        os.write(2, text)
+    return capfd.readouterr().err.encode()
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (CANCELLATION + REAL + CANCELLATION, REAL),
+        (REAL, REAL),
+        (b"", b""),
+        (b"a line without an end", b"a line without an end"),
+    ],
+)
+def test_stopping_queue_threads_is_quiet_but_for_real_messages(capfd, text, expected):
+    assert heard(capfd, cifar10_runtime.quiet_cancellation(), text) == expected
+
+
+NO_DRIVER = b"I0000 00:00:1.0 1 cudart_stub.cc:31] Could not find cuda drivers on your machine.\n"
+NO_CUINIT = b"E0000 00:00:1.0 1 cuda_platform.cc:52] failed call to cuInit: INTERNAL\n"
+PREAMBLE = (
+    b"WARNING: All log messages before absl::InitializeLog() is called are written to STDERR\n"
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (PREAMBLE + NO_DRIVER + NO_CUINIT + REAL, REAL),
+        # With a driver, that its initialization fails is an error to be seen.
+        (PREAMBLE + NO_CUINIT, NO_CUINIT),
+    ],
+)
+def test_start_up_is_quiet_but_for_real_messages(capfd, text, expected):
+    context = cifar10_runtime._stderr_without(cifar10_runtime._is_start_up_notice)
+    assert heard(capfd, context, text) == expected
+
+
+def test_an_exception_passes_and_what_was_held_back_comes_out(capfd):
+    def fail():
+        with cifar10_runtime.quiet_cancellation():
+            os.write(2, REAL)
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    assert capfd.readouterr().err.encode() == REAL
+
+
+def test_sessions_take_gpu_memory_as_needed_and_place_softly():
+    config = session_config()
+    assert config.gpu_options.allow_growth
+    assert config.allow_soft_placement
+    assert not config.log_device_placement
+    assert session_config(log_device_placement=True).log_device_placement
+
+
+def test_16_bit_arithmetic_is_a_rewrite_that_is_off_by_default():
+    on = tf.ConfigProto().graph_options.rewrite_options.ON
+
+    def rewrites(config):
+        options = config.graph_options.rewrite_options
+        return options.auto_mixed_precision, options.auto_mixed_precision_onednn_bfloat16
+
+    assert on not in rewrites(session_config())
+    assert on in rewrites(session_config(use_fp16=True))
+
+
+def test_importing_switches_to_graph_mode():
+    assert not tf.executing_eagerly()

@@ -1,0 +1,218 @@
+"""The scripts as their users run them: real processes, real files, all that they print."""
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, make_records, run_script, write_data_set
+
+import cifar10_data
+
+SCRIPTS = ("cifar10_train.py", "cifar10_multi_gpu_train.py", "cifar10_eval.py")
+MODULES = (
+    "cifar10",
+    "cifar10_data",
+    "cifar10_eval",
+    "cifar10_input",
+    "cifar10_multi_gpu_train",
+    "cifar10_runtime",
+    "cifar10_session",
+    "cifar10_train",
+)
+TIME = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d{6}"
+STEP_LINE = re.compile(
+    TIME + r": step (\d+), loss = \d\.\d\d \(\d+\.\d examples/sec; \d+\.\d{3} sec/batch\)"
+)
+
+
+def check_training_output(process, steps, queued=500):
+    first, *lines = process.stdout.splitlines()
+    assert first == (
+        f"Filling queue with {queued} CIFAR images before starting to train. "
+        "This will take a few minutes."
+    )
+    matches = [STEP_LINE.fullmatch(line) for line in lines]
+    assert all(matches), process.stdout
+    assert [int(match[1]) for match in matches] == steps
+
+
+@pytest.mark.slow
+def test_the_scripts_train_resume_and_evaluate_each_others_checkpoints(
+    tmp_path, synthetic_data_dir
+):
+    train_dir, eval_dir = tmp_path / "train", tmp_path / "eval"
+    train_dir.mkdir()
+    (train_dir / "notes.txt").write_text("mine")
+    data = ("--synthetic_data", f"--data_dir={synthetic_data_dir}", "--batch_size=16")
+    training = (
+        *data,
+        f"--train_dir={train_dir}",
+        "--min_fraction_of_examples_in_queue=0.01",
+        "--log_frequency=5",
+    )
+    evaluation = (
+        *data,
+        f"--checkpoint_dir={train_dir}",
+        f"--eval_dir={eval_dir}",
+        "--run_once",
+        "--num_examples=500",
+    )
+
+    train = run_script("cifar10_train.py", *training, "--max_steps=11")
+    check_training_output(train, [0, 5, 10])
+    assert train.stderr == ""
+    assert 4.6 < float(re.search(r"step 0, loss = (\S+)", train.stdout)[1]) < 4.75
+
+    towers = run_script("cifar10_multi_gpu_train.py", *training, "--max_steps=21", "--num_gpus=2")
+    check_training_output(towers, [11, 15, 20])
+    assert towers.stderr.splitlines() == [
+        "WARNING:tensorflow:--num_gpus=2, but TensorFlow sees 0: the towers share what there is, "
+        "which is the CPU."
+    ]
+
+    resume = run_script("cifar10_train.py", *training, "--max_steps=31")
+    check_training_output(resume, [21, 25, 30])
+    finished = run_script("cifar10_train.py", *training, "--max_steps=31")
+    assert finished.stdout == ""
+    assert "nothing to do" in finished.stderr
+
+    for choice in ("--use_moving_averages", "--nouse_moving_averages", "--eval_data=train_eval"):
+        evaluate = run_script("cifar10_eval.py", *evaluation, choice)
+        assert re.fullmatch(TIME + r": precision @ 1 = \d\.\d{3}\n", evaluate.stdout)
+        assert evaluate.stderr == ""
+
+    names = os.listdir(train_dir)
+    assert (train_dir / "notes.txt").read_text() == "mine"
+    assert {f"model.ckpt-{step}.index" for step in (0, 11, 21, 31)} <= set(names)
+    assert {name.split(".")[0] for name in os.listdir(eval_dir)} == {"events"}
+
+
+@pytest.mark.slow
+def test_the_model_learns_the_synthetic_classes(tmp_path, synthetic_data_dir):
+    data = ("--synthetic_data", f"--data_dir={synthetic_data_dir}")
+    run_script("cifar10_train.py", *data, f"--train_dir={tmp_path}", "--max_steps=400")
+    evaluate = run_script(
+        "cifar10_eval.py",
+        *data,
+        "--run_once",
+        f"--checkpoint_dir={tmp_path}",
+        f"--eval_dir={tmp_path / 'eval'}",
+    )
+    assert 0.9 < float(evaluate.stdout.split("=")[1]) < 1.0
+
+
+def check_error(process, *patterns):
+    assert process.returncode == 1
+    assert process.stdout == ""
+    for pattern in patterns:
+        assert re.search(pattern, process.stderr), process.stderr
+    assert "Traceback" not in process.stderr
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_bad_records_end_every_script_with_one_line(tmp_path, script):
+    folder = tmp_path / cifar10_data.EXTRACTED_FOLDER
+    write_data_set(folder)
+    records = make_records(4)
+    records[2, 0] = 10
+    records.tofile(folder / "data_batch_2.bin")
+    process = run_script(
+        script,
+        f"--data_dir={tmp_path}",
+        f"--{'eval_dir' if script == 'cifar10_eval.py' else 'train_dir'}={tmp_path / 'out'}",
+        check=False,
+    )
+    check_error(process, rf"^{script}: error: .*data_batch_2\.bin: record 2 has label 10.*replace")
+    assert len(process.stderr.splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_download_that_fails_offers_the_ways_on_and_chooses_none(tmp_path):
+    process = run_script(
+        "cifar10_train.py",
+        f"--data_dir={tmp_path / 'data'}",
+        f"--train_dir={tmp_path / 'train'}",
+        f"--data_url={tmp_path / 'nothing.tar.gz'}",
+        check=False,
+    )
+    check_error(process, "cannot download .*start again .*--data_url.*--synthetic_data")
+    assert os.listdir(tmp_path / "data") == []
+    assert not (tmp_path / "train").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "pattern"),
+    [
+        (["cifar10_train.py", "--unknown=1"], "Unknown command line flag 'unknown'"),
+        (["cifar10_train.py", "--batch_size=0"], "--batch_size=0"),
+        (["cifar10_multi_gpu_train.py", "--num_gpus=none"], "--num_gpus=none"),
+        (["cifar10_eval.py", "--eval_data=validation"], "<test|train_eval>"),
+        (["cifar10_eval.py", "--run_once", "false"], "not a flag: 'false'"),
+    ],
+)
+def test_a_mistake_on_the_command_line_ends_with_a_usage_message(arguments, pattern):
+    process = run_script(*arguments, check=False)
+    check_error(process, pattern.replace("|", r"\|"), "flags")
+
+
+@pytest.mark.parametrize(
+    ("run_once", "ends"),
+    [("--run_once", True), ("--run_once=true", True), ("--run_once=false", False)],
+)
+def test_without_a_checkpoint_evaluation_fails_once_or_waits(
+    tmp_path, synthetic_data_dir, run_once, ends
+):
+    arguments = (
+        "cifar10_eval.py",
+        run_once,
+        "--synthetic_data",
+        f"--data_dir={synthetic_data_dir}",
+        f"--checkpoint_dir={tmp_path / 'none'}",
+        f"--eval_dir={tmp_path / 'eval'}",
+    )
+    if ends:
+        process = run_script(*arguments, check=False)
+        check_error(process, "error: there is no checkpoint in .*none; train first")
+        return
+    with subprocess.Popen(
+        [sys.executable, *arguments], cwd=ROOT, stderr=subprocess.PIPE, text=True
+    ) as process:
+        lines = iter(process.stderr.readline, "")
+        assert any(line.startswith("Waiting for a checkpoint in ") for line in lines)
+        assert process.poll() is None
+        process.send_signal(2)
+        assert process.wait(timeout=30) == 130
+        assert process.stderr.read() == ""
+
+
+def test_a_train_dir_that_cannot_be_used_is_told_in_one_line(tmp_path, synthetic_data_dir):
+    (tmp_path / "file").write_text("in the way")
+    data = ("--synthetic_data", f"--data_dir={synthetic_data_dir}")
+    process = run_script("cifar10_train.py", *data, f"--train_dir={tmp_path / 'file'}", check=False)
+    check_error(process, "error: cannot use --train_dir=.*file")
+    assert len(process.stderr.splitlines()) == 1
+
+
+def test_all_modules_import_in_any_order_without_reading_the_command_line():
+    code = """
+import importlib, sys
+sys.argv = ["notebook", "--batch_size=3", "--unknown", "argument"]
+for name in sys.stdin.read().split():
+    importlib.import_module(name)
+import cifar10, cifar10_eval
+assert cifar10.FLAGS.batch_size == 128
+assert cifar10_eval.FLAGS.checkpoint_dir == "/tmp/cifar10_train"
+assert cifar10.inference(cifar10.tf.zeros([1, 24, 24, 3])).shape == [1, 10]
+"""
+    for order in (MODULES, MODULES[::-1], (*MODULES[3:], *MODULES[:3])):
+        process = subprocess.run(
+            [sys.executable, "-c", code],
+            input=" ".join(order),
+            cwd=ROOT,
+            text=True,
+            capture_output=True,
+            check=False,
+        )
+        assert (process.returncode, process.stdout, process.stderr) == (0, "", "")
