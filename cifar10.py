@@ -157,9 +157,10 @@ def _summarize_activation(activation, layer):
     # A model that is built again over the same variables, as a later tower is, would only repeat
     # the summaries of the first.
     if not tf.get_variable_scope().reuse:
+        sparsity = tf.nn.zero_fraction(activation)
         with tf.name_scope(None):
             tf.summary.histogram(f"activations/{layer}", activation)
-            tf.summary.scalar(f"sparsity/{layer}", tf.nn.zero_fraction(activation))
+            tf.summary.scalar(f"sparsity/{layer}", sparsity)
     return activation
 
 
