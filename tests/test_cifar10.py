@@ -90,6 +90,28 @@ def test_inference_agrees_with_numpy_for_any_batch_size_known_or_not(batch_size)
     np.testing.assert_allclose(result, numpy_model.inference(batch, values), atol=2e-4)
 
 
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 30.0, 1e4, 1e8])
+@pytest.mark.parametrize("shape", [[128, 12, 12, 64], [3, 5, 7, 64], [1, 1, 1, 64], [2, 3, 3, 10]])
+def test_normalization_and_its_gradient_are_the_stock_ops(shape, scale):
+    generator = np.random.default_rng(7)
+    images = tf.constant(generator.normal(0, scale, shape).astype(np.float32))
+    upstream = tf.constant(generator.normal(0, 1, shape).astype(np.float32))
+    own = cifar10.local_response_normalization(images, "norm1")
+    stock = tf.nn.lrn(images, 4, bias=1.0, alpha=0.001 / 9.0, beta=0.75)
+    assert own.op.name == "norm1"
+    gradients = [tf.gradients(result, images, upstream)[0] for result in (own, stock)]
+    with tf.Session() as session:
+        (own, stock), gradients = session.run([(own, stock), gradients])
+    for found, expected in ((own, stock), gradients):
+        np.testing.assert_allclose(found, expected, rtol=0, atol=2e-6 * np.abs(expected).max())
+
+
+def test_normalization_accepts_a_batch_of_unknown_size():
+    images = tf.placeholder(tf.float32, [None, 4, 4, 64])
+    result = cifar10.local_response_normalization(images, "norm1")
+    assert result.shape.as_list() == [None, 4, 4, 64]
+
+
 def test_operations_have_the_tutorials_names():
     cifar10.inference(tf.zeros([2, 24, 24, 3]))
     names = {operation.name for operation in tf.get_default_graph().get_operations()}
@@ -226,7 +248,7 @@ def test_the_loss_of_a_batch_falls_when_the_model_trains_on_it():
     train_op, total_loss, _ = build_training(4)
     with started_session() as session:
         first = session.run(total_loss)
-        for _ in range(30):
+        for _ in range(100):
             session.run(train_op)
         assert session.run(total_loss) < first - 1
 
