@@ -157,10 +157,7 @@ def test_a_mistake_on_the_command_line_ends_with_a_usage_message(arguments, patt
     check_error(process, pattern.replace("|", r"\|"), "flags")
 
 
-@pytest.mark.parametrize(
-    ("run_once", "ends"),
-    [("--run_once", True), ("--run_once=true", True), ("--run_once=false", False)],
-)
+@pytest.mark.parametrize(("run_once", "ends"), [("--run_once", True), ("--run_once=false", False)])
 def test_without_a_checkpoint_evaluation_fails_once_or_waits(
     tmp_path, synthetic_data_dir, run_once, ends
 ):
@@ -206,7 +203,7 @@ assert cifar10.FLAGS.batch_size == 128
 assert cifar10_eval.FLAGS.checkpoint_dir == "/tmp/cifar10_train"
 assert cifar10.inference(cifar10.tf.zeros([1, 24, 24, 3])).shape == [1, 10]
 """
-    for order in (MODULES, MODULES[::-1], (*MODULES[3:], *MODULES[:3])):
+    for order in (MODULES, MODULES[::-1]):
         process = subprocess.run(
             [sys.executable, "-c", code],
             input=" ".join(order),
