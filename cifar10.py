@@ -24,6 +24,7 @@ flags.DEFINE_integer(
     "batch_size", 128, "Images per batch (in training: per tower and step).", lower_bound=1
 )
 flags.DEFINE_string("data_dir", "/tmp/cifar10_data", "Folder that holds the data sets.")
+flags.register_validator("data_dir", bool, "it must name a folder")
 flags.DEFINE_string(
     "data_url",
     cifar10_data.DATA_URL,
@@ -43,6 +44,7 @@ flags.DEFINE_float(
     lower_bound=0.0,
     upper_bound=1.0,
 )
+flags.register_validator("min_fraction_of_examples_in_queue", math.isfinite, "it must be a number")
 flags.DEFINE_boolean(
     "use_fp16",
     False,
@@ -86,7 +88,7 @@ def maybe_download_and_extract():
     return folder
 
 
-def data_folder():
+def find_data_folder():
     """Returns the path of the folder with the record files that the flags ask for."""
     name = cifar10_data.SYNTHETIC_FOLDER if FLAGS.synthetic_data else cifar10_data.EXTRACTED_FOLDER
     return f"{FLAGS.data_dir}/{name}"
@@ -102,7 +104,7 @@ def distorted_inputs(batch_size=None):
       images, float32 [batch_size, 24, 24, 3], and labels, int32 [batch_size].
     """
     return cifar10_input.distorted_inputs(
-        data_folder(), batch_size or FLAGS.batch_size, FLAGS.min_fraction_of_examples_in_queue
+        find_data_folder(), batch_size or FLAGS.batch_size, FLAGS.min_fraction_of_examples_in_queue
     )
 
 
@@ -116,7 +118,7 @@ def inputs(eval_data, num_epochs=None):
     Returns:
       images, float32 [batch_size, 24, 24, 3], and labels, int32 [batch_size].
     """
-    return cifar10_input.inputs(eval_data, data_folder(), FLAGS.batch_size, num_epochs)
+    return cifar10_input.inputs(eval_data, find_data_folder(), FLAGS.batch_size, num_epochs)
 
 
 def _variable_on_cpu(name, shape, initializer):
@@ -405,18 +407,19 @@ def update_variables(optimizer, gradients, global_step):
         return averages.apply(tf.trainable_variables())
 
 
-def train(total_loss, global_step):
+def train(total_loss, global_step, examples_per_step=None):
     """Builds one training step: gradients, update, moving averages.
 
     Args:
       total_loss: float32 [] from `loss`.
       global_step: int64 [] variable; counts the updates.
+      examples_per_step: int; the images of a batch; the flag `batch_size` where None.
 
     Returns:
       The operation that trains on one batch.
     """
     optimizer = tf.train.GradientDescentOptimizer(
-        decayed_learning_rate(global_step, FLAGS.batch_size)
+        decayed_learning_rate(global_step, examples_per_step or FLAGS.batch_size)
     )
     gradients = optimizer.compute_gradients(total_loss)
     return tf.group(

@@ -107,7 +107,7 @@ def check_records(folder):
 def _check_file(path):
     cure = (
         f"replace it, or move the folder {os.path.dirname(path)} away and start again "
-        "to have CIFAR-10 downloaded"
+        "to have it made anew"
     )
     if not os.path.exists(path):
         raise DataError(f"{path} is missing; {cure}")
@@ -159,7 +159,7 @@ def maybe_download_and_extract(data_dir, url=DATA_URL, sha256=ARCHIVE_SHA256):
         os.makedirs(data_dir, exist_ok=True)
         if not os.path.exists(archive):
             _download(url, archive, sha256)
-        elif _sha256_of(archive) != sha256:
+        elif _hash(archive) != sha256:
             raise DataError(
                 f"{archive} has another SHA-256 than {sha256}; delete it and start again"
             )
@@ -190,40 +190,43 @@ def _download(url, archive, sha256):
 
 
 def _fetch(url, path):
-    """Copies what `url` serves to `path`, with a progress bar on stderr; returns its SHA-256."""
+    """Copies what `url` serves to `path`; returns its SHA-256."""
     digest = hashlib.sha256()
-    received = 0
     with open(path, "wb") as output:
-        try:
-            with urllib.request.urlopen(url, timeout=DOWNLOAD_TIMEOUT) as response:
-                length = response.headers.get("Content-Length")
-                expected = int(length) if length is not None else None
-                with tqdm(
-                    total=expected,
-                    desc=f"Downloading {ARCHIVE_NAME}",
-                    unit="B",
-                    unit_scale=True,
-                ) as bar:
-                    while chunk := response.read(CHUNK_BYTES):
-                        output.write(chunk)
-                        digest.update(chunk)
-                        received += len(chunk)
-                        bar.update(len(chunk))
-        # A connection that misbehaves is an OSError or an HTTPException; an address that makes
-        # no sense is a ValueError.
-        except (OSError, http.client.HTTPException, ValueError) as error:
-            if isinstance(error, urllib.error.HTTPError):
-                error.close()  # it is the response as well, and holds the connection
-            raise DataError(f"cannot download {url}: {error}; {WAYS_ON}") from error
-    if expected is not None and received != expected:
-        raise DataError(
-            f"cannot download {url}: the connection ended after {received} of {expected} bytes; "
-            f"{WAYS_ON}"
-        )
+        for chunk in _read_chunks(url):
+            output.write(chunk)
+            digest.update(chunk)
     return digest.hexdigest()
 
 
-def _sha256_of(path):
+def _read_chunks(url):
+    """Yields what `url` serves, with a progress bar on stderr. Raises DataError if that fails."""
+    try:
+        with urllib.request.urlopen(url, timeout=DOWNLOAD_TIMEOUT) as response:
+            length = response.headers.get("Content-Length")
+            with tqdm(
+                total=int(length) if length is not None else None,
+                desc=f"Downloading {ARCHIVE_NAME}",
+                unit="B",
+                unit_scale=True,
+            ) as bar:
+                while chunk := response.read(CHUNK_BYTES):
+                    yield chunk
+                    bar.update(len(chunk))
+    # A connection that misbehaves is an OSError or an HTTPException; an address that makes no
+    # sense is a ValueError.
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        if isinstance(error, urllib.error.HTTPError):
+            error.close()  # it is the response as well, and holds the connection
+        raise DataError(f"cannot download {url}: {error}; {WAYS_ON}") from error
+    if bar.total is not None and bar.n != bar.total:
+        raise DataError(
+            f"cannot download {url}: the connection ended after {bar.n} of {bar.total} bytes; "
+            f"{WAYS_ON}"
+        )
+
+
+def _hash(path):
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -231,7 +234,7 @@ def _sha256_of(path):
 def _extract(archive, folder):
     """Extracts the known files of `archive`; `folder` appears with all of them or not at all."""
     wanted = {f"{EXTRACTED_FOLDER}/{name}": name for name in ARCHIVE_FILES}
-    with _made_whole(folder) as staging:
+    with _make_whole(folder) as staging:
         try:
             with tarfile.open(archive, "r:gz") as members:
                 for member in members:
@@ -248,7 +251,7 @@ def _extract(archive, folder):
 
 
 @contextlib.contextmanager
-def _made_whole(folder):
+def _make_whole(folder):
     """Gives a new folder to fill; it is renamed to `folder` when, and only when, that succeeds."""
     parent = os.path.dirname(folder)
     staging = tempfile.mkdtemp(dir=parent, prefix=os.path.basename(folder) + ".")
@@ -287,7 +290,7 @@ def maybe_generate_synthetic(data_dir, seed=0):
         return folder
     try:
         os.makedirs(data_dir, exist_ok=True)
-        with _made_whole(folder) as staging:
+        with _make_whole(folder) as staging:
             for number, path in enumerate(
                 record_files(staging, eval_data=False) + record_files(staging, eval_data=True)
             ):

@@ -15,7 +15,17 @@ from absl import flags
 
 import cifar10
 import cifar10_data
-from cifar10_runtime import UserError, quiet_cancellation, reason_of, run, session_config, tf
+from cifar10_runtime import (
+    UserError,
+    find_latest_checkpoint,
+    find_reason,
+    is_histogram_of_nonfinite,
+    quiet_cancellation,
+    read_global_step,
+    run,
+    session_config,
+    tf,
+)
 
 FLAGS = flags.FLAGS
 flags.adopt_module_key_flags(cifar10)
@@ -28,6 +38,8 @@ flags.DEFINE_string("checkpoint_dir", "/tmp/cifar10_train", "Folder to read chec
 flags.DEFINE_integer(
     "eval_interval_secs", 300, "Seconds between two evaluations, at least.", lower_bound=0
 )
+for name in ("eval_dir", "checkpoint_dir"):
+    flags.register_validator(name, bool, "it must name a folder")
 flags.DEFINE_integer("num_examples", 10000, "Images to evaluate, at most.", lower_bound=1)
 flags.DEFINE_boolean("run_once", False, "Evaluate the newest checkpoint, then exit.")
 flags.DEFINE_boolean(
@@ -67,12 +79,12 @@ def _count_correct(session, top_k_op, summary_op, num_examples):
 
 
 class CheckpointError(UserError):
-    """A checkpoint cannot be restored: it is damaged, not of this model, or gone."""
+    """A checkpoint cannot be evaluated: it is damaged, not of this model, not finite, or gone."""
 
 
-def newest_checkpoint(checkpoint_dir):
+def find_newest_checkpoint(checkpoint_dir):
     """Returns the path of the newest checkpoint. Raises UserError where there is none."""
-    checkpoint = tf.train.latest_checkpoint(checkpoint_dir)
+    checkpoint = find_latest_checkpoint(checkpoint_dir)
     if checkpoint is None:
         raise UserError(
             f"there is no checkpoint in {checkpoint_dir}; train first, or name another folder "
@@ -85,10 +97,13 @@ def _restore(session, saver, checkpoint):
     """Restores the variables, and returns the global step of the checkpoint."""
     try:
         saver.restore(session, checkpoint)
-        return tf.train.load_checkpoint(checkpoint).get_tensor(tf.GraphKeys.GLOBAL_STEP)
     # ValueError is the Saver's own check that the files exist.
     except (tf.errors.OpError, ValueError) as error:
-        raise CheckpointError(f"{checkpoint} cannot be restored: {reason_of(error)}") from error
+        raise CheckpointError(f"{checkpoint} cannot be restored: {find_reason(error)}") from error
+    try:
+        return read_global_step(checkpoint)
+    except UserError as error:
+        raise CheckpointError(str(error)) from error
 
 
 def eval_once(saver, summary_writer, top_k_op, summary_op, checkpoint=None, num_examples=None):
@@ -108,10 +123,10 @@ def eval_once(saver, summary_writer, top_k_op, summary_op, checkpoint=None, num_
 
     Raises:
       UserError: there is no checkpoint, or not one image.
-      CheckpointError: the checkpoint cannot be restored.
+      CheckpointError: the checkpoint cannot be restored, or holds values that are not finite.
     """
     if checkpoint is None:
-        checkpoint = newest_checkpoint(FLAGS.checkpoint_dir)
+        checkpoint = find_newest_checkpoint(FLAGS.checkpoint_dir)
     if num_examples is None:
         num_examples = FLAGS.num_examples
     if not tf.get_collection(tf.GraphKeys.LOCAL_INIT_OP):
@@ -120,7 +135,16 @@ def eval_once(saver, summary_writer, top_k_op, summary_op, checkpoint=None, num_
     with tf.Session(config=session_config(FLAGS.use_fp16)) as session:
         step = _restore(session, saver, checkpoint)
         session.run(tf.get_collection(tf.GraphKeys.LOCAL_INIT_OP))
-        correct, total, first_batch = _count_correct(session, top_k_op, summary_op, num_examples)
+        try:
+            correct, total, first_batch = _count_correct(
+                session, top_k_op, summary_op, num_examples
+            )
+        except tf.errors.InvalidArgumentError as error:
+            if is_histogram_of_nonfinite(error):
+                raise CheckpointError(
+                    f"{checkpoint} has values that are not finite: {find_reason(error)}"
+                ) from error
+            raise
     if total == 0:
         raise UserError("there was not one image to evaluate")
     precision = correct / total
@@ -136,38 +160,31 @@ def eval_once(saver, summary_writer, top_k_op, summary_op, checkpoint=None, num_
     return precision
 
 
-def _eval_newest(checkpoint_dir, *arguments):
-    """Calls `eval_once(*arguments, checkpoint)`; returns the path of the checkpoint it took.
-
-    A checkpoint that the trainer deletes meanwhile is given up for the newest one.
-    """
-    checkpoint = newest_checkpoint(checkpoint_dir)
-    while True:
-        try:
-            eval_once(*arguments, checkpoint)
-            return checkpoint
-        except CheckpointError:
-            failed, checkpoint = checkpoint, newest_checkpoint(checkpoint_dir)
-            if checkpoint == failed:
-                raise
-
-
 def _wait_for_checkpoint(checkpoint_dir, done):
-    """Returns when the newest checkpoint in a folder, which may come later, is not `done`."""
-    if done is None and tf.train.latest_checkpoint(checkpoint_dir) is None:
+    """Waits until the newest checkpoint in a folder, which may come later, is not `done`."""
+    if done is None and find_latest_checkpoint(checkpoint_dir) is None:
         print(f"Waiting for a checkpoint in {checkpoint_dir}", file=sys.stderr, flush=True)
-    while tf.train.latest_checkpoint(checkpoint_dir) in (None, done):
+    while (newest := find_latest_checkpoint(checkpoint_dir)) in (None, done):
         time.sleep(1)
+    return newest
+
+
+def _make_summary_writer(eval_dir, graph):
+    try:
+        return tf.summary.FileWriter(eval_dir, graph)
+    except tf.errors.OpError as error:
+        raise UserError(f"cannot write to --eval_dir={eval_dir}: {find_reason(error)}") from error
 
 
 def evaluate():
     """Evaluates as the flags say: the newest checkpoint, or each new one for ever.
 
     Raises:
-      UserError: with --run_once, there is no checkpoint, or it cannot be restored.
+      UserError: the folder for summaries cannot be written; with --run_once also, there is no
+        checkpoint, or it cannot be evaluated.
     """
     eval_test = FLAGS.eval_data == "test"
-    available = cifar10_data.count_records(cifar10.data_folder(), eval_test)
+    available = cifar10_data.count_records(cifar10.find_data_folder(), eval_test)
     if available < FLAGS.num_examples:
         print(
             f"--num_examples={FLAGS.num_examples}, but there are {available}: evaluating those",
@@ -182,20 +199,26 @@ def evaluate():
             saver = tf.train.Saver(averages.variables_to_restore())
         else:
             saver = tf.train.Saver(tf.trainable_variables())
-        with tf.summary.FileWriter(FLAGS.eval_dir, graph) as summary_writer:
-            arguments = (saver, summary_writer, top_k_op, tf.summary.merge_all())
-            if FLAGS.run_once:
-                _eval_newest(FLAGS.checkpoint_dir, *arguments)
-                return
+        summary_op = tf.summary.merge_all()
+        with _make_summary_writer(FLAGS.eval_dir, graph) as summary_writer:
             done = None
             while True:
-                _wait_for_checkpoint(FLAGS.checkpoint_dir, done)
+                if FLAGS.run_once:
+                    checkpoint = find_newest_checkpoint(FLAGS.checkpoint_dir)
+                else:
+                    checkpoint = _wait_for_checkpoint(FLAGS.checkpoint_dir, done)
                 start = time.monotonic()
+                done = checkpoint
                 try:
-                    done = _eval_newest(FLAGS.checkpoint_dir, *arguments)
+                    eval_once(saver, summary_writer, top_k_op, summary_op, checkpoint)
                 except CheckpointError as error:
+                    # The trainer may have deleted it: then there is a newer one.
+                    if FLAGS.run_once and find_latest_checkpoint(FLAGS.checkpoint_dir) == done:
+                        raise
                     tf.logging.warning("%s", error)
-                    done = tf.train.latest_checkpoint(FLAGS.checkpoint_dir)
+                    continue
+                if FLAGS.run_once:
+                    return
                 time.sleep(max(0.0, start + FLAGS.eval_interval_secs - time.monotonic()))
 
 

@@ -58,10 +58,13 @@ def read_cifar10(filename_queue):
     Returns:
       A `CIFAR10Record`.
     """
-    reader = tf.FixedLengthRecordReader(record_bytes=cifar10_data.RECORD_BYTES)
-    key, value = reader.read(filename_queue)
-    labels, images = _decode(tf.expand_dims(value, 0))
-    return CIFAR10Record(key, labels[0], images[0])
+    with tf.device("/cpu:0"):
+        block = _read_block(filename_queue, size=1)
+        return CIFAR10Record(
+            tf.reshape(block.key, []),
+            tf.reshape(block.label, [1]),
+            tf.reshape(block.uint8image, [block.height, block.width, block.depth]),
+        )
 
 
 def _read_block(filename_queue, size):
@@ -144,7 +147,7 @@ def _crop(images):
 
 
 def _standardize(images):
-    """Gives each image mean 0 and variance 1 (less contrast than noise is left as it is)."""
+    """Gives each image mean 0 and variance 1; one of a single colour becomes all zeros."""
     images = tf.image.per_image_standardization(images)
     return tf.ensure_shape(images, [None, IMAGE_SIZE, IMAGE_SIZE, cifar10_data.DEPTH])
 

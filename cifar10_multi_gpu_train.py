@@ -93,7 +93,7 @@ def build_training(num_gpus, batch_size):
 
 def train():
     """Trains as the flags say, up to --max_steps."""
-    if not cifar10_session.steps_remain(FLAGS.train_dir, FLAGS.max_steps):
+    if not cifar10_session.prepare_train_dir(FLAGS.train_dir, FLAGS.max_steps):
         return
     if FLAGS.num_gpus > len(GPUS):
         tf.logging.warning(

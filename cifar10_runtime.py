@@ -106,10 +106,33 @@ tf.disable_eager_execution()
 FLAGS.mark_as_parsed()
 
 
-def reason_of(error):
+def find_reason(error):
     """Returns the line of an exception's text that says why; TensorFlow's have dozens of others."""
     match = re.search(r"^Node: .*\n(.+)", str(error), re.MULTILINE)
     return match[1] if match else str(error).splitlines()[0]
+
+
+def is_histogram_of_nonfinite(error):
+    """Tells whether an error is that of a histogram summary that met an infinity or a NaN."""
+    met = re.search(r"(Nan|Infinity) in (summary )?histogram for", str(error), re.IGNORECASE)
+    return isinstance(error, tf.errors.InvalidArgumentError) and met is not None
+
+
+def find_latest_checkpoint(folder):
+    """Returns the path of the newest checkpoint in a folder; None where that cannot be told."""
+    try:
+        return tf.train.latest_checkpoint(folder)
+    except ValueError:  # the file that names it is not even text
+        return None
+
+
+def read_global_step(checkpoint):
+    """Returns the global step of a checkpoint. Raises UserError where it cannot be read."""
+    try:
+        return tf.train.load_checkpoint(checkpoint).get_tensor(tf.GraphKeys.GLOBAL_STEP)
+    # TensorFlow's reader turns statuses into exceptions of Python's own, of several kinds.
+    except (tf.errors.OpError, ValueError, IndexError, RuntimeError) as error:
+        raise UserError(f"{checkpoint} cannot be read: {find_reason(error)}") from error
 
 
 def run(main):

@@ -7,18 +7,29 @@ import time
 
 from absl import flags
 
-from cifar10_runtime import UserError, quiet_cancellation, reason_of, tf
+from cifar10_runtime import (
+    UserError,
+    find_latest_checkpoint,
+    find_reason,
+    is_histogram_of_nonfinite,
+    quiet_cancellation,
+    read_global_step,
+    tf,
+)
 
 flags.DEFINE_string(
     "train_dir",
     "/tmp/cifar10_train",
     "Folder for checkpoints and summaries. What is there is continued, never deleted.",
 )
+flags.register_validator("train_dir", bool, "it must name a folder")
 flags.DEFINE_integer(
     "max_steps", 1000000, "Steps to train, those of earlier runs included.", lower_bound=1
 )
 flags.DEFINE_integer("log_frequency", 10, "Steps between two lines of progress.", lower_bound=1)
-flags.DEFINE_boolean("log_device_placement", False, "Print the device of every operation.")
+flags.DEFINE_boolean(
+    "log_device_placement", False, "Print the device of every operation, hundreds of lines."
+)
 
 
 class _LossHook(tf.train.SessionRunHook):
@@ -74,23 +85,42 @@ class _LossHook(tf.train.SessionRunHook):
         self._line_is_due = False
 
 
-def steps_remain(train_dir, max_steps):
+def find_checkpoint(train_dir):
+    """Returns the newest checkpoint in `train_dir`, or None where there has not been any.
+
+    Raises:
+      UserError: there are checkpoints, but which is the newest cannot be told.
+    """
+    newest = find_latest_checkpoint(train_dir)
+    # Without this, training would start over and write over what is there.
+    if newest is None and any(
+        name.startswith("model.ckpt-") and name.endswith(".index")
+        for name in tf.gfile.ListDirectory(train_dir)
+    ):
+        raise UserError(
+            f"{train_dir} holds checkpoints, but its file `checkpoint` is missing, unreadable or "
+            "names one that is gone; mend it, or name another folder with --train_dir"
+        )
+    return newest
+
+
+def prepare_train_dir(train_dir, max_steps):
     """Makes `train_dir` if need be, and tells whether there is anything left to train.
 
     Returns:
       bool; False where the newest checkpoint has reached `max_steps`. Says so on stderr.
 
     Raises:
-      UserError: the folder cannot be made.
+      UserError: the folder cannot be made, or its checkpoints cannot be read.
     """
     try:
         tf.gfile.MakeDirs(train_dir)
-        newest = tf.train.latest_checkpoint(train_dir)
-        if newest is None:
-            return True
-        step = tf.train.load_checkpoint(newest).get_tensor(tf.GraphKeys.GLOBAL_STEP)
+        newest = find_checkpoint(train_dir)
     except tf.errors.OpError as error:
-        raise UserError(f"cannot use --train_dir={train_dir}: {reason_of(error)}") from error
+        raise UserError(f"cannot use --train_dir={train_dir}: {find_reason(error)}") from error
+    if newest is None:
+        return True
+    step = read_global_step(newest)
     if step < max_steps:
         return True
     print(
@@ -123,20 +153,36 @@ def run_training(
     Raises:
       UserError: the loss is not finite. The checkpoint of that step is not written.
     """
-    session = tf.train.MonitoredTrainingSession(
-        checkpoint_dir=train_dir,
-        # These run before the hook that saves, those in `hooks` after it.
-        chief_only_hooks=[
-            _LossHook(loss, tf.train.get_global_step(), examples_per_step, log_frequency)
-        ],
-        hooks=[tf.train.StopAtStepHook(last_step=max_steps)],
-        config=config,
-    )
+    try:
+        session = tf.train.MonitoredTrainingSession(
+            checkpoint_dir=train_dir,
+            # With relative paths a folder can be moved, and a copy does not touch the original.
+            scaffold=tf.train.Scaffold(saver=tf.train.Saver(save_relative_paths=True)),
+            # These run before the hook that saves, those in `hooks` after it.
+            chief_only_hooks=[
+                _LossHook(loss, tf.train.get_global_step(), examples_per_step, log_frequency)
+            ],
+            hooks=[tf.train.StopAtStepHook(last_step=max_steps)],
+            config=config,
+        )
+    # ValueError is the Saver's own check that the checkpoint's files exist.
+    except (tf.errors.OpError, ValueError) as error:
+        raise UserError(
+            f"cannot start in --train_dir={train_dir}: {find_reason(error)}; name another folder, "
+            "or mend what is there"
+        ) from error
     try:
         while not session.should_stop():
             session.run(train_op)
-    finally:
-        # What `with session` would do, but for two things: the warnings stay away, and the
-        # exception that ends an exhausted input goes on to the caller.
+    except BaseException as error:
+        # What `with session` would do (it saves nothing), but the exception that ends an
+        # exhausted input goes on to the caller.
         with quiet_cancellation():
-            session.__exit__(*sys.exc_info())
+            session.__exit__(type(error), error, error.__traceback__)
+        if is_histogram_of_nonfinite(error):
+            raise UserError(
+                f"training has left the finite numbers: {find_reason(error)}"
+            ) from error
+        raise
+    with quiet_cancellation():
+        session.close()

@@ -21,7 +21,7 @@ flags.adopt_module_key_flags(cifar10_session)
 
 def train():
     """Trains as the flags say, up to --max_steps."""
-    if not cifar10_session.steps_remain(FLAGS.train_dir, FLAGS.max_steps):
+    if not cifar10_session.prepare_train_dir(FLAGS.train_dir, FLAGS.max_steps):
         return
     with tf.Graph().as_default():
         with tf.device("/cpu:0"):

@@ -97,7 +97,7 @@ def train():
         with tf.device("/cpu:0"):
             global_step = tf.train.get_or_create_global_step()
         images, labels = distorted_inputs(
-            cifar10.data_folder(), FLAGS.batch_size, FLAGS.min_fraction_of_examples_in_queue
+            cifar10.find_data_folder(), FLAGS.batch_size, FLAGS.min_fraction_of_examples_in_queue
         )
         loss = cifar10.loss(cifar10.inference(images), labels)
         cifar10_session.run_training(
@@ -114,7 +114,9 @@ def train():
 def evaluate():
     """Evaluates the newest checkpoint as `cifar10_eval.evaluate` does."""
     with tf.Graph().as_default(), stock_normalization():
-        images, labels = inputs(FLAGS.eval_data == "test", cifar10.data_folder(), FLAGS.batch_size)
+        images, labels = inputs(
+            FLAGS.eval_data == "test", cifar10.find_data_folder(), FLAGS.batch_size
+        )
         top_k_op = tf.nn.in_top_k(cifar10.inference(images), labels, 1)
         averages = tf.train.ExponentialMovingAverage(cifar10.MOVING_AVERAGE_DECAY)
         saver = tf.train.Saver(averages.variables_to_restore())

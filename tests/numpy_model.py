@@ -17,7 +17,7 @@ def random_variables(seed):
     generator = np.random.default_rng(seed)
     variables = {}
     for name, shape, _, _, _ in LAYERS:
-        spread = 1 / np.sqrt(np.prod(shape[:-1]))
+        spread = np.sqrt(2 / np.prod(shape[:-1]))  # keeps the size of what goes through a ReLU
         variables[f"{name}/weights"] = generator.normal(0, spread, shape).astype(np.float32)
         variables[f"{name}/biases"] = generator.normal(0, 0.1, shape[-1]).astype(np.float32)
     return variables

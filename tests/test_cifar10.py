@@ -223,6 +223,33 @@ def test_averages_are_never_taken_before_the_update_they_belong_to():
             np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
+def test_the_moving_averages_decay_is_0_9999_in_the_long_run():
+    weight = tf.get_variable("w", initializer=1.0)
+    global_step = tf.train.get_or_create_global_step()
+    optimizer = tf.train.GradientDescentOptimizer(1.0)
+    update = cifar10.update_variables(optimizer, [(tf.constant(-100.0), weight)], global_step)
+    (average,) = (v for v in tf.global_variables() if v.op.name == "w/ExponentialMovingAverage")
+    with started_session() as session:
+        global_step.load(10**6, session)
+        session.run(update)
+        assert session.run(average) == pytest.approx(0.9999 * 1 + 0.0001 * 101, rel=1e-5)
+
+
+def test_the_single_trainers_epochs_count_the_flags_batch_size():
+    cifar10.FLAGS.batch_size = 100
+    global_step = tf.train.get_or_create_global_step()
+    weight = tf.get_variable("w", initializer=1.0)
+    tf.add_to_collection("losses", weight)
+    train_op = cifar10.train(1.0 * weight, global_step)
+    with started_session() as session:
+        # 50,000 / 100 * 350 = 175,000 steps at 0.1, then 0.01.
+        for step, rate in ((174999, 0.1), (175000, 0.01)):
+            global_step.load(step, session)
+            before = session.run(weight)
+            session.run(train_op)
+            assert before - session.run(weight) == pytest.approx(rate, rel=1e-4)
+
+
 def build_training(batch_size):
     images = tf.random.stateless_normal([batch_size, 24, 24, 3], seed=[1, 2])
     global_step = tf.train.get_or_create_global_step()
@@ -246,11 +273,15 @@ def test_a_training_step_moves_every_variable_by_the_rate_times_its_gradient():
 
 def test_the_loss_of_a_batch_falls_when_the_model_trains_on_it():
     train_op, total_loss, _ = build_training(4)
+    averages = [v for v in tf.global_variables() if v.op.name.endswith("total_loss/avg")]
     with started_session() as session:
         first = session.run(total_loss)
         for _ in range(100):
             session.run(train_op)
-        assert session.run(total_loss) < first - 1
+        last = session.run(total_loss)
+        assert last < first - 1
+        # The train op keeps the losses' averages too.
+        assert session.run(averages) == pytest.approx([last], abs=0.5)
 
 
 def test_a_checkpoint_has_the_variables_that_the_tutorials_evaluation_restores():
@@ -312,11 +343,11 @@ def test_the_functions_without_arguments_read_the_flags(tmp_path, capsys):
 def test_real_or_synthetic_data_is_as_the_flag_says_and_is_checked(tmp_path):
     write_data_set(tmp_path / cifar10_data.EXTRACTED_FOLDER)
     cifar10.FLAGS.data_dir = str(tmp_path)
-    assert cifar10.maybe_download_and_extract() == cifar10.data_folder()
-    assert cifar10.data_folder() == str(tmp_path / "cifar-10-batches-bin")
+    assert cifar10.maybe_download_and_extract() == cifar10.find_data_folder()
+    assert cifar10.find_data_folder() == str(tmp_path / "cifar-10-batches-bin")
     cifar10.FLAGS.synthetic_data = True
-    assert cifar10.maybe_download_and_extract() == cifar10.data_folder()
-    assert cifar10.data_folder() == str(tmp_path / "cifar-10-synthetic-bin")
+    assert cifar10.maybe_download_and_extract() == cifar10.find_data_folder()
+    assert cifar10.find_data_folder() == str(tmp_path / "cifar-10-synthetic-bin")
     (tmp_path / "cifar-10-synthetic-bin" / "test_batch.bin").write_bytes(b"")
     with pytest.raises(cifar10_data.DataError, match="is empty"):
         cifar10.maybe_download_and_extract()

@@ -1,6 +1,8 @@
 """Evaluation against a recount in NumPy, and how it deals with checkpoints."""
 
+import itertools
 import pathlib
+import shutil
 import threading
 import time
 import types
@@ -13,10 +15,10 @@ from conftest import standardized_centers, write_data_set
 import cifar10
 import cifar10_data
 import cifar10_eval
-from cifar10_runtime import UserError, tf
+from cifar10_runtime import UserError, session_config, tf
 
 FLAGS = cifar10_eval.FLAGS
-RAW, AVERAGED = 11, 12  # seeds of the variables and of their moving averages
+RAW, AVERAGED = 14, 12  # seeds of the variables and of their moving averages
 
 
 def save_checkpoint(checkpoint_dir, step):
@@ -49,9 +51,19 @@ def records(tmp_path):
     FLAGS.checkpoint_dir = str(tmp_path / "train")
     FLAGS.eval_dir = str(tmp_path / "eval")
     FLAGS.run_once = True
-    return write_data_set(
-        tmp_path / cifar10_data.EXTRACTED_FOLDER, train_counts=(20, 1, 30, 8, 5), test_count=131
-    )
+    folder = tmp_path / cifar10_data.EXTRACTED_FOLDER
+    data_set = write_data_set(folder, train_counts=(20, 1, 30, 8, 5), test_count=131)
+    # Noise averages out on its way through the layers; patches of colour tell images apart.
+    generator = np.random.default_rng(13)
+    for records in data_set:
+        patches = generator.integers(0, 256, [len(records), 3, 4, 4])
+        records[:, 1:] = patches.repeat(8, axis=2).repeat(8, axis=3).reshape(len(records), -1)
+    train, test = data_set
+    starts = (0, 20, 21, 51, 59, 64)
+    for number, (start, end) in enumerate(itertools.pairwise(starts), start=1):
+        train[start:end].tofile(folder / f"data_batch_{number}.bin")
+    test.tofile(folder / "test_batch.bin")
+    return data_set
 
 
 def printed_precision(capsys):
@@ -91,7 +103,7 @@ def test_precision_is_that_of_a_recount_in_numpy(records, capsys, batch_size):
     FLAGS.batch_size = batch_size
     cifar10_eval.evaluate()
     expected = correct_predictions(test, AVERAGED).mean()
-    assert expected > 0
+    assert 0.05 < expected < 0.95
     assert printed_precision(capsys) == f"{expected:.3f}"
     pairs, tags = recorded(FLAGS.eval_dir)
     assert pairs == [(7, pytest.approx(expected, rel=1e-6))]
@@ -146,6 +158,56 @@ def test_a_damaged_checkpoint_is_an_error_that_names_it(records):
     ) as error:
         cifar10_eval.evaluate()
     assert "\n" not in str(error.value)
+
+
+def test_a_checkpoint_with_values_that_are_not_finite_is_an_error_that_names_it(
+    records, monkeypatch
+):
+    variables = numpy_model.random_variables(AVERAGED)
+    variables["softmax_linear/biases"][3] = np.nan
+    monkeypatch.setattr(numpy_model, "random_variables", lambda seed: variables)
+    save_checkpoint(FLAGS.checkpoint_dir, 7)
+    with pytest.raises(cifar10_eval.CheckpointError, match="model.ckpt-7 has values") as error:
+        cifar10_eval.evaluate()
+    assert "\n" not in str(error.value)
+
+
+def test_an_eval_dir_that_cannot_be_written_is_told_in_one_line(records, tmp_path):
+    save_checkpoint(FLAGS.checkpoint_dir, 7)
+    (tmp_path / "file").write_text("in the way")
+    FLAGS.eval_dir = str(tmp_path / "file")
+    with pytest.raises(UserError, match="cannot write to --eval_dir=.*file") as error:
+        cifar10_eval.evaluate()
+    assert "\n" not in str(error.value)
+
+
+def test_evaluations_start_at_least_the_interval_apart(records, monkeypatch):
+    save_checkpoint(FLAGS.checkpoint_dir, 7)
+    FLAGS.eval_interval_secs = 5000
+    slept = []
+
+    def sleep(seconds):
+        slept.append(seconds)
+        raise Stop
+
+    clock = types.SimpleNamespace(sleep=sleep, monotonic=time.monotonic)
+    monkeypatch.setattr(cifar10_eval, "time", clock)
+    FLAGS.run_once = False
+    with pytest.raises(Stop):
+        cifar10_eval.evaluate()
+    assert 4900 < slept[0] < 5000
+
+
+def test_sessions_are_configured_as_the_flags_say(records, monkeypatch):
+    save_checkpoint(FLAGS.checkpoint_dir, 7)
+    FLAGS.use_fp16 = True
+    configs = []
+    session = tf.Session
+    monkeypatch.setattr(
+        tf, "Session", lambda config: (configs.append(config), session(config=config))[1]
+    )
+    cifar10_eval.evaluate()
+    assert configs == [session_config(use_fp16=True)]
 
 
 def test_a_checkpoint_of_another_model_is_an_error_that_names_what_is_missing(records):
@@ -223,6 +285,26 @@ def test_a_checkpoint_that_is_deleted_meanwhile_is_given_up_for_the_newest(recor
     monkeypatch.setattr(cifar10_eval, "eval_once", eval_once_after_the_trainer_moved_on)
     cifar10_eval.evaluate()
     assert [path.rsplit("-")[-1] for path in taken] == ["1", "2"]
+    assert [step for step, _ in recorded(FLAGS.eval_dir)[0]] == [2]
+
+
+def test_a_folder_that_loses_its_checkpoints_is_waited_for(records, monkeypatch):
+    save_checkpoint(FLAGS.checkpoint_dir, 1)
+    eval_once = cifar10_eval.eval_once
+
+    def eval_once_after_a_deletion(*arguments):
+        if arguments[-1].endswith("-1"):
+            shutil.rmtree(FLAGS.checkpoint_dir)
+        return eval_once(*arguments)
+
+    def trainer(wait):
+        if wait == 2:
+            save_checkpoint(FLAGS.checkpoint_dir, 2)
+        if wait == 5:
+            raise Stop
+
+    monkeypatch.setattr(cifar10_eval, "eval_once", eval_once_after_a_deletion)
+    evaluate_for_ever(monkeypatch, trainer)
     assert [step for step, _ in recorded(FLAGS.eval_dir)[0]] == [2]
 
 

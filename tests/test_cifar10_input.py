@@ -186,9 +186,13 @@ def test_a_missing_file_is_an_error_when_the_input_is_built(tmp_path):
         cifar10_input.inputs(True, str(tmp_path), 8)
 
 
-def test_an_image_summary_shows_the_batch(tmp_path):
+@pytest.mark.parametrize("training", [True, False])
+def test_an_image_summary_shows_the_batch(tmp_path, training):
     write_data_set(tmp_path)
-    cifar10_input.inputs(True, str(tmp_path), 8)
+    if training:
+        cifar10_input.distorted_inputs(str(tmp_path), 8, 0.001)
+    else:
+        cifar10_input.inputs(True, str(tmp_path), 8)
     with running_queues() as session:
         summary = tf.Summary.FromString(session.run(tf.summary.merge_all()))
     images = {value.tag: value.image for value in summary.value if value.HasField("image")}
@@ -252,6 +256,24 @@ def test_contrast_scales_each_image_by_one_uniform_factor_around_its_channels_me
     stock = [tf.image.adjust_contrast(images[i], np.float64(factors[i])) for i in chosen]
     with tf.Session() as session:
         np.testing.assert_allclose(results[chosen], session.run(stock), atol=0.01)
+
+
+@pytest.mark.parametrize(
+    "name", ["_random_crop_and_flip", "_random_brightness", "_random_contrast"]
+)
+def test_each_distortion_has_its_part_in_the_training_images(monkeypatch, name):
+    neutral = {
+        "_random_crop_and_flip": lambda images: images[:, 4:28, 4:28],
+        "_random_brightness": tf.identity,
+        "_random_contrast": tf.identity,
+        "_standardize": tf.identity,
+    }
+    for other in neutral.keys() - {name}:
+        monkeypatch.setattr(cifar10_input, other, neutral[other])
+    images = np.tile(pixels(make_records(1)), [8, 1, 1, 1])
+    results = evaluate(cifar10_input._distort, images)
+    assert results.dtype == np.float32
+    assert (np.abs(results - images[:, 4:28, 4:28]).max(axis=(1, 2, 3)) > 0.01).sum() >= 6
 
 
 @pytest.mark.parametrize("name", ["_random_brightness", "_random_contrast"])

@@ -7,6 +7,8 @@ from conftest import write_data_set
 
 import cifar10
 import cifar10_data
+import cifar10_multi_gpu_train
+import cifar10_session
 import cifar10_train
 from cifar10_runtime import session_config, tf
 
@@ -23,12 +25,44 @@ def test_train_trains_as_the_flags_say_and_then_has_nothing_to_do(tmp_path, caps
     FLAGS.min_fraction_of_examples_in_queue = 0.001
     cifar10_train.train()
     output = capsys.readouterr()
-    assert re.findall(r"step (\d+), loss = 4\.\d\d ", output.out) == ["0", "2", "4"]
+    assert re.findall(r"step (\d+), loss = \d+\.\d\d ", output.out) == ["0", "2", "4"]
     assert tf.train.latest_checkpoint(FLAGS.train_dir).endswith("model.ckpt-5")
     cifar10_train.train()
     output = capsys.readouterr()
     assert output.out == ""
     assert "nothing to do" in output.err
+
+
+@pytest.mark.parametrize(
+    ("trainer", "batch", "examples_per_step"),
+    [(cifar10_train, 4, 4), (cifar10_multi_gpu_train, 4, 12)],
+    ids=["single", "multi"],
+)
+def test_the_flags_reach_the_training_loop(
+    tmp_path, monkeypatch, trainer, batch, examples_per_step
+):
+    write_data_set(tmp_path / cifar10_data.EXTRACTED_FOLDER)
+    FLAGS.data_dir = str(tmp_path)
+    FLAGS.train_dir = str(tmp_path / "train")
+    FLAGS.batch_size = batch
+    FLAGS.num_gpus = 3
+    FLAGS.max_steps = 17
+    FLAGS.log_frequency = 3
+    FLAGS.log_device_placement = True
+    FLAGS.use_fp16 = True
+    calls = []
+    monkeypatch.setattr(
+        cifar10_session, "run_training", lambda *arguments, **named: calls.append(named)
+    )
+    trainer.train()
+    ((named),) = calls
+    assert named.pop("config") == session_config(use_fp16=True, log_device_placement=True)
+    assert named == {
+        "examples_per_step": examples_per_step,
+        "train_dir": str(tmp_path / "train"),
+        "max_steps": 17,
+        "log_frequency": 3,
+    }
 
 
 @pytest.mark.parametrize("use_fp16", [False, True])
