@@ -82,7 +82,7 @@ class CheckpointError(UserError):
     """A checkpoint cannot be evaluated: it is damaged, not of this model, not finite, or gone."""
 
 
-def find_newest_checkpoint(checkpoint_dir):
+def require_checkpoint(checkpoint_dir):
     """Returns the path of the newest checkpoint. Raises UserError where there is none."""
     checkpoint = find_latest_checkpoint(checkpoint_dir)
     if checkpoint is None:
@@ -126,7 +126,7 @@ def eval_once(saver, summary_writer, top_k_op, summary_op, checkpoint=None, num_
       CheckpointError: the checkpoint cannot be restored, or holds values that are not finite.
     """
     if checkpoint is None:
-        checkpoint = find_newest_checkpoint(FLAGS.checkpoint_dir)
+        checkpoint = require_checkpoint(FLAGS.checkpoint_dir)
     if num_examples is None:
         num_examples = FLAGS.num_examples
     if not tf.get_collection(tf.GraphKeys.LOCAL_INIT_OP):
@@ -204,7 +204,7 @@ def evaluate():
             done = None
             while True:
                 if FLAGS.run_once:
-                    checkpoint = find_newest_checkpoint(FLAGS.checkpoint_dir)
+                    checkpoint = require_checkpoint(FLAGS.checkpoint_dir)
                 else:
                     checkpoint = _wait_for_checkpoint(FLAGS.checkpoint_dir, done)
                 start = time.monotonic()
