@@ -109,7 +109,7 @@ FLAGS.mark_as_parsed()
 def find_reason(error):
     """Returns the line of an exception's text that says why; TensorFlow's have dozens of others."""
     match = re.search(r"^Node: .*\n(.+)", str(error), re.MULTILINE)
-    return match[1] if match else str(error).splitlines()[0]
+    return match[1] if match else (str(error).splitlines() or [repr(error)])[0]
 
 
 def is_histogram_of_nonfinite(error):

@@ -151,7 +151,8 @@ def run_training(
       config: the session's `tf.ConfigProto`.
 
     Raises:
-      UserError: the loss is not finite. The checkpoint of that step is not written.
+      UserError: the folder or its checkpoint cannot be used; or the loss, or what a histogram
+        shows, is not finite: that step is not saved.
     """
     try:
         session = tf.train.MonitoredTrainingSession(

@@ -36,7 +36,9 @@ from cifar10_runtime import UserError, quiet_cancellation, run, session_config, 
 FLAGS = flags.FLAGS
 
 flags.DEFINE_integer("turns", 8, "Turns that each configuration takes.", lower_bound=1)
-flags.DEFINE_integer("process_turns", 3, "Turns of those that are whole processes.", lower_bound=1)
+flags.DEFINE_integer(
+    "process_turns", 3, "Turns of those that are whole processes; 0: none.", lower_bound=0
+)
 flags.DEFINE_integer("steps", 12, "Training steps that are timed in a turn.", lower_bound=1)
 flags.DEFINE_integer("queued", 20000, "Images that wait in a training queue.", lower_bound=0)
 
@@ -68,7 +70,9 @@ class Training:
             self._session = tf.Session(graph=graph, config=session_config(use_fp16))
             self._session.run(tf.global_variables_initializer())
             self._coordinator = tf.train.Coordinator()
-            self._threads = tf.train.start_queue_runners(self._session, self._coordinator)
+            self._threads = []
+            if tf.get_collection(tf.GraphKeys.QUEUE_RUNNERS):  # a resident batch has none
+                self._threads = tf.train.start_queue_runners(self._session, self._coordinator)
             self._session.run(self._fetches)
 
     def seconds_per_step(self, steps):
@@ -227,7 +231,7 @@ def compare_distortion(data_dir):
         "own": Distortion(lambda: cifar10_input.distorted_inputs(data_dir, BATCH_SIZE, 0.02)),
     }
     participants = {
-        name: lambda pipeline=pipeline: pipeline.cpu_seconds_per_image(4 * WARM_UP_STEPS)
+        name: lambda pipeline=pipeline: pipeline.cpu_seconds_per_image(4 * FLAGS.steps)
         for name, pipeline in inputs.items()
     }
     figures = take_turns(FLAGS.turns, participants)
@@ -298,7 +302,8 @@ def main():
         records = cifar10_data.maybe_generate_synthetic(folder)
         speeds = compare_training(records)
         compare_distortion(records)
-        compare_processes(folder, pathlib.Path(folder))
+        if FLAGS.process_turns:
+            compare_processes(folder, pathlib.Path(folder))
     listed = ", ".join(f"{name} {speed:.0f}" for name, speed in speeds.items())
     print(f"\nImages per second: {listed}.")
 

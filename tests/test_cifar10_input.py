@@ -164,14 +164,21 @@ def test_sixteen_threads_fill_the_training_queue(tmp_path):
     assert sorted(len(runner.enqueue_ops) for runner in runners) == [1, 16]
 
 
-@pytest.mark.parametrize("training", [True, False])
-def test_every_input_operation_is_on_the_cpu(tmp_path, training):
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda folder, queue: cifar10_input.distorted_inputs(folder, 8),
+        lambda folder, queue: cifar10_input.inputs(True, folder, 8, num_epochs=1),
+        lambda folder, queue: cifar10_input.read_cifar10(queue),
+    ],
+    ids=["distorted_inputs", "inputs", "read_cifar10"],
+)
+def test_every_input_operation_is_on_the_cpu(tmp_path, build):
     write_data_set(tmp_path)
+    with tf.device("/cpu:0"):
+        queue = tf.FIFOQueue(1, tf.string)
     with tf.device("/device:GPU:0"):
-        if training:
-            cifar10_input.distorted_inputs(str(tmp_path), 8)
-        else:
-            cifar10_input.inputs(True, str(tmp_path), 8, num_epochs=1)
+        build(str(tmp_path), queue)
     operations = tf.get_default_graph().get_operations()
     assert {operation.device for operation in operations} == {"/device:CPU:0"}
 

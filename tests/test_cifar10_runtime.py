@@ -64,6 +64,21 @@ def test_an_exception_passes_and_what_was_held_back_comes_out(capfd):
     assert capfd.readouterr().err.encode() == REAL
 
 
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (
+            "Graph execution error:\n\nDetected at ...\nNode: 'a/b'\nno such file\n\t [[a/b]]",
+            "no such file",
+        ),
+        ("one line\nand another", "one line"),
+        ("", "ValueError('')"),
+    ],
+)
+def test_the_reason_of_an_error_is_one_line_of_it(text, reason):
+    assert cifar10_runtime.find_reason(ValueError(text)) == reason
+
+
 def test_sessions_take_gpu_memory_as_needed_and_place_softly():
     config = session_config()
     assert config.gpu_options.allow_growth
