@@ -3,7 +3,9 @@
     string_input_producer -> FixedLengthRecordReader -> decode -> distort -> shuffle_batch
 
 Everything here runs on the CPU. The threads work on blocks of records, because an op costs about
-as much for one small image as for dozens; every random value is still drawn for each image.
+as much for one small image as for dozens; every random value is still drawn for each image. The
+images stay depth-major, as the records have them, until they are finished: what is done to a whole
+channel then works on neighbouring values, which is several times faster.
 """
 
 import cifar10_data
@@ -19,7 +21,7 @@ NUM_EXAMPLES_PER_EPOCH_FOR_EVAL = 10000
 MIN_FRACTION_OF_EXAMPLES_IN_QUEUE = 0.4
 
 NUM_PREPROCESS_THREADS = 16
-RECORDS_PER_READ = 64  # per thread and call
+RECORDS_PER_READ = 128  # per thread and call
 
 # The bounds of the tutorial's distortions.
 MAX_BRIGHTNESS_DELTA = 63.0  # of pixel values 0 to 255
@@ -28,7 +30,7 @@ MAX_CONTRAST_FACTOR = 1.8
 
 
 class CIFAR10Record:
-    """One record, or a block of `n` with `n` as the first dimension of each tensor.
+    """One record.
 
     Attributes:
       height, width, depth: int; 32, 32 and 3.
@@ -59,96 +61,105 @@ def read_cifar10(filename_queue):
       A `CIFAR10Record`.
     """
     with tf.device("/cpu:0"):
-        block = _read_block(filename_queue, size=1)
-        return CIFAR10Record(
-            tf.reshape(block.key, []),
-            tf.reshape(block.label, [1]),
-            tf.reshape(block.uint8image, [block.height, block.width, block.depth]),
-        )
+        keys, labels, planes = _read_block(filename_queue, size=1)
+        # A transpose in effect; but on uint8 that op makes oneDNN log an error on processors
+        # where it has no way of its own to do it.
+        image = tf.stack(tf.unstack(planes[0], num=cifar10_data.DEPTH), axis=-1)
+        return CIFAR10Record(tf.reshape(keys, []), tf.reshape(labels, [1]), image)
 
 
 def _read_block(filename_queue, size):
-    """Reads up to `size` records at once; fewer at the end of a file."""
+    """Reads up to `size` records at once; n is less than that at the end of a file.
+
+    Returns:
+      keys: string [n].
+      labels: int32 [n, 1].
+      planes: uint8 [n, 3, 32, 32].
+    """
     reader = tf.FixedLengthRecordReader(record_bytes=cifar10_data.RECORD_BYTES)
     keys, values = reader.read_up_to(filename_queue, size)
-    return CIFAR10Record(keys, *_decode(values))
-
-
-def _decode(values):
-    """Decodes records, string [n], to labels, int32 [n, 1], and images, uint8 [n, 32, 32, 3]."""
     records = tf.reshape(tf.decode_raw(values, tf.uint8), [-1, cifar10_data.RECORD_BYTES])
     labels = tf.cast(records[:, : cifar10_data.LABEL_BYTES], tf.int32)
-    depth_major = tf.reshape(
+    planes = tf.reshape(
         records[:, cifar10_data.LABEL_BYTES :],
         [-1, cifar10_data.DEPTH, cifar10_data.HEIGHT, cifar10_data.WIDTH],
     )
-    # A transpose in effect; but on uint8 that op is slower, and oneDNN logs an error where the
-    # processor lacks a way of its own to do it.
-    return labels, tf.stack(tf.unstack(depth_major, axis=1), axis=-1)
+    return keys, labels, planes
 
 
-def _random_crop_and_flip(images):
-    """Cuts a random IMAGE_SIZE square from each image, and mirrors every other one by chance.
+def _random_crop_and_flip(planes):
+    """Cuts a random square from each image, and mirrors it with a probability of one half.
 
-    One gather does both: a mirrored image is one whose columns are taken from right to left.
+    The rows are gathered. The columns are selected by a matrix product: column i of the result is
+    the product with a vector of zeros and a one. That is exact (in 16 bits too, as pixels are whole
+    numbers under 256), mirrors along the way, and is faster than gathering values one by one.
 
     Args:
-      images: [n, 32, 32, 3], any dtype.
+      planes: float32 [n, 3, 32, 32].
 
     Returns:
-      [n, 24, 24, 3], the same dtype.
+      float32 [n, 3, 24, 24].
     """
-    count = tf.shape(images)[0]
-    height, width, depth = images.shape.as_list()[1:]
+    count = tf.shape(planes)[0]
+    depth, height, width = planes.shape.as_list()[1:]
     steps = tf.range(IMAGE_SIZE)
     top = tf.random.uniform([count, 1], 0, height - IMAGE_SIZE + 1, tf.int32)
     left = tf.random.uniform([count, 1], 0, width - IMAGE_SIZE + 1, tf.int32)
     flip = tf.random.uniform([count, 1]) < 0.5
-    rows = top + steps  # [n, 24]
+
+    plane_starts = tf.reshape(tf.range(count * depth) * height, [-1, depth, 1])
+    rows = plane_starts + (top + steps)[:, tf.newaxis, :]  # [n, 3, 24]
+    rows = tf.gather(tf.reshape(planes, [-1, width]), rows)  # [n, 3, 24, 32]
+
     columns = left + tf.where_v2(flip, IMAGE_SIZE - 1 - steps, steps)  # [n, 24]
-    origins = tf.range(count) * (height * width)  # where each image's pixels start
-    pixels = origins[:, None, None] + rows[:, :, None] * width + columns[:, None, :]
-    return tf.gather(tf.reshape(images, [-1, depth]), pixels)
+    selection = tf.one_hot(columns, width, axis=1)  # [n, 32, 24]
+    cropped = tf.matmul(tf.reshape(rows, [-1, depth * IMAGE_SIZE, width]), selection)
+    return tf.reshape(cropped, [-1, depth, IMAGE_SIZE, IMAGE_SIZE])
 
 
-def _random_brightness(images):
-    """Adds to each image (float32 [n, height, width, 3]) one value within +-MAX_BRIGHTNESS_DELTA.
+def _random_brightness(planes):
+    """Adds to each image (float32 [n, 3, height, width]) a value within +-MAX_BRIGHTNESS_DELTA.
 
     As the images are standardized afterwards, this cancels out. It is the tutorial's, it costs
     next to nothing, and it starts to count as soon as somebody takes standardization away.
     """
-    shape = [tf.shape(images)[0], 1, 1, 1]
-    return images + tf.random.uniform(shape, -MAX_BRIGHTNESS_DELTA, MAX_BRIGHTNESS_DELTA)
+    shape = [tf.shape(planes)[0], 1, 1, 1]
+    return planes + tf.random.uniform(shape, -MAX_BRIGHTNESS_DELTA, MAX_BRIGHTNESS_DELTA)
 
 
-def _random_contrast(images):
+def _random_contrast(planes):
     """Scales each image's distance from its channels' means by one random factor per image.
 
     The formula is `tf.image.adjust_contrast`'s, which takes a single factor for all images.
     """
-    shape = [tf.shape(images)[0], 1, 1, 1]
+    shape = [tf.shape(planes)[0], 1, 1, 1]
     factors = tf.random.uniform(shape, MIN_CONTRAST_FACTOR, MAX_CONTRAST_FACTOR)
-    means = tf.reduce_mean(images, [1, 2], keepdims=True)
-    return (images - means) * factors + means
+    means = tf.reduce_mean(planes, [2, 3], keepdims=True)
+    return (planes - means) * factors + means
 
 
-def _distort(images):
-    """Distorts and standardizes: uint8 [n, 32, 32, 3] to float32 [n, 24, 24, 3]."""
-    images = tf.cast(_random_crop_and_flip(images), tf.float32)
-    return _standardize(_random_contrast(_random_brightness(images)))
+def _distort(planes):
+    """Makes training images: uint8 [n, 3, 32, 32] to float32 [n, 24, 24, 3]."""
+    planes = _random_crop_and_flip(tf.cast(planes, tf.float32))
+    return _finish(_random_contrast(_random_brightness(planes)))
 
 
-def _crop(images):
-    """Crops centrally and standardizes: uint8 [n, 32, 32, 3] to float32 [n, 24, 24, 3]."""
-    height, width = images.shape.as_list()[1:3]
+def _crop(planes):
+    """Makes images to evaluate, cropped in the middle; shapes and dtypes as for `_distort`."""
+    height, width = planes.shape.as_list()[2:]
     top, left = (height - IMAGE_SIZE) // 2, (width - IMAGE_SIZE) // 2
-    images = images[:, top : top + IMAGE_SIZE, left : left + IMAGE_SIZE]
-    return _standardize(tf.cast(images, tf.float32))
+    planes = planes[:, :, top : top + IMAGE_SIZE, left : left + IMAGE_SIZE]
+    return _finish(tf.cast(planes, tf.float32))
 
 
-def _standardize(images):
+def _standardize(planes):
     """Gives each image mean 0 and variance 1; one of a single colour becomes all zeros."""
-    images = tf.image.per_image_standardization(images)
+    return tf.image.per_image_standardization(planes)  # the order of the dimensions is all the same
+
+
+def _finish(planes):
+    """Standardizes, and puts the channels last: float32 [n, 3, 24, 24] to [n, 24, 24, 3]."""
+    images = tf.transpose(_standardize(planes), [0, 2, 3, 1])
     return tf.ensure_shape(images, [None, IMAGE_SIZE, IMAGE_SIZE, cifar10_data.DEPTH])
 
 
@@ -194,9 +205,10 @@ def distorted_inputs(
     )
     with tf.device("/cpu:0"), tf.name_scope("distorted_inputs"):
         filenames = cifar10_data.record_files(data_dir, eval_data=False)
-        records = _read_block(_filename_queue(filenames, None, shuffle=True), RECORDS_PER_READ)
+        filename_queue = _filename_queue(filenames, None, shuffle=True)
+        _, labels, planes = _read_block(filename_queue, RECORDS_PER_READ)
         images, labels = tf.train.shuffle_batch(
-            [_distort(records.uint8image), records.label],
+            [_distort(planes), labels],
             batch_size=batch_size,
             num_threads=NUM_PREPROCESS_THREADS,
             capacity=min_queue_examples + 3 * batch_size,
@@ -228,9 +240,9 @@ def inputs(eval_data, data_dir, batch_size, num_epochs=None):
     with tf.device("/cpu:0"), tf.name_scope("inputs"):
         filenames = cifar10_data.record_files(data_dir, eval_data)
         filename_queue = _filename_queue(filenames, num_epochs, shuffle=False)
-        records = _read_block(filename_queue, RECORDS_PER_READ)
+        _, labels, planes = _read_block(filename_queue, RECORDS_PER_READ)
         images, labels = tf.train.batch(
-            [_crop(records.uint8image), records.label],
+            [_crop(planes), labels],
             batch_size=batch_size,
             num_threads=1,  # more would not keep the order
             capacity=4 * (batch_size + RECORDS_PER_READ),

@@ -20,8 +20,13 @@ from cifar10_runtime import tf
 pytestmark = pytest.mark.usefixtures("graph")
 
 
+def depth_major(images):
+    """Turns images as they are seen, [n, height, width, 3], into [n, 3, height, width]."""
+    return np.moveaxis(images, 3, 1)
+
+
 def evaluate(build, images, repeat=1):
-    """Returns what `build` makes of a batch of images; a list of `repeat` drawings if over 1."""
+    """Returns what `build` makes of a batch; a list of `repeat` drawings if over 1."""
     placeholder = tf.placeholder(images.dtype, [None, *images.shape[1:]])
     result = build(placeholder)
     with tf.Session() as session:
@@ -210,10 +215,11 @@ def test_an_image_summary_shows_the_batch(tmp_path, training):
 def draw_crops_and_flips(count):
     """Draws for `count` copies of an image whose pixels say where they are; top, left, flipped."""
     y, x = np.meshgrid(range(32), range(32), indexing="ij")
-    image = np.stack([y, x, 0 * x], axis=-1).astype(np.uint8)
+    image = np.stack([y, x, 100 * y + x]).astype(np.float32)
     crops = evaluate(cifar10_input._random_crop_and_flip, np.tile(image, [count, 1, 1, 1]))
-    assert crops.shape == (count, 24, 24, 3)
-    rows, columns = crops[..., 0].astype(int), crops[..., 1].astype(int)
+    assert crops.shape == (count, 3, 24, 24)
+    rows, columns = crops[:, 0].astype(int), crops[:, 1].astype(int)
+    np.testing.assert_array_equal(crops[:, 2], 100 * rows + columns)  # the channels go together
     top, left = rows.min(axis=(1, 2)), columns.min(axis=(1, 2))
     flipped = columns[:, 0, 0] > columns[:, 0, -1]
     # Each crop is a whole square of the image, mirrored or not, and nothing else.
@@ -245,24 +251,26 @@ def test_neighbours_in_a_block_are_cropped_and_flipped_independently():
 
 
 def test_brightness_adds_one_uniform_value_within_63_to_each_image():
-    images = np.random.default_rng(0).uniform(0, 255, [4000, 3, 4, 3]).astype(np.float32)
+    images = np.random.default_rng(0).uniform(0, 255, [4000, 3, 3, 4]).astype(np.float32)
     deltas = evaluate(cifar10_input._random_brightness, images) - images
     assert np.ptp(deltas, axis=(1, 2, 3)).max() < 1e-4
     assert_uniform(deltas[:, 0, 0, 0], -63 - 1e-4, 63 + 1e-4)
 
 
 def test_contrast_scales_each_image_by_one_uniform_factor_around_its_channels_means():
-    images = np.random.default_rng(0).uniform(0, 255, [4000, 3, 4, 3]).astype(np.float32)
+    images = np.random.default_rng(0).uniform(0, 255, [4000, 3, 3, 4]).astype(np.float32)
     results = evaluate(cifar10_input._random_contrast, images)
-    means = images.mean(axis=(1, 2), keepdims=True)
+    means = images.mean(axis=(2, 3), keepdims=True)
     factors = (results - means)[:, 0, 0, 0] / (images - means)[:, 0, 0, 0]
     reliable = np.abs((images - means)[:, 0, 0, 0]) > 10  # small distances round off
     assert_uniform(factors[reliable], 0.2 - 1e-4, 1.8 + 1e-4)
     # The formula is the stock op's, which takes one factor a call.
     chosen = np.flatnonzero(reliable)[:5]
-    stock = [tf.image.adjust_contrast(images[i], np.float64(factors[i])) for i in chosen]
+    seen = np.moveaxis(images, 1, 3)
+    stock = [tf.image.adjust_contrast(seen[i], np.float64(factors[i])) for i in chosen]
     with tf.Session() as session:
-        np.testing.assert_allclose(results[chosen], session.run(stock), atol=0.01)
+        expected = depth_major(np.array(session.run(stock)))
+    np.testing.assert_allclose(results[chosen], expected, atol=0.01)
 
 
 @pytest.mark.parametrize(
@@ -270,7 +278,7 @@ def test_contrast_scales_each_image_by_one_uniform_factor_around_its_channels_me
 )
 def test_each_distortion_has_its_part_in_the_training_images(monkeypatch, name):
     neutral = {
-        "_random_crop_and_flip": lambda images: images[:, 4:28, 4:28],
+        "_random_crop_and_flip": lambda planes: planes[:, :, 4:28, 4:28],
         "_random_brightness": tf.identity,
         "_random_contrast": tf.identity,
         "_standardize": tf.identity,
@@ -278,20 +286,20 @@ def test_each_distortion_has_its_part_in_the_training_images(monkeypatch, name):
     for other in neutral.keys() - {name}:
         monkeypatch.setattr(cifar10_input, other, neutral[other])
     images = np.tile(pixels(make_records(1)), [8, 1, 1, 1])
-    results = evaluate(cifar10_input._distort, images)
+    results = evaluate(cifar10_input._distort, depth_major(images))
     assert results.dtype == np.float32
     assert (np.abs(results - images[:, 4:28, 4:28]).max(axis=(1, 2, 3)) > 0.01).sum() >= 6
 
 
 @pytest.mark.parametrize("name", ["_random_brightness", "_random_contrast"])
 def test_every_run_draws_anew(name):
-    images = np.random.default_rng(0).uniform(0, 255, [2, 3, 4, 3]).astype(np.float32)
+    images = np.random.default_rng(0).uniform(0, 255, [2, 3, 3, 4]).astype(np.float32)
     first, second = evaluate(getattr(cifar10_input, name), images, repeat=2)
     assert (np.abs(first - second).max(axis=(1, 2, 3)) > 1e-3).all()
 
 
 def test_an_image_of_one_colour_is_standardized_to_zeros():
-    images = np.full([1, 32, 32, 3], 200, np.uint8)
+    images = np.full([1, 3, 32, 32], 200, np.uint8)
     np.testing.assert_array_equal(evaluate(cifar10_input._crop, images), np.zeros([1, 24, 24, 3]))
     np.testing.assert_allclose(evaluate(cifar10_input._distort, images), 0, atol=1e-2)
 
@@ -299,5 +307,7 @@ def test_an_image_of_one_colour_is_standardized_to_zeros():
 def test_the_central_crop_leaves_out_four_pixels_on_each_side():
     records = make_records(3)
     np.testing.assert_allclose(
-        evaluate(cifar10_input._crop, pixels(records)), standardized_centers(records), atol=1e-4
+        evaluate(cifar10_input._crop, depth_major(pixels(records))),
+        standardized_centers(records),
+        atol=1e-4,
     )
