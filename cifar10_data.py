@@ -11,6 +11,7 @@ import http.client
 import os
 import pathlib
 import shutil
+import sys
 import tarfile
 import tempfile
 import urllib.error
@@ -105,9 +106,15 @@ def check_records(folder):
 
 
 def _check_file(path):
+    folder = os.path.dirname(path)
+    source = (
+        "the stand-in drawn"
+        if os.path.basename(folder) == SYNTHETIC_FOLDER
+        else "CIFAR-10 downloaded"
+    )
     cure = (
-        f"replace it, or move the folder {os.path.dirname(path)} away and start again "
-        "to have it made anew"
+        f"put a good one in its place, or move the folder {folder} away and start again to have "
+        f"{source} anew"
     )
     if not os.path.exists(path):
         raise DataError(f"{path} is missing; {cure}")
@@ -120,8 +127,8 @@ def _check_file(path):
         records, rest = divmod(size, RECORD_BYTES)
         if rest:
             raise DataError(
-                f"{path}: record {records} is cut short, it has {rest} of {RECORD_BYTES} bytes; "
-                f"{cure}"
+                f"{path}: record {records} (from 0) is cut short, it has {rest} of {RECORD_BYTES} "
+                f"bytes; {cure}"
             )
         labels = np.memmap(path, np.uint8, mode="r").reshape(records, RECORD_BYTES)[:, 0]
         wrong = np.flatnonzero(labels >= NUM_CLASSES)
@@ -129,7 +136,7 @@ def _check_file(path):
         raise DataError(f"{path} cannot be read ({error.strerror}); {cure}") from error
     if wrong.size:
         raise DataError(
-            f"{path}: record {wrong[0]} has label {labels[wrong[0]]}, but labels are 0 to "
+            f"{path}: record {wrong[0]} (from 0) has label {labels[wrong[0]]}, but labels are 0 to "
             f"{NUM_CLASSES - 1}; {cure}"
         )
 
@@ -154,6 +161,11 @@ def maybe_download_and_extract(data_dir, url=DATA_URL, sha256=ARCHIVE_SHA256):
     folder = os.path.join(data_dir, EXTRACTED_FOLDER)
     if os.path.isdir(folder):
         return folder
+    if os.path.exists(os.path.join(data_dir, TRAIN_FILES[0])):
+        raise DataError(
+            f"{data_dir} holds record files itself; call it {EXTRACTED_FOLDER}, and let --data_dir "
+            "name the folder that it is in"
+        )
     archive = os.path.join(data_dir, ARCHIVE_NAME)
     try:
         os.makedirs(data_dir, exist_ok=True)
@@ -175,6 +187,10 @@ def _download(url, archive, sha256):
     """Fetches `url`; the file gets its final name only when its checksum holds."""
     if "://" not in url:
         url = pathlib.Path(url).absolute().as_uri()
+    print(
+        f"There is no {EXTRACTED_FOLDER} in {os.path.dirname(archive)}: fetching CIFAR-10, {url}",
+        file=sys.stderr,
+    )
     part = f"{archive}.{os.getpid()}.part"
     try:
         digest = _fetch(url, part)
@@ -216,9 +232,12 @@ def _read_chunks(url):
     # A connection that misbehaves is an OSError or an HTTPException; an address that makes no
     # sense is a ValueError.
     except (OSError, http.client.HTTPException, ValueError) as error:
+        reason = error
         if isinstance(error, urllib.error.HTTPError):
             error.close()  # it is the response as well, and holds the connection
-        raise DataError(f"cannot download {url}: {error}; {WAYS_ON}") from error
+        elif isinstance(error, urllib.error.URLError):
+            reason = error.reason
+        raise DataError(f"cannot download {url}: {reason}; {WAYS_ON}") from error
     if bar.total is not None and bar.n != bar.total:
         raise DataError(
             f"cannot download {url}: the connection ended after {bar.n} of {bar.total} bytes; "

@@ -183,6 +183,8 @@ def evaluate():
       UserError: the folder for summaries cannot be written; with --run_once also, there is no
         checkpoint, or it cannot be evaluated.
     """
+    if FLAGS.run_once:
+        require_checkpoint(FLAGS.checkpoint_dir)  # before anything is made in vain
     eval_test = FLAGS.eval_data == "test"
     available = cifar10_data.count_records(cifar10.find_data_folder(), eval_test)
     if available < FLAGS.num_examples:

@@ -170,9 +170,20 @@ def _filename_queue(filenames, num_epochs, shuffle):
     return tf.train.string_input_producer(filenames, num_epochs=num_epochs, shuffle=shuffle)
 
 
-def _as_batch(images, labels):
-    """Shows the batch in TensorBoard, and gives labels their shape [batch]."""
-    with tf.name_scope(None):  # so that the tag is not prefixed with the scope
+def _as_batch(images, labels, scope):
+    """Shows the batch in TensorBoard, and gives labels their shape [batch].
+
+    The queues in `scope` have each added a summary of how full they are, with their capacity in
+    the tag, so that it changes with the size of a batch. They are left out, and the training
+    queue's comes back under a tag that stays.
+    """
+    summaries = tf.get_collection_ref(tf.GraphKeys.SUMMARIES)
+    of_queues = [summary for summary in summaries if summary.op.name.startswith(scope)]
+    summaries[:] = [summary for summary in summaries if not summary.op.name.startswith(scope)]
+    with tf.name_scope(None):  # so that the tags are not prefixed with the scope
+        for summary in of_queues:
+            if "shuffle_batch" in summary.op.name:
+                tf.summary.scalar("queue/fraction_full", summary.op.inputs[1])
         tf.summary.image("input", images)
     return images, tf.reshape(labels, [-1])
 
@@ -203,7 +214,7 @@ def distorted_inputs(
         "This will take a few minutes.",
         flush=True,
     )
-    with tf.device("/cpu:0"), tf.name_scope("distorted_inputs"):
+    with tf.device("/cpu:0"), tf.name_scope("distorted_inputs") as scope:
         filenames = cifar10_data.record_files(data_dir, eval_data=False)
         filename_queue = _filename_queue(filenames, None, shuffle=True)
         _, labels, planes = _read_block(filename_queue, RECORDS_PER_READ)
@@ -215,7 +226,7 @@ def distorted_inputs(
             min_after_dequeue=min_queue_examples,
             enqueue_many=True,
         )
-        return _as_batch(images, labels)
+        return _as_batch(images, labels, scope)
 
 
 def inputs(eval_data, data_dir, batch_size, num_epochs=None):
@@ -237,7 +248,7 @@ def inputs(eval_data, data_dir, batch_size, num_epochs=None):
     Raises:
       ValueError: a file is missing.
     """
-    with tf.device("/cpu:0"), tf.name_scope("inputs"):
+    with tf.device("/cpu:0"), tf.name_scope("inputs") as scope:
         filenames = cifar10_data.record_files(data_dir, eval_data)
         filename_queue = _filename_queue(filenames, num_epochs, shuffle=False)
         _, labels, planes = _read_block(filename_queue, RECORDS_PER_READ)
@@ -249,4 +260,4 @@ def inputs(eval_data, data_dir, batch_size, num_epochs=None):
             enqueue_many=True,
             allow_smaller_final_batch=num_epochs is not None,
         )
-        return _as_batch(images, labels)
+        return _as_batch(images, labels, scope)

@@ -159,6 +159,11 @@ def run(main):
             return 1
         except KeyboardInterrupt:
             return 130
+        except BrokenPipeError:
+            # Whoever read stdout, such as `head`, has left. Python would complain once more when
+            # it flushes at the end.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 1
         return 0
 
     app.run(checked_main)

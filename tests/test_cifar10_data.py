@@ -86,7 +86,7 @@ def test_good_records_of_any_number_are_accepted_and_counted(folder):
 @pytest.mark.parametrize("name", NAMES)
 def test_a_missing_file_is_refused(folder, name):
     (folder / name).unlink()
-    with pytest.raises(DataError, match=f"{name} is missing; replace it, or move"):
+    with pytest.raises(DataError, match=f"{name} is missing; put a good one in its place, or move"):
         cifar10_data.check_records(folder)
 
 
@@ -107,7 +107,8 @@ def test_an_empty_file_is_refused(folder):
 def test_a_partial_last_record_is_refused(folder, size, record, rest):
     (folder / "test_batch.bin").write_bytes(make_records(5).tobytes()[:size])
     with pytest.raises(
-        DataError, match=f"test_batch.bin: record {record} is cut short, it has {rest} of 3073"
+        DataError,
+        match=f"test_batch.bin: record {record} .from 0. is cut short, it has {rest} of 3073",
     ):
         cifar10_data.check_records(folder)
 
@@ -117,7 +118,7 @@ def test_a_label_over_9_is_refused(folder, label):
     records = make_records(8)
     records[5, 0] = label
     records.tofile(folder / "data_batch_4.bin")
-    with pytest.raises(DataError, match=f"data_batch_4.bin: record 5 has label {label}"):
+    with pytest.raises(DataError, match=f"data_batch_4.bin: record 5 .from 0. has label {label}"):
         cifar10_data.check_records(folder)
 
 
@@ -232,6 +233,19 @@ def test_only_the_known_files_leave_the_archive(tmp_path):
     folder = cifar10_data.maybe_download_and_extract(tmp_path, sha256=sha256)
     assert sorted(os.listdir(folder)) == sorted(NAMES)
     assert not (tmp_path.parent / "escaped.bin").exists()
+
+
+def test_the_folder_of_the_records_in_place_of_its_parent_is_told_and_nothing_fetched(folder):
+    with pytest.raises(DataError, match="holds record files itself; .*--data_dir"):
+        cifar10_data.maybe_download_and_extract(folder, "http://127.0.0.1:1/")
+
+
+def test_the_cure_for_synthetic_records_is_to_draw_them_anew(tmp_path):
+    folder = tmp_path / cifar10_data.SYNTHETIC_FOLDER
+    write_data_set(folder)
+    (folder / NAMES[0]).write_bytes(b"")
+    with pytest.raises(DataError, match="start again to have the stand-in drawn anew"):
+        cifar10_data.check_records(folder)
 
 
 def test_a_data_dir_that_cannot_be_made_is_refused(tmp_path):

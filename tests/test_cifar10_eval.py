@@ -148,6 +148,7 @@ def test_fewer_images_than_asked_for_are_told(records, capsys):
 def test_without_a_checkpoint_run_once_is_an_error(records):
     with pytest.raises(UserError, match=f"no checkpoint in {FLAGS.checkpoint_dir}"):
         cifar10_eval.evaluate()
+    assert not pathlib.Path(FLAGS.eval_dir).exists()
 
 
 def test_a_damaged_checkpoint_is_an_error_that_names_it(records):

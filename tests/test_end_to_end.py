@@ -126,7 +126,10 @@ def test_bad_records_end_every_script_with_one_line(tmp_path, script):
         f"--{'eval_dir' if script == 'cifar10_eval.py' else 'train_dir'}={tmp_path / 'out'}",
         check=False,
     )
-    check_error(process, rf"^{script}: error: .*data_batch_2\.bin: record 2 has label 10.*replace")
+    check_error(
+        process,
+        rf"^{script}: error: .*data_batch_2\.bin: record 2 .from 0. has label 10.*put a good one",
+    )
     assert len(process.stderr.splitlines()) == 1
     assert not (tmp_path / "out").exists()
 
@@ -184,6 +187,29 @@ def test_without_a_checkpoint_evaluation_fails_once_or_waits(
         assert process.poll() is None
         process.send_signal(2)
         assert process.wait(timeout=30) == 130
+        assert process.stderr.read() == ""
+
+
+def test_a_reader_that_leaves_ends_training_without_a_traceback(tmp_path, synthetic_data_dir):
+    arguments = (
+        "cifar10_train.py",
+        "--synthetic_data",
+        f"--data_dir={synthetic_data_dir}",
+        f"--train_dir={tmp_path}",
+        "--batch_size=4",
+        "--log_frequency=1",
+        "--min_fraction_of_examples_in_queue=0.001",
+    )
+    with subprocess.Popen(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        process.stdout.readline()
+        process.stdout.close()
+        assert process.wait(timeout=60) == 1
         assert process.stderr.read() == ""
 
 
