@@ -92,8 +92,7 @@ def test_the_scripts_train_resume_and_evaluate_each_others_checkpoints(
 @pytest.mark.slow
 def test_the_model_learns_the_synthetic_classes(tmp_path, synthetic_data_dir):
     data = ("--synthetic_data", f"--data_dir={synthetic_data_dir}")
-    training = (*data, f"--train_dir={tmp_path}", "--batch_size=64")
-    run_script("cifar10_train.py", *training, "--max_steps=400")
+    run_script("cifar10_train.py", *data, f"--train_dir={tmp_path}", "--max_steps=400")
     evaluate = run_script(
         "cifar10_eval.py",
         *data,
@@ -101,8 +100,8 @@ def test_the_model_learns_the_synthetic_classes(tmp_path, synthetic_data_dir):
         f"--checkpoint_dir={tmp_path}",
         f"--eval_dir={tmp_path / 'eval'}",
     )
-    # Ten runs like this gave 0.89 to 0.94; chance is 0.1.
-    assert 0.8 < float(evaluate.stdout.split("=")[1]) < 1.0
+    # Three runs gave 0.933 to 0.940; chance is 0.1.
+    assert 0.9 < float(evaluate.stdout.split("=")[1]) < 1.0
 
 
 def check_error(process, *patterns):
