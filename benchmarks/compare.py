@@ -3,7 +3,7 @@
     python benchmarks/compare.py
     python benchmarks/compare.py --turns=2 --steps=2     # a quick look
 
-Needs nothing but the requirements; takes under five minutes on two cores. What is compared takes
+Needs nothing but the requirements; takes about six minutes on two cores. What is compared takes
 turns, as the speed of a shared machine drifts: a figure is the median over the turns of the ratio
 within a turn, with its range. The stock formulation is stock.py.
 """
@@ -44,15 +44,18 @@ flags.DEFINE_integer("queued", 20000, "Images that wait in a training queue.", l
 
 BATCH_SIZE = 128
 MFLOP_PER_IMAGE = 105  # forward and backward; the model's multiplications and additions
-# Steps at the start of a turn that are not timed: the queue filled while others had their turn,
-# by three batches and what is in the hands of 16 threads.
-WARM_UP_STEPS = 12
+# Steps at the start of a turn that are not timed: while others had their turn, the queue has been
+# filled by three batches, and each of 16 threads holds what it read.
+STOCK_WARM_UP_STEPS = 4
+OWN_WARM_UP_STEPS = 3 + 16 * cifar10_input.RECORDS_PER_READ // BATCH_SIZE + 1
+RESIDENT_WARM_UP_STEPS = 1
 
 
 class Training:
     """A training graph with a session of its own; `seconds_per_step` is one turn of it."""
 
-    def __init__(self, build_inputs, use_fp16=False, use_stock=False):
+    def __init__(self, build_inputs, warm_up_steps, use_fp16=False, use_stock=False):
+        self._warm_up_steps = warm_up_steps
         with tf.Graph().as_default() as graph:
             with tf.device("/cpu:0"):
                 global_step = tf.train.get_or_create_global_step()
@@ -76,7 +79,7 @@ class Training:
             self._session.run(self._fetches)
 
     def seconds_per_step(self, steps):
-        for _ in range(min(steps, WARM_UP_STEPS)):
+        for _ in range(min(2 * steps, self._warm_up_steps)):
             self._session.run(self._fetches)
         start = time.perf_counter()
         for _ in range(steps):
@@ -187,11 +190,11 @@ def compare_training(data_dir):
         return stock.distorted_inputs(data_dir, BATCH_SIZE, fraction)
 
     trainings = {
-        "stock": Training(stock_inputs, use_stock=True),
-        "own": Training(own_inputs),
-        "resident": Training(resident_inputs),
-        "own fp16": Training(own_inputs, use_fp16=True),
-        "resident fp16": Training(resident_inputs, use_fp16=True),
+        "stock": Training(stock_inputs, STOCK_WARM_UP_STEPS, use_stock=True),
+        "own": Training(own_inputs, OWN_WARM_UP_STEPS),
+        "resident": Training(resident_inputs, RESIDENT_WARM_UP_STEPS),
+        "own fp16": Training(own_inputs, OWN_WARM_UP_STEPS, use_fp16=True),
+        "resident fp16": Training(resident_inputs, RESIDENT_WARM_UP_STEPS, use_fp16=True),
     }
     participants = {
         name: lambda training=training: training.seconds_per_step(FLAGS.steps)
