@@ -6,7 +6,6 @@
 Each test image counts exactly once. The variables' moving averages stand in for the variables.
 """
 
-import datetime
 import sys
 import time
 
@@ -19,6 +18,7 @@ from cifar10_runtime import (
     UserError,
     find_latest_checkpoint,
     find_reason,
+    format_now,
     is_histogram_of_nonfinite,
     quiet_cancellation,
     read_global_step,
@@ -148,8 +148,7 @@ def eval_once(saver, summary_writer, top_k_op, summary_op, checkpoint=None, num_
     if total == 0:
         raise UserError("there was not one image to evaluate")
     precision = correct / total
-    now = f"{datetime.datetime.now():%Y-%m-%d %H:%M:%S.%f}"
-    print(f"{now}: precision @ 1 = {precision:.3f}", flush=True)
+    print(f"{format_now()}: precision @ 1 = {precision:.3f}", flush=True)
 
     summary = tf.Summary()
     if first_batch is not None:

@@ -4,6 +4,7 @@ The other modules write `from cifar10_runtime import tf`; that `tf` is `tensorfl
 """
 
 import contextlib
+import datetime
 import logging
 import os
 import re
@@ -104,6 +105,11 @@ tf.disable_eager_execution()
 # Flags hold their defaults until a script parses its command line; without this, reading one
 # (from a notebook, a test) would be an error, or parse a command line that is not ours.
 FLAGS.mark_as_parsed()
+
+
+def format_now():
+    """Returns the local time as the printed lines begin with it: `2015-11-04 11:45:45.927302`."""
+    return f"{datetime.datetime.now():%Y-%m-%d %H:%M:%S.%f}"
 
 
 def find_reason(error):

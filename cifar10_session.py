@@ -1,6 +1,5 @@
 """One training run: the flags, the session and the hooks that both trainers share."""
 
-import datetime
 import math
 import sys
 import time
@@ -11,6 +10,7 @@ from cifar10_runtime import (
     UserError,
     find_latest_checkpoint,
     find_reason,
+    format_now,
     is_histogram_of_nonfinite,
     quiet_cancellation,
     read_global_step,
@@ -75,7 +75,7 @@ class _LossHook(tf.train.SessionRunHook):
         seconds = now - self._start_time
         steps = self._step + 1 - self._first_step_since_line
         print(
-            f"{datetime.datetime.now():%Y-%m-%d %H:%M:%S.%f}: step {self._step}, "
+            f"{format_now()}: step {self._step}, "
             f"loss = {loss:.2f} ({steps * self._examples_per_step / seconds:.1f} examples/sec; "
             f"{seconds / steps:.3f} sec/batch)",
             flush=True,

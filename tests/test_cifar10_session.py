@@ -43,6 +43,14 @@ def train(train_dir, max_steps, log_frequency=10, losses=None, seconds_per_step=
         )
 
 
+def run_five_steps(train_dir, global_step):
+    """Trains in the test's own graph, with what it has added, on a loss of 1."""
+    train_op = tf.assign_add(global_step, 1)
+    cifar10_session.run_training(
+        train_op, tf.constant(1.0), 8, str(train_dir), 5, 10, session_config()
+    )
+
+
 def step_of(train_dir):
     newest = tf.train.latest_checkpoint(str(train_dir))
     return tf.train.load_checkpoint(newest).get_tensor("global_step")
@@ -113,11 +121,8 @@ def test_a_loss_that_is_not_finite_ends_training_before_it_is_saved(
 def test_a_histogram_of_what_is_not_finite_ends_training_in_one_line(tmp_path):
     global_step = tf.train.get_or_create_global_step()
     tf.summary.histogram("gradients/conv1/weights", tf.fill([2], math.nan))
-    train_op = tf.assign_add(global_step, 1)
     with pytest.raises(UserError, match="left the finite numbers: N.*gradients/conv1") as error:
-        cifar10_session.run_training(
-            train_op, tf.constant(1.0), 8, str(tmp_path), 5, 10, session_config()
-        )
+        run_five_steps(tmp_path, global_step)
     assert "\n" not in str(error.value)
 
 
@@ -166,11 +171,8 @@ def test_a_checkpoint_of_another_model_is_told_in_one_line(tmp_path):
     train(tmp_path, max_steps=3)
     global_step = tf.train.get_or_create_global_step()
     tf.get_variable("another", initializer=1.0)
-    train_op = tf.assign_add(global_step, 1)
     with pytest.raises(UserError, match="Key another not found in checkpoint; name") as error:
-        cifar10_session.run_training(
-            train_op, tf.constant(1.0), 8, str(tmp_path), 5, 10, session_config()
-        )
+        run_five_steps(tmp_path, global_step)
     assert "\n" not in str(error.value)
 
 
