@@ -16,7 +16,7 @@ from absl import flags
 
 import cifar10_data
 import cifar10_input
-from cifar10_runtime import tf
+from cifar10_runtime import GPUS, tf
 
 FLAGS = flags.FLAGS
 
@@ -223,7 +223,9 @@ def _window_sums(images, scale):
 @tf.custom_gradient
 def _lrn(images):
     """Gives x / s^0.75 with s = 1 + alpha * (window sum of x^2), and its gradient."""
-    sums = 1.0 + _window_sums(tf.square(images), _LRN_ALPHA)
+    # TensorFlow adds a bias within the multiplication, where a plain sum is a pass of its own.
+    ones = tf.ones(images.shape.as_list()[3:])
+    sums = tf.nn.bias_add(_window_sums(tf.square(images), _LRN_ALPHA), ones)
     root = tf.rsqrt(sums)
     scale = root * tf.sqrt(root)  # s^-0.75, without the cost of a general power
     normalized = images * scale
@@ -358,6 +360,29 @@ def decayed_learning_rate(global_step, examples_per_step):
     return learning_rate
 
 
+def make_optimizer(learning_rate):
+    """Returns the optimizer: gradient descent; with dynamic loss scaling if float16 is used.
+
+    float16 has no numbers as small as many gradients are. So the loss is multiplied by a large
+    scale, and the gradients are divided by it; a step with gradients that overflow changes nothing
+    but halves the scale, and 2,000 steps without one double it.
+
+    Args:
+      learning_rate: float32 [].
+    """
+    optimizer = tf.train.GradientDescentOptimizer(learning_rate)
+    if not (FLAGS.use_fp16 and GPUS):
+        return optimizer  # bfloat16, on CPUs, has the range of float32
+
+    def make_local(next_creator, **arguments):
+        return next_creator(**{**arguments, "collections": [tf.GraphKeys.LOCAL_VARIABLES]})
+
+    # Not in checkpoints, so that those are the same for every precision: a run starts its own.
+    with tf.device("/cpu:0"), tf.variable_creator_scope(make_local):
+        scale = tf.mixed_precision.DynamicLossScale()
+    return tf.mixed_precision.MixedPrecisionLossScaleOptimizer(optimizer, scale)
+
+
 def average_losses(tower_losses):
     """Averages each loss over the towers, and keeps and shows its moving average over the steps.
 
@@ -391,19 +416,25 @@ def update_variables(optimizer, gradients, global_step):
     """Applies the gradients, then, and only then, updates the moving averages of the variables.
 
     Args:
-      optimizer: a `tf.train.Optimizer`.
+      optimizer: from `make_optimizer`.
       gradients: list of (gradient, variable).
       global_step: int64 [] variable; counts this update.
 
     Returns:
       The operation that does both.
     """
+    scales_loss = isinstance(optimizer, tf.mixed_precision.MixedPrecisionLossScaleOptimizer)
     for gradient, variable in gradients:
+        if scales_loss:  # where one that overflows is no error, as it would be to a histogram
+            gradient = tf.where_v2(tf.is_finite(gradient), gradient, 0.0)
         tf.summary.histogram(f"gradients/{variable.op.name}", gradient)
         tf.summary.histogram(_tag(variable.op), variable)
-    apply_gradients_op = optimizer.apply_gradients(gradients, global_step=global_step)
-    averages = tf.train.ExponentialMovingAverage(MOVING_AVERAGE_DECAY, global_step)
+    # Counted here, because loss scaling skips updates, and a step that is skipped is a step.
+    apply_gradients_op = optimizer.apply_gradients(gradients)
     with tf.control_dependencies([apply_gradients_op]):
+        count_op = tf.assign_add(global_step, 1)
+    averages = tf.train.ExponentialMovingAverage(MOVING_AVERAGE_DECAY, global_step)
+    with tf.control_dependencies([count_op]):
         return averages.apply(tf.trainable_variables())
 
 
@@ -418,7 +449,7 @@ def train(total_loss, global_step, examples_per_step=None):
     Returns:
       The operation that trains on one batch.
     """
-    optimizer = tf.train.GradientDescentOptimizer(
+    optimizer = make_optimizer(
         decayed_learning_rate(global_step, examples_per_step or FLAGS.batch_size)
     )
     gradients = optimizer.compute_gradients(total_loss)

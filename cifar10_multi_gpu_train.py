@@ -66,7 +66,7 @@ def build_training(num_gpus, batch_size):
         global_step = tf.train.get_or_create_global_step()
         images, labels = cifar10.distorted_inputs(batch_size * num_gpus)
         learning_rate = cifar10.decayed_learning_rate(global_step, batch_size * num_gpus)
-        optimizer = tf.train.GradientDescentOptimizer(learning_rate)
+        optimizer = cifar10.make_optimizer(learning_rate)
         tower_images = tf.split(images, num_gpus)
         tower_labels = tf.split(labels, num_gpus)
 

@@ -5,6 +5,8 @@ The other modules write `from cifar10_runtime import tf`; that `tf` is `tensorfl
 
 import contextlib
 import datetime
+import functools
+import gc
 import logging
 import os
 import re
@@ -89,11 +91,16 @@ def _is_wanted(record):
     return not is_advice or tf.get_logger().isEnabledFor(logging.INFO)
 
 
+# Importing makes half a million objects that stay. The garbage collector would look through them
+# again and again, now, while a graph is built, and at the end: half a second of every script.
+gc.disable()
 with _stderr_without(_is_start_up_notice):
     import tensorflow.compat.v1 as tf
 
     # The first look at the devices is what calls cuInit. It takes no GPU memory.
     GPUS = tf.config.list_physical_devices("GPU")
+gc.freeze()
+gc.enable()
 
 tf.get_logger().addFilter(_is_wanted)
 
@@ -175,6 +182,29 @@ def run(main):
     app.run(checked_main)
 
 
+def has_fast_bfloat16(cpuinfo="/proc/cpuinfo"):
+    """Tells whether the processor computes in bfloat16 itself; True where that is not known.
+
+    Args:
+      cpuinfo: the path of Linux's description of the processor.
+    """
+    try:
+        with open(cpuinfo) as file:
+            words = set(file.read().split())
+    except OSError:  # not Linux
+        return True
+    return not words.isdisjoint({"amx_bf16", "avx512_bf16", "bf16"})  # x86's names, and Arm's
+
+
+@functools.cache  # once is enough
+def _warn_of_slow_bfloat16():
+    if not has_fast_bfloat16():
+        tf.logging.warning(
+            "--use_fp16: this processor has no instructions for bfloat16; to emulate them takes "
+            "longer than float32 does."
+        )
+
+
 def session_config(use_fp16=False, log_device_placement=False):
     """Returns the `tf.ConfigProto` that all sessions of the project use.
 
@@ -194,4 +224,5 @@ def session_config(use_fp16=False, log_device_placement=False):
             options.auto_mixed_precision = options.ON
         else:
             options.auto_mixed_precision_onednn_bfloat16 = options.ON
+            _warn_of_slow_bfloat16()
     return config

@@ -3,7 +3,7 @@
     python benchmarks/compare.py
     python benchmarks/compare.py --turns=2 --steps=2     # a quick look
 
-Needs nothing but the requirements; takes several minutes on two cores. What is compared takes
+Needs nothing but the requirements; takes under five minutes on two cores. What is compared takes
 turns, as the speed of a shared machine drifts: a figure is the median over the turns of the ratio
 within a turn, with its range. The stock formulation is stock.py.
 """
@@ -31,15 +31,22 @@ from absl import flags  # noqa: E402
 import cifar10  # noqa: E402
 import cifar10_data  # noqa: E402
 import cifar10_input  # noqa: E402
-from cifar10_runtime import UserError, quiet_cancellation, run, session_config, tf  # noqa: E402
+from cifar10_runtime import (  # noqa: E402
+    UserError,
+    has_fast_bfloat16,
+    quiet_cancellation,
+    run,
+    session_config,
+    tf,
+)
 
 FLAGS = flags.FLAGS
 
 flags.DEFINE_integer("turns", 8, "Turns that each configuration takes.", lower_bound=1)
 flags.DEFINE_integer(
-    "process_turns", 3, "Turns of those that are whole processes; 0: none.", lower_bound=0
+    "process_turns", 4, "Turns of those that are whole processes; 0: none.", lower_bound=0
 )
-flags.DEFINE_integer("steps", 12, "Training steps that are timed in a turn.", lower_bound=1)
+flags.DEFINE_integer("steps", 8, "Training steps that are timed in a turn.", lower_bound=1)
 flags.DEFINE_integer("queued", 20000, "Images that wait in a training queue.", lower_bound=0)
 
 BATCH_SIZE = 128
@@ -138,8 +145,13 @@ def resident_inputs():
     return images.read_value(), tf.range(BATCH_SIZE) % cifar10.NUM_CLASSES
 
 
-def seconds_until(text, *command):
-    """Runs a process; returns the seconds until it has printed a line with `text` ('': any)."""
+def run_process(*command):
+    """Runs a Python script from the project's folder.
+
+    Returns:
+      lines: list of (seconds since its start, line that it printed).
+      seconds: float; until it has ended.
+    """
     start = time.perf_counter()
     with subprocess.Popen(
         [sys.executable, *map(str, command)],
@@ -148,22 +160,17 @@ def seconds_until(text, *command):
         stderr=subprocess.PIPE,
         text=True,
     ) as process:
-        seconds = None
-        for line in process.stdout:
-            if seconds is None and text in line:
-                seconds = time.perf_counter() - start
+        lines = [(time.perf_counter() - start, line) for line in process.stdout]
         errors = process.stderr.read()
-    if process.returncode != 0 or seconds is None:
+    seconds = time.perf_counter() - start
+    if process.returncode != 0:
         raise UserError(f"{command} failed: {errors}")
-    return seconds
+    return lines, seconds
 
 
-def print_row(name, ratios, at_least, aim):
-    median = statistics.median(ratios)
-    print(
-        f"| {name} | {median:.2f} | {min(ratios):.2f} to {max(ratios):.2f} | {at_least} | {aim} |",
-        flush=True,
-    )
+def print_row(name, ratios, *more_columns):
+    columns = [name, f"{statistics.median(ratios):.2f}", f"{min(ratios):.2f} to {max(ratios):.2f}"]
+    print(f"| {' | '.join([*columns, *map(str, more_columns)])} |", flush=True)
 
 
 def ratios(figures, above, below):
@@ -180,20 +187,27 @@ def take_turns(turns, participants):
     return figures
 
 
-def compare_training(data_dir):
-    fraction = FLAGS.queued / cifar10_input.NUM_EXAMPLES_PER_EPOCH_FOR_TRAIN
-
-    def own_inputs():
-        return cifar10_input.distorted_inputs(data_dir, BATCH_SIZE, fraction)
-
-    def stock_inputs():
+def stock_training(data_dir, fraction):
+    def build_inputs():
         return stock.distorted_inputs(data_dir, BATCH_SIZE, fraction)
 
+    return Training(build_inputs, STOCK_WARM_UP_STEPS, use_stock=True)
+
+
+def own_training(data_dir, fraction, use_fp16=False):
+    def build_inputs():
+        return cifar10_input.distorted_inputs(data_dir, BATCH_SIZE, fraction)
+
+    return Training(build_inputs, OWN_WARM_UP_STEPS, use_fp16)
+
+
+def compare_training(data_dir):
+    fraction = FLAGS.queued / cifar10_input.NUM_EXAMPLES_PER_EPOCH_FOR_TRAIN
     trainings = {
-        "stock": Training(stock_inputs, STOCK_WARM_UP_STEPS, use_stock=True),
-        "own": Training(own_inputs, OWN_WARM_UP_STEPS),
+        "stock": stock_training(data_dir, fraction),
+        "own": own_training(data_dir, fraction),
         "resident": Training(resident_inputs, RESIDENT_WARM_UP_STEPS),
-        "own fp16": Training(own_inputs, OWN_WARM_UP_STEPS, use_fp16=True),
+        "own fp16": own_training(data_dir, fraction, use_fp16=True),
         "resident fp16": Training(resident_inputs, RESIDENT_WARM_UP_STEPS, use_fp16=True),
     }
     participants = {
@@ -249,18 +263,17 @@ def compare_processes(data_dir, folder):
     numbers = itertools.count()
 
     def start(*script):
-        return seconds_until(
-            ": step 0,",
+        lines, _ = run_process(
             *script,
             *data,
             f"--train_dir={folder / f'start_{next(numbers)}'}",
             "--max_steps=1",
             f"--min_fraction_of_examples_in_queue={fraction}",
         )
+        return next(seconds for seconds, line in lines if ": step 0," in line)
 
     def evaluate(*script):
-        return seconds_until(
-            "",
+        _, seconds = run_process(
             *script,
             *data,
             "--run_once",
@@ -268,6 +281,7 @@ def compare_processes(data_dir, folder):
             f"--checkpoint_dir={folder / 'start_0'}",
             f"--eval_dir={folder / 'eval'}",
         )
+        return seconds
 
     figures = take_turns(
         FLAGS.process_turns,
@@ -287,19 +301,20 @@ def compare_processes(data_dir, folder):
     )
 
 
-def processor():
-    """Returns the processor's name, and which instructions for 16 bits it has."""
-    text = pathlib.Path("/proc/cpuinfo").read_text() if os.path.exists("/proc/cpuinfo") else ""
-    names = re.findall(r"^model name\s*: (.*)", text, re.MULTILINE) or [platform.processor()]
-    fast = [name for name in ("amx_bf16", "avx512_bf16") if name in text]
-    return f"{os.cpu_count()} x {names[0]}, {' and '.join(fast) or 'no instructions for bfloat16'}"
+def describe_machine():
+    """Returns hardware and versions in one line."""
+    path = pathlib.Path("/proc/cpuinfo")
+    names = re.findall(r"^model name\s*: (.*)", path.read_text(), re.M) if path.exists() else []
+    return (
+        f"{os.cpu_count()} x {[*names, platform.processor()][0]}, "
+        f"{'with' if has_fast_bfloat16() else 'without'} bfloat16; "
+        f"Python {platform.python_version()}, TensorFlow {tf.version.VERSION}, batch {BATCH_SIZE}"
+    )
 
 
 def main():
-    print(
-        f"{processor()}; Python {platform.python_version()}, TensorFlow {tf.version.VERSION}, "
-        f"batch {BATCH_SIZE}, median of {FLAGS.turns} turns ({FLAGS.process_turns} of processes)\n"
-    )
+    turns = f"median of {FLAGS.turns} turns ({FLAGS.process_turns} of processes)"
+    print(f"{describe_machine()}, {turns}\n")
     print("| | median | range | at least | aim |\n| --- | --- | --- | --- | --- |")
     with tempfile.TemporaryDirectory() as folder:
         records = cifar10_data.maybe_generate_synthetic(folder)

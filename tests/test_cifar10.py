@@ -250,6 +250,43 @@ def test_the_single_trainers_epochs_count_the_flags_batch_size():
             assert before - session.run(weight) == pytest.approx(rate, rel=1e-4)
 
 
+def test_float16_scales_the_loss_and_skips_steps_that_overflow(monkeypatch):
+    monkeypatch.setattr(cifar10, "GPUS", ["a GPU"])
+    cifar10.FLAGS.use_fp16 = True
+    weight = tf.get_variable("weight", initializer=[1.0])
+    factor = tf.placeholder(tf.float32, [])
+    global_step = tf.train.get_or_create_global_step()
+    optimizer = cifar10.make_optimizer(0.1)
+    gradients = optimizer.compute_gradients(factor * weight[0])
+    update = cifar10.update_variables(optimizer, gradients, global_step)
+    summaries = tf.summary.merge_all()
+    (scale,) = [v for v in tf.local_variables() if "loss_scale" in v.op.name]
+    # The checkpoint is the same as without.
+    assert {v.op.name for v in tf.global_variables()} == {
+        "weight",
+        "weight/ExponentialMovingAverage",
+        "global_step",
+    }
+    with tf.Session() as session:
+        session.run([tf.global_variables_initializer(), tf.local_variables_initializer()])
+        assert session.run(scale) == 2**15
+        session.run([update, summaries], {factor: 3.0})
+        assert session.run([weight, global_step, scale]) == [pytest.approx([0.7]), 1, 2**15]
+        # 1e35 * 2^15 overflows even a float32, as 2 would a float16.
+        session.run([update, summaries], {factor: 1e35})
+        assert session.run([weight, global_step, scale]) == [pytest.approx([0.7]), 2, 2**14]
+        session.run(update, {factor: 3.0})
+        assert session.run([weight, global_step, scale]) == [pytest.approx([0.4]), 3, 2**14]
+
+
+@pytest.mark.parametrize(("use_fp16", "gpus"), [(False, ["a GPU"]), (True, [])])
+def test_without_float16_the_loss_is_not_scaled(monkeypatch, use_fp16, gpus):
+    monkeypatch.setattr(cifar10, "GPUS", gpus)
+    cifar10.FLAGS.use_fp16 = use_fp16
+    assert isinstance(cifar10.make_optimizer(0.1), tf.train.GradientDescentOptimizer)
+    assert tf.local_variables() == []
+
+
 def build_training(batch_size):
     images = tf.random.stateless_normal([batch_size, 24, 24, 3], seed=[1, 2])
     global_step = tf.train.get_or_create_global_step()

@@ -250,16 +250,21 @@ def test_neighbours_in_a_block_are_cropped_and_flipped_independently():
         assert abs(correlation) < 0.06  # 6 standard deviations of 1 / sqrt(10000)
 
 
+def on_planes(distortion):
+    """Turns a distortion of images taken apart into one of depth-major images."""
+    return lambda planes: distortion(cifar10_input._Pixels.take_apart(planes)).put_together()
+
+
 def test_brightness_adds_one_uniform_value_within_63_to_each_image():
     images = np.random.default_rng(0).uniform(0, 255, [4000, 3, 3, 4]).astype(np.float32)
-    deltas = evaluate(cifar10_input._random_brightness, images) - images
+    deltas = evaluate(on_planes(cifar10_input._random_brightness), images) - images
     assert np.ptp(deltas, axis=(1, 2, 3)).max() < 1e-4
     assert_uniform(deltas[:, 0, 0, 0], -63 - 1e-4, 63 + 1e-4)
 
 
 def test_contrast_scales_each_image_by_one_uniform_factor_around_its_channels_means():
     images = np.random.default_rng(0).uniform(0, 255, [4000, 3, 3, 4]).astype(np.float32)
-    results = evaluate(cifar10_input._random_contrast, images)
+    results = evaluate(on_planes(cifar10_input._random_contrast), images)
     means = images.mean(axis=(2, 3), keepdims=True)
     factors = (results - means)[:, 0, 0, 0] / (images - means)[:, 0, 0, 0]
     reliable = np.abs((images - means)[:, 0, 0, 0]) > 10  # small distances round off
@@ -278,10 +283,10 @@ def test_contrast_scales_each_image_by_one_uniform_factor_around_its_channels_me
 )
 def test_each_distortion_has_its_part_in_the_training_images(monkeypatch, name):
     neutral = {
-        "_random_crop_and_flip": lambda planes: planes[:, :, 4:28, 4:28],
-        "_random_brightness": tf.identity,
-        "_random_contrast": tf.identity,
-        "_standardize": tf.identity,
+        "_random_crop_and_flip": lambda planes: tf.cast(planes[:, :, 4:28, 4:28], tf.float32),
+        "_random_brightness": lambda pixels: pixels,
+        "_random_contrast": lambda pixels: pixels,
+        "_standardize": lambda pixels: pixels,
     }
     for other in neutral.keys() - {name}:
         monkeypatch.setattr(cifar10_input, other, neutral[other])
@@ -294,7 +299,7 @@ def test_each_distortion_has_its_part_in_the_training_images(monkeypatch, name):
 @pytest.mark.parametrize("name", ["_random_brightness", "_random_contrast"])
 def test_every_run_draws_anew(name):
     images = np.random.default_rng(0).uniform(0, 255, [2, 3, 3, 4]).astype(np.float32)
-    first, second = evaluate(getattr(cifar10_input, name), images, repeat=2)
+    first, second = evaluate(on_planes(getattr(cifar10_input, name)), images, repeat=2)
     assert (np.abs(first - second).max(axis=(1, 2, 3)) > 1e-3).all()
 
 
@@ -302,6 +307,28 @@ def test_an_image_of_one_colour_is_standardized_to_zeros():
     images = np.full([1, 3, 32, 32], 200, np.uint8)
     np.testing.assert_array_equal(evaluate(cifar10_input._crop, images), np.zeros([1, 24, 24, 3]))
     np.testing.assert_allclose(evaluate(cifar10_input._distort, images), 0, atol=1e-2)
+
+
+def test_standardization_is_the_stock_ops():
+    images = pixels(make_records(4)).astype(np.float32)
+    images[2] = 7
+    images[2, 0, 0, 0] += 0.1  # a deviation less than the least that is taken
+    images[3] = [7, 8, 9]  # no deviation within a channel
+    with tf.Session() as session:
+        expected = session.run(tf.image.per_image_standardization(images))
+    own = evaluate(on_planes(cifar10_input._standardize), depth_major(images))
+    np.testing.assert_allclose(own, depth_major(expected), atol=1e-4)
+    assert own[2].std() < 0.2
+
+
+def test_contrast_is_standardized_away():
+    def distort_and_standardize(pixels):
+        return cifar10_input._standardize(cifar10_input._random_contrast(pixels))
+
+    images = np.random.default_rng(0).uniform(0, 255, [50, 3, 24, 24]).astype(np.float32)
+    results = evaluate(on_planes(distort_and_standardize), images)
+    np.testing.assert_allclose(results.mean(axis=(1, 2, 3)), 0, atol=1e-5)
+    np.testing.assert_allclose(results.std(axis=(1, 2, 3)), 1, atol=1e-5)
 
 
 def test_the_central_crop_leaves_out_four_pixels_on_each_side():

@@ -1,6 +1,8 @@
 """What reaches stderr and what does not; the session's configuration."""
 
 import os
+import subprocess
+import sys
 
 import pytest
 
@@ -100,3 +102,40 @@ def test_16_bit_arithmetic_is_a_rewrite_that_is_off_by_default():
 
 def test_importing_switches_to_graph_mode():
     assert not tf.executing_eagerly()
+
+
+@pytest.mark.parametrize(
+    ("flags", "fast"),
+    [
+        ("flags\t\t: fpu avx512f amx_bf16 amx_tile", True),
+        ("flags\t\t: fpu avx512f avx512_bf16", True),
+        ("Features\t: fp asimd bf16", True),
+        ("flags\t\t: fpu avx512f avx512_vnni", False),
+    ],
+)
+def test_a_processor_without_bfloat16_is_known(tmp_path, flags, fast):
+    (tmp_path / "cpuinfo").write_text(f"processor\t: 0\n{flags}\n")
+    assert cifar10_runtime.has_fast_bfloat16(tmp_path / "cpuinfo") is fast
+    assert cifar10_runtime.has_fast_bfloat16(tmp_path / "none") is True
+
+
+@pytest.mark.parametrize(
+    ("fast", "gpus", "warnings"), [(False, [], 1), (True, [], 0), (False, ["GPU"], 0)]
+)
+def test_slow_16_bits_are_warned_of_once(monkeypatch, fast, gpus, warnings):
+    said = []
+    monkeypatch.setattr(tf.logging, "warning", said.append)
+    monkeypatch.setattr(cifar10_runtime, "GPUS", gpus)
+    monkeypatch.setattr(cifar10_runtime, "has_fast_bfloat16", lambda: fast)
+    cifar10_runtime._warn_of_slow_bfloat16.cache_clear()
+    session_config(use_fp16=False)
+    assert said == []
+    session_config(use_fp16=True)
+    session_config(use_fp16=True)
+    assert len(said) == warnings
+    assert all("\n" not in line for line in said)
+
+
+def test_importing_leaves_nothing_of_tensorflow_to_the_garbage_collector():
+    code = "import gc, cifar10_runtime; print(gc.isenabled(), gc.get_freeze_count() > 10**5)"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True) == "True True\n"
