@@ -208,32 +208,31 @@ _LRN_ALPHA = 0.001 / 9.0
 _LRN_BETA = 0.75
 
 
-def _window_sums(images, scale):
-    """Sums each channel and its neighbours within _LRN_RADIUS, times `scale`.
+def _window_sums(rows, scale):
+    """Sums each channel and its neighbours within _LRN_RADIUS, times `scale`: [n, m] to [n, m].
 
     A multiplication by a banded matrix of ones: processors do that at full speed, which makes up
-    for the additions of zeros. [batch, n, n, m] to [batch, n, n, m].
+    for the additions of zeros.
     """
-    channels = images.shape.as_list()[3]
-    band = scale * tf.linalg.band_part(tf.ones([channels, channels]), _LRN_RADIUS, _LRN_RADIUS)
-    sums = tf.matmul(tf.reshape(images, [-1, channels]), band)
-    return tf.ensure_shape(tf.reshape(sums, tf.shape(images)), images.shape)
+    channels = rows.shape.as_list()[1]
+    band = tf.linalg.band_part(tf.ones([channels, channels]), _LRN_RADIUS, _LRN_RADIUS)
+    return tf.matmul(rows, scale * band)
 
 
 @tf.custom_gradient
-def _lrn(images):
+def _lrn(rows):
     """Gives x / s^0.75 with s = 1 + alpha * (window sum of x^2), and its gradient."""
-    # TensorFlow adds a bias within the multiplication, where a plain sum is a pass of its own.
-    ones = tf.ones(images.shape.as_list()[3:])
-    sums = tf.nn.bias_add(_window_sums(tf.square(images), _LRN_ALPHA), ones)
+    # As a bias, the 1 is added within the multiplication, not in a pass of its own.
+    ones = tf.ones(rows.shape.as_list()[1:])
+    sums = tf.nn.bias_add(_window_sums(tf.square(rows), _LRN_ALPHA), ones)
     root = tf.rsqrt(sums)
     scale = root * tf.sqrt(root)  # s^-0.75, without the cost of a general power
-    normalized = images * scale
+    normalized = rows * scale
 
     def gradient(upstream):
         # dx = dy / s^0.75 - 2 * alpha * beta * x * (window sum of dy * y / s)
         shared = _window_sums(upstream * normalized / sums, 2.0 * _LRN_ALPHA * _LRN_BETA)
-        return upstream * scale - images * shared
+        return upstream * scale - rows * shared
 
     return normalized, gradient
 
@@ -250,8 +249,10 @@ def local_response_normalization(images, name):
     Returns:
       float32 [batch, n, n, m].
     """
+    shape = images.shape.as_list()
     with tf.name_scope(name) as scope:
-        return tf.identity(_lrn(images), name=scope)
+        rows = tf.reshape(images, [-1, shape[3]])
+        return tf.reshape(_lrn(rows), [-1, *shape[1:]], name=scope)
 
 
 def _fully_connected(features, layer, units, stddev, bias, weight_decay, relu=True):
