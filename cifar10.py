@@ -65,6 +65,12 @@ INITIAL_LEARNING_RATE = 0.1
 WEIGHT_DECAY = 0.004  # of local3 and local4, times half the sum of the squared weights
 LOSS_AVERAGE_DECAY = 0.9  # per step, of the losses that TensorBoard shows
 
+# Collections of what a run looks at after each step: scalars that are finite if all is well, each
+# named for the tensor that it stands for within the scope; and the learning rate of that step.
+MUST_BE_FINITE = "must_be_finite"
+FINITE_SCOPE = "must_be_finite/"
+LEARNING_RATE = "learning_rate"
+
 # The operations of tower N are named tower_N/..., see cifar10_multi_gpu_train.py.
 TOWER_NAME = "tower"
 
@@ -92,6 +98,11 @@ def find_data_folder():
     """Returns the path of the folder with the record files that the flags ask for."""
     name = cifar10_data.SYNTHETIC_FOLDER if FLAGS.synthetic_data else cifar10_data.EXTRACTED_FOLDER
     return f"{FLAGS.data_dir}/{name}"
+
+
+def make_change_check(eval_data):
+    """Returns a function that raises DataError if the records change; see `ChangeCheck`."""
+    return cifar10_data.ChangeCheck(find_data_folder(), eval_data)
 
 
 def distorted_inputs(batch_size=None):
@@ -333,7 +344,9 @@ def loss(logits, labels, scope=None):
         labels=tf.cast(labels, tf.int64), logits=logits, name="cross_entropy_per_example"
     )
     tf.add_to_collection("losses", tf.reduce_mean(cross_entropy, name="cross_entropy"))
-    return tf.add_n(tf.get_collection("losses", scope), name="total_loss")
+    total_loss = tf.add_n(tf.get_collection("losses", scope), name="total_loss")
+    tf.add_to_collection(MUST_BE_FINITE, total_loss)
+    return total_loss
 
 
 def decayed_learning_rate(global_step, examples_per_step):
@@ -358,6 +371,7 @@ def decayed_learning_rate(global_step, examples_per_step):
         staircase=True,
     )
     tf.summary.scalar("learning_rate", learning_rate)
+    tf.add_to_collection(LEARNING_RATE, learning_rate)
     return learning_rate
 
 
@@ -428,6 +442,10 @@ def update_variables(optimizer, gradients, global_step):
     for gradient, variable in gradients:
         if scales_loss:  # where one that overflows is no error, as it would be to a histogram
             gradient = tf.where_v2(tf.is_finite(gradient), gradient, 0.0)
+        else:
+            with tf.name_scope(FINITE_SCOPE):  # a sum has no infinity or NaN but from its terms
+                total = tf.reduce_sum(gradient, name=f"gradients/{variable.op.name}")
+            tf.add_to_collection(MUST_BE_FINITE, total)
         tf.summary.histogram(f"gradients/{variable.op.name}", gradient)
         tf.summary.histogram(_tag(variable.op), variable)
     # Counted here, because loss scaling skips updates, and a step that is skipped is a step.

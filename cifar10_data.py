@@ -6,14 +6,16 @@ archive: https://www.cs.toronto.edu/~kriz/cifar.html.
 
 import colorsys
 import contextlib
+import fcntl
 import hashlib
 import http.client
 import os
 import pathlib
 import shutil
+import socket
 import sys
 import tarfile
-import tempfile
+import time
 import urllib.error
 import urllib.request
 import zlib
@@ -45,8 +47,12 @@ ARCHIVE_SHA256 = "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1
 EXTRACTED_FOLDER = "cifar-10-batches-bin"  # also the folder's name inside the archive
 ARCHIVE_FILES = (*TRAIN_FILES, *TEST_FILES, CLASS_NAMES_FILE, "readme.html")
 
-DOWNLOAD_TIMEOUT = 60.0  # seconds without a byte before a connection counts as dead
+DOWNLOAD_TIMEOUT = 20.0  # seconds without a byte before a connection counts as dead
+# Seconds to wait before each new try. The tries count from the last one that brought any bytes.
+RETRY_DELAYS = (1.0, 3.0, 10.0)
 CHUNK_BYTES = 1 << 20
+# A file of the archive has 30.73 MB; anything much larger is not CIFAR-10 but fills the disk.
+MAX_FILE_BYTES = 1 << 26
 WAYS_ON = (
     "start again to retry, name another source with --data_url, or use a generated stand-in with "
     "--synthetic_data"
@@ -141,11 +147,98 @@ def _check_file(path):
         )
 
 
+class ChangeCheck:
+    """Notices that record files change while they are read.
+
+    What a file held when this was made is what the reader counts on: one that is cut or emptied
+    later only seems to end earlier, and one that is removed fails when it is opened next.
+
+    Args:
+      folder: the folder with the record files.
+      eval_data: bool; the test file, or the training files.
+    """
+
+    def __init__(self, folder, eval_data):
+        self._folder = folder
+        self._sizes = {path: os.path.getsize(path) for path in record_files(folder, eval_data)}
+
+    def __call__(self):
+        """Raises DataError if a file has another size than it had, or cannot be read any more."""
+        for path, size in self._sizes.items():
+            try:
+                now = os.path.getsize(path)
+            except OSError as error:
+                raise DataError(
+                    f"{path} cannot be read any more ({error.strerror}): it was there when the "
+                    "script started"
+                ) from error
+            if now != size:
+                raise DataError(
+                    f"{path} has {now} bytes now; it had {size} when the script started"
+                )
+
+
+class LockedError(RuntimeError):
+    """Another process holds the lock; the message says which."""
+
+
+@contextlib.contextmanager
+def lock(path, on_wait=None):
+    """Holds the lock of a file, which ends with its process, however that ends.
+
+    The file stays, as it could not be removed without a race; it says who holds the lock, or who
+    held it last.
+
+    Args:
+      path: the file; made if need be.
+      on_wait: called with the holder's description before waiting for it.
+
+    Raises:
+      LockedError: another holds it, and `on_wait` is None.
+      OSError: the file cannot be made or locked.
+    """
+    with open(path, "a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            if on_wait is None:
+                raise LockedError(holder) from None
+            on_wait(holder)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        file.truncate(0)
+        file.write(
+            f"process {os.getpid()} on {socket.gethostname()} "
+            f"({os.path.basename(sys.argv[0])}, since {time.strftime('%Y-%m-%d %H:%M:%S')})\n"
+        )
+        file.flush()
+        yield
+
+
+@contextlib.contextmanager
+def _preparing(data_dir, folder):
+    """Makes `data_dir`, and waits until no other process is preparing `folder` in it."""
+
+    def tell(holder):
+        print(f"Waiting for {holder}, which prepares {folder}", file=sys.stderr, flush=True)
+
+    try:
+        os.makedirs(data_dir, exist_ok=True)
+        with lock(os.path.join(data_dir, f".{os.path.basename(folder)}.lock"), on_wait=tell):
+            yield
+    except OSError as error:
+        raise DataError(
+            f"cannot write the data set to {data_dir}: {error}; name another folder with --data_dir"
+        ) from error
+
+
 def maybe_download_and_extract(data_dir, url=DATA_URL, sha256=ARCHIVE_SHA256):
     """Makes sure that `data_dir` holds CIFAR-10, and fetches it if it does not.
 
     What is in the folder `cifar-10-batches-bin` already is used as it is. So is an archive
-    `cifar-10-binary.tar.gz` in `data_dir`, once its checksum holds.
+    `cifar-10-binary.tar.gz` in `data_dir`, once its checksum holds. A download that was interrupted
+    goes on where it stopped. Processes that start at the same time wait for the first.
 
     Args:
       data_dir: the folder that the data set goes into; made if need be.
@@ -167,8 +260,9 @@ def maybe_download_and_extract(data_dir, url=DATA_URL, sha256=ARCHIVE_SHA256):
             "name the folder that it is in"
         )
     archive = os.path.join(data_dir, ARCHIVE_NAME)
-    try:
-        os.makedirs(data_dir, exist_ok=True)
+    with _preparing(data_dir, folder):
+        if os.path.isdir(folder):  # another process has made it meanwhile
+            return folder
         if not os.path.exists(archive):
             _download(url, archive, sha256)
         elif _hash(archive) != sha256:
@@ -176,10 +270,6 @@ def maybe_download_and_extract(data_dir, url=DATA_URL, sha256=ARCHIVE_SHA256):
                 f"{archive} has another SHA-256 than {sha256}; delete it and start again"
             )
         _extract(archive, folder)
-    except OSError as error:
-        raise DataError(
-            f"cannot write the data set to {data_dir}: {error}; name another folder with --data_dir"
-        ) from error
     return folder
 
 
@@ -191,58 +281,125 @@ def _download(url, archive, sha256):
         f"There is no {EXTRACTED_FOLDER} in {os.path.dirname(archive)}: fetching CIFAR-10, {url}",
         file=sys.stderr,
     )
-    part = f"{archive}.{os.getpid()}.part"
+    part = f"{archive}.part"
+    resumed = os.path.exists(part)
     try:
-        digest = _fetch(url, part)
-        if digest != sha256:
-            raise DataError(
-                f"{url} is not the expected archive: its SHA-256 is {digest}, not {sha256}; "
-                f"{WAYS_ON}"
-            )
-        os.replace(part, archive)
-    finally:
-        if os.path.exists(part):
+        _fetch_all(url, part)
+        digest = _hash(part)
+        if digest != sha256 and resumed:
+            # What was there may be of another file than what came now.
+            print("The resumed download is damaged: starting over", file=sys.stderr)
             os.remove(part)
+            _fetch_all(url, part)
+            digest = _hash(part)
+    except KeyboardInterrupt:
+        if os.path.exists(part):
+            print(
+                f"{os.path.getsize(part)} bytes are kept in {part}; the same command goes on from "
+                "there",
+                file=sys.stderr,
+            )
+        raise
+    if digest != sha256:
+        message = f"{url} is {_describe_wrong(part, digest, sha256)}; {WAYS_ON}"
+        os.remove(part)
+        raise DataError(message)
+    os.replace(part, archive)
 
 
-def _fetch(url, path):
-    """Copies what `url` serves to `path`; returns its SHA-256."""
-    digest = hashlib.sha256()
-    with open(path, "wb") as output:
-        for chunk in _read_chunks(url):
-            output.write(chunk)
-            digest.update(chunk)
-    return digest.hexdigest()
+def _describe_wrong(path, digest, sha256):
+    """Says what a file is that is not the archive."""
+    with open(path, "rb") as file:
+        start = file.read(1024).lstrip().lower()
+    if start.startswith((b"<!doctype html", b"<html")):
+        return "a web page, not an archive; the server may ask for a login or report an error"
+    return (
+        f"not the expected archive: the SHA-256 of its {os.path.getsize(path)} bytes is {digest}, "
+        f"not {sha256}"
+    )
 
 
-def _read_chunks(url):
-    """Yields what `url` serves, with a progress bar on stderr. Raises DataError if that fails."""
+class _TransientError(Exception):
+    """A connection has failed in a way that may pass; the message says how."""
+
+
+def _fetch_all(url, part):
+    """Appends to `part` what it lacks of `url`, in as many connections as it takes."""
+    delays = list(RETRY_DELAYS)
+    while True:
+        size = os.path.getsize(part) if os.path.exists(part) else 0
+        try:
+            return _fetch(url, part, size)
+        except _TransientError as error:
+            if os.path.exists(part) and os.path.getsize(part) > size:
+                delays = list(RETRY_DELAYS)
+            if not delays:
+                raise DataError(f"cannot download {url}: {error}; {WAYS_ON}") from error
+            delay = delays.pop(0)
+            print(f"{error}; trying again in {delay:g} s", file=sys.stderr, flush=True)
+            time.sleep(delay)
+
+
+def _fetch(url, part, offset):
+    """Copies what `url` serves to `part`, from byte `offset` on if the server can do that."""
     try:
-        with urllib.request.urlopen(url, timeout=DOWNLOAD_TIMEOUT) as response:
-            length = response.headers.get("Content-Length")
-            with tqdm(
-                total=int(length) if length is not None else None,
-                desc=f"Downloading {ARCHIVE_NAME}",
-                unit="B",
-                unit_scale=True,
-            ) as bar:
-                while chunk := response.read(CHUNK_BYTES):
-                    yield chunk
-                    bar.update(len(chunk))
-    # A connection that misbehaves is an OSError or an HTTPException; an address that makes no
-    # sense is a ValueError.
-    except (OSError, http.client.HTTPException, ValueError) as error:
-        reason = error
-        if isinstance(error, urllib.error.HTTPError):
-            error.close()  # it is the response as well, and holds the connection
-        elif isinstance(error, urllib.error.URLError):
-            reason = error.reason
-        raise DataError(f"cannot download {url}: {reason}; {WAYS_ON}") from error
-    if bar.total is not None and bar.n != bar.total:
-        raise DataError(
-            f"cannot download {url}: the connection ended after {bar.n} of {bar.total} bytes; "
-            f"{WAYS_ON}"
+        # Without this header a proxy might count offsets in a compressed stream.
+        headers = {"Accept-Encoding": "identity"}
+        if offset:
+            headers["Range"] = f"bytes={offset}-"
+        response = urllib.request.urlopen(
+            urllib.request.Request(url, headers=headers), timeout=DOWNLOAD_TIMEOUT
         )
+    except urllib.error.HTTPError as error:
+        error.close()  # it is the response as well, and holds the connection
+        if error.code == http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
+            return  # there is nothing after `offset`: all is here, or the checksum will tell
+        if error.code >= 500 or error.code in (
+            http.HTTPStatus.REQUEST_TIMEOUT,
+            http.HTTPStatus.TOO_MANY_REQUESTS,
+        ):
+            raise _TransientError(str(error)) from error
+        raise DataError(f"cannot download {url}: {error}; {WAYS_ON}") from error
+    except urllib.error.URLError as error:
+        if url.startswith("file:"):
+            raise DataError(f"cannot download {url}: {error.reason}; {WAYS_ON}") from error
+        raise _TransientError(f"no connection to {url}: {error.reason}") from error
+    except ValueError as error:  # the address makes no sense
+        raise DataError(f"cannot download {url}: {error}; {WAYS_ON}") from error
+    except (OSError, http.client.HTTPException) as error:
+        raise _TransientError(f"no answer from {url}: {error!r}") from error
+    with response:
+        continues = (response.headers.get("Content-Range") or "").startswith(f"bytes {offset}-")
+        if not (response.status == http.HTTPStatus.PARTIAL_CONTENT and continues):
+            offset = 0  # it serves everything from the start
+        length = response.headers.get("Content-Length")
+        total = offset + int(length) if length is not None else None
+        with open(part, "ab" if offset else "wb") as output:
+            _copy(response, output, offset, total)
+
+
+def _copy(response, output, offset, total):
+    """Copies a response, with a progress bar on stderr; `total` may be None."""
+    with tqdm(
+        initial=offset,
+        total=total,
+        desc=f"Downloading {ARCHIVE_NAME}",
+        unit="B",
+        unit_scale=True,
+    ) as bar:
+        while True:
+            try:
+                chunk = response.read1(CHUNK_BYTES)
+            except (OSError, http.client.HTTPException) as error:
+                raise _TransientError(
+                    f"the connection failed after {bar.n} of {total or 'unknown'} bytes: {error!r}"
+                ) from error
+            if not chunk:
+                break
+            output.write(chunk)
+            bar.update(len(chunk))
+    if total is not None and bar.n < total:
+        raise _TransientError(f"the connection ended after {bar.n} of {total} bytes")
 
 
 def _hash(path):
@@ -257,32 +414,40 @@ def _extract(archive, folder):
         try:
             with tarfile.open(archive, "r:gz") as members:
                 for member in members:
-                    # A name or a kind that is not expected (a path out of the folder, a link,
-                    # a device) is passed over: check_records then tells what is missing.
+                    # Anything else (a path out of the folder, a link, a device) is passed over.
                     name = wanted.get(member.name)
-                    if name is not None and member.isfile():
-                        with open(os.path.join(staging, name), "wb") as output:
-                            shutil.copyfileobj(members.extractfile(member), output)
+                    if name is None or not member.isfile():
+                        continue
+                    if member.size > MAX_FILE_BYTES:
+                        raise DataError(
+                            f"{archive} cannot be extracted: {name} is {member.size} bytes large; "
+                            "delete it and start again"
+                        )
+                    with open(os.path.join(staging, name), "wb") as output:
+                        shutil.copyfileobj(members.extractfile(member), output)
         except (tarfile.TarError, EOFError, zlib.error) as error:
             raise DataError(
                 f"{archive} cannot be extracted ({error}); delete it and start again"
             ) from error
+        missing = sorted(set(ARCHIVE_FILES) - set(os.listdir(staging)))
+        if missing:
+            raise DataError(
+                f"{archive} does not hold {', '.join(missing)}; delete it and start again"
+            )
 
 
 @contextlib.contextmanager
 def _make_whole(folder):
-    """Gives a new folder to fill; it is renamed to `folder` when, and only when, that succeeds."""
-    parent = os.path.dirname(folder)
-    staging = tempfile.mkdtemp(dir=parent, prefix=os.path.basename(folder) + ".")
+    """Gives a new folder to fill; it is renamed to `folder` when, and only when, that succeeds.
+
+    One process at a time: see `_preparing`. What an earlier one left half done is thrown away.
+    """
+    staging = f"{folder}.part"
+    shutil.rmtree(staging, ignore_errors=True)
+    os.mkdir(staging)
     try:
         yield staging
-        os.chmod(staging, 0o755)  # mkdtemp's 0o700 would lock out other users of the data set
-        try:
-            os.rename(staging, folder)
-        except OSError:
-            # Another process that started at the same time was faster: its folder is as good.
-            if not os.path.isdir(folder):
-                raise
+        os.rename(staging, folder)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
@@ -307,8 +472,9 @@ def maybe_generate_synthetic(data_dir, seed=0):
     folder = os.path.join(data_dir, SYNTHETIC_FOLDER)
     if os.path.isdir(folder):
         return folder
-    try:
-        os.makedirs(data_dir, exist_ok=True)
+    with _preparing(data_dir, folder):
+        if os.path.isdir(folder):  # another process has made it meanwhile
+            return folder
         with _make_whole(folder) as staging:
             for number, path in enumerate(
                 record_files(staging, eval_data=False) + record_files(staging, eval_data=True)
@@ -317,10 +483,6 @@ def maybe_generate_synthetic(data_dir, seed=0):
                 _draw_records(SYNTHETIC_RECORDS_PER_FILE, generator).tofile(path)
             with open(os.path.join(staging, CLASS_NAMES_FILE), "w") as names:
                 names.write("".join(f"{name}\n" for name in _SHAPES))
-    except OSError as error:
-        raise DataError(
-            f"cannot write the data set to {data_dir}: {error}; name another folder with --data_dir"
-        ) from error
     return folder
 
 

@@ -6,6 +6,7 @@
 Each test image counts exactly once. The variables' moving averages stand in for the variables.
 """
 
+import os
 import sys
 import time
 
@@ -15,6 +16,7 @@ from absl import flags
 import cifar10
 import cifar10_data
 from cifar10_runtime import (
+    STOP_REQUEST,
     UserError,
     find_latest_checkpoint,
     find_reason,
@@ -62,6 +64,7 @@ def _count_correct(session, top_k_op, summary_op, num_examples):
     threads = tf.train.start_queue_runners(session, coordinator)
     try:
         while total < num_examples:
+            STOP_REQUEST.raise_if_made()
             if total == 0 and summary_op is not None:
                 predictions, summary = session.run([top_k_op, summary_op])
             else:
@@ -100,6 +103,10 @@ def _restore(session, saver, checkpoint):
     # ValueError is the Saver's own check that the files exist.
     except (tf.errors.OpError, ValueError) as error:
         raise CheckpointError(f"{checkpoint} cannot be restored: {find_reason(error)}") from error
+    return _read_step(checkpoint)
+
+
+def _read_step(checkpoint):
     try:
         return read_global_step(checkpoint)
     except UserError as error:
@@ -116,19 +123,18 @@ def eval_once(saver, summary_writer, top_k_op, summary_op, checkpoint=None, num_
         epoch, so that each image counts once.
       summary_op: string []; serialized summaries, written for the first batch. Or None.
       checkpoint: the checkpoint's path; the newest in --checkpoint_dir where None.
-      num_examples: int; images to evaluate at most; --num_examples where None.
+      num_examples: int; images to evaluate, fewer are an error. Where None, --num_examples at
+        most.
 
     Returns:
       float; the share of the images that were right, 0 to 1.
 
     Raises:
-      UserError: there is no checkpoint, or not one image.
+      UserError: there is no checkpoint, or too few images.
       CheckpointError: the checkpoint cannot be restored, or holds values that are not finite.
     """
     if checkpoint is None:
         checkpoint = require_checkpoint(FLAGS.checkpoint_dir)
-    if num_examples is None:
-        num_examples = FLAGS.num_examples
     if not tf.get_collection(tf.GraphKeys.LOCAL_INIT_OP):
         # Once per graph, and before a session runs it: the next evaluation uses it again.
         tf.add_to_collection(tf.GraphKeys.LOCAL_INIT_OP, tf.local_variables_initializer())
@@ -137,7 +143,7 @@ def eval_once(saver, summary_writer, top_k_op, summary_op, checkpoint=None, num_
         session.run(tf.get_collection(tf.GraphKeys.LOCAL_INIT_OP))
         try:
             correct, total, first_batch = _count_correct(
-                session, top_k_op, summary_op, num_examples
+                session, top_k_op, summary_op, num_examples or FLAGS.num_examples
             )
         except tf.errors.InvalidArgumentError as error:
             if is_histogram_of_nonfinite(error):
@@ -145,8 +151,8 @@ def eval_once(saver, summary_writer, top_k_op, summary_op, checkpoint=None, num_
                     f"{checkpoint} has values that are not finite: {find_reason(error)}"
                 ) from error
             raise
-    if total == 0:
-        raise UserError("there was not one image to evaluate")
+    if total < (num_examples or 1):
+        raise UserError(f"the input has ended after {total} of {num_examples or 'the'} images")
     precision = correct / total
     print(f"{format_now()}: precision @ 1 = {precision:.3f}", flush=True)
 
@@ -164,8 +170,18 @@ def _wait_for_checkpoint(checkpoint_dir, done):
     if done is None and find_latest_checkpoint(checkpoint_dir) is None:
         print(f"Waiting for a checkpoint in {checkpoint_dir}", file=sys.stderr, flush=True)
     while (newest := find_latest_checkpoint(checkpoint_dir)) in (None, done):
+        STOP_REQUEST.raise_if_made()
         time.sleep(1)
     return newest
+
+
+def _check_folders():
+    """Raises UserError where summaries would go among the checkpoints, as a second trainer's."""
+    if os.path.realpath(FLAGS.eval_dir) == os.path.realpath(FLAGS.checkpoint_dir):
+        raise UserError(
+            f"--eval_dir and --checkpoint_dir are both {FLAGS.eval_dir}; summaries of evaluations "
+            "need a folder of their own"
+        )
 
 
 def _make_summary_writer(eval_dir, graph):
@@ -182,10 +198,12 @@ def evaluate():
       UserError: the folder for summaries cannot be written; with --run_once also, there is no
         checkpoint, or it cannot be evaluated.
     """
+    _check_folders()
     if FLAGS.run_once:
         require_checkpoint(FLAGS.checkpoint_dir)  # before anything is made in vain
     eval_test = FLAGS.eval_data == "test"
     available = cifar10_data.count_records(cifar10.find_data_folder(), eval_test)
+    check_input = cifar10.make_change_check(eval_test)
     if available < FLAGS.num_examples:
         print(
             f"--num_examples={FLAGS.num_examples}, but there are {available}: evaluating those",
@@ -202,7 +220,7 @@ def evaluate():
             saver = tf.train.Saver(tf.trainable_variables())
         summary_op = tf.summary.merge_all()
         with _make_summary_writer(FLAGS.eval_dir, graph) as summary_writer:
-            done = None
+            done, last_step = None, -1
             while True:
                 if FLAGS.run_once:
                     checkpoint = require_checkpoint(FLAGS.checkpoint_dir)
@@ -211,13 +229,30 @@ def evaluate():
                 start = time.monotonic()
                 done = checkpoint
                 try:
-                    eval_once(saver, summary_writer, top_k_op, summary_op, checkpoint)
+                    step = _read_step(checkpoint)
+                    if step < last_step:
+                        raise CheckpointError(
+                            f"{checkpoint} is of step {step}, before step {last_step}, which has "
+                            "been evaluated: passed over"
+                        )
+                    eval_once(
+                        saver,
+                        summary_writer,
+                        top_k_op,
+                        summary_op,
+                        checkpoint,
+                        min(available, FLAGS.num_examples),
+                    )
+                    last_step = step
                 except CheckpointError as error:
                     # The trainer may have deleted it: then there is a newer one.
                     if FLAGS.run_once and find_latest_checkpoint(FLAGS.checkpoint_dir) == done:
                         raise
                     tf.logging.warning("%s", error)
                     continue
+                except (UserError, tf.errors.OpError):
+                    check_input()  # the data may explain it
+                    raise
                 if FLAGS.run_once:
                     return
                 time.sleep(max(0.0, start + FLAGS.eval_interval_secs - time.monotonic()))

@@ -11,7 +11,7 @@ from absl import flags
 
 import cifar10
 import cifar10_session
-from cifar10_runtime import GPUS, run, session_config, tf
+from cifar10_runtime import GPUS, run, tf
 
 FLAGS = flags.FLAGS
 flags.adopt_module_key_flags(cifar10)
@@ -93,26 +93,21 @@ def build_training(num_gpus, batch_size):
 
 def train():
     """Trains as the flags say, up to --max_steps."""
-    if not cifar10_session.prepare_train_dir(FLAGS.train_dir, FLAGS.max_steps):
-        return
-    if FLAGS.num_gpus > len(GPUS):
-        tf.logging.warning(
-            "--num_gpus=%d, but TensorFlow sees %d: the towers share what there is%s.",
-            FLAGS.num_gpus,
-            len(GPUS),
-            "" if GPUS else ", which is the CPU",
-        )
-    with tf.Graph().as_default():
-        train_op, loss = build_training(FLAGS.num_gpus, FLAGS.batch_size)
-        cifar10_session.run_training(
-            train_op,
-            loss,
-            examples_per_step=FLAGS.batch_size * FLAGS.num_gpus,
-            train_dir=FLAGS.train_dir,
-            max_steps=FLAGS.max_steps,
-            log_frequency=FLAGS.log_frequency,
-            config=session_config(FLAGS.use_fp16, FLAGS.log_device_placement),
-        )
+    with cifar10_session.prepare_train_dir(FLAGS.train_dir, FLAGS.max_steps) as is_needed:
+        if not is_needed:
+            return
+        if FLAGS.num_gpus > len(GPUS):
+            tf.logging.warning(
+                "--num_gpus=%d, but TensorFlow sees %d: the towers share what there is%s.",
+                FLAGS.num_gpus,
+                len(GPUS),
+                "" if GPUS else ", which is the CPU",
+            )
+        with tf.Graph().as_default():
+            train_op, loss = build_training(FLAGS.num_gpus, FLAGS.batch_size)
+            cifar10_session.run_training_as_flags_say(
+                train_op, loss, examples_per_step=FLAGS.batch_size * FLAGS.num_gpus
+            )
 
 
 def main():

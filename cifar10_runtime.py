@@ -10,8 +10,11 @@ import gc
 import logging
 import os
 import re
+import signal
+import socket
 import sys
 import tempfile
+import threading
 
 from absl import app, flags
 from absl.logging import converter
@@ -28,6 +31,78 @@ FLAGS = flags.FLAGS
 
 class UserError(RuntimeError):
     """A script cannot go on, and its user can mend it: the message says how, in one line."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """SIGINT or SIGTERM has asked the script to end.
+
+    Attributes:
+      signal_number: int.
+      message: string; what was saved, and how to go on.
+    """
+
+    def __init__(self, signal_number, message="nothing is lost; the same command starts again"):
+        super().__init__(message)
+        self.signal_number = signal_number
+        self.message = message
+
+
+class _StopRequest:
+    """Whether SIGINT or SIGTERM has come, and what to do then.
+
+    Python runs a signal's handler only between two instructions of its own, and a call into
+    TensorFlow can take minutes. So a thread listens as well: it knows at once that a signal has
+    come, and it ends the process at the second one, whatever the main thread is doing.
+    """
+
+    def __init__(self):
+        self._signal_number = None
+        self._is_deferred = False
+
+    @property
+    def signal_number(self):
+        """The number of the signal that has come; None if none has."""
+        return self._signal_number
+
+    def raise_if_made(self):
+        """Raises `Interrupted` if a signal has come, and its handler could not do so."""
+        if self._signal_number is not None:
+            raise Interrupted(self._signal_number)
+
+    def listen(self):
+        """Takes over SIGINT and SIGTERM, for as long as the process lives."""
+        receiver, sender = socket.socketpair()
+        sender.setblocking(False)
+        signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)
+        self._sockets = receiver, sender  # they close when they are no longer referred to
+        threading.Thread(target=self._receive, args=(receiver,), daemon=True).start()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._handle)
+
+    def _receive(self, receiver):
+        count = 0
+        while received := receiver.recv(1):
+            if received[0] in (signal.SIGINT, signal.SIGTERM):
+                self._signal_number = received[0]
+                count += 1
+                if count == 2:
+                    os._exit(128 + received[0])
+
+    def _handle(self, number, frame):
+        if not self._is_deferred:
+            raise Interrupted(number)
+
+    @contextlib.contextmanager
+    def deferred(self):
+        """Returns a context in which a signal interrupts nothing; ask for `signal_number`."""
+        self._is_deferred = True
+        try:
+            yield self
+        finally:
+            self._is_deferred = False
+
+
+STOP_REQUEST = _StopRequest()
 
 
 @contextlib.contextmanager
@@ -94,11 +169,14 @@ def _is_wanted(record):
 # Importing makes half a million objects that stay. The garbage collector would look through them
 # again and again, now, while a graph is built, and at the end: half a second of every script.
 gc.disable()
-with _stderr_without(_is_start_up_notice):
-    import tensorflow.compat.v1 as tf
+try:
+    with _stderr_without(_is_start_up_notice):
+        import tensorflow.compat.v1 as tf
 
-    # The first look at the devices is what calls cuInit. It takes no GPU memory.
-    GPUS = tf.config.list_physical_devices("GPU")
+        # The first look at the devices is what calls cuInit. It takes no GPU memory.
+        GPUS = tf.config.list_physical_devices("GPU")
+except KeyboardInterrupt:  # it takes seconds, and nothing has begun that could be told of
+    raise SystemExit(128 + signal.SIGINT) from None
 gc.freeze()
 gc.enable()
 
@@ -153,7 +231,8 @@ def run(main):
 
     Unknown flags, bad values and stray arguments end the script with a usage message and exit
     code 1; so does an error that the user can mend (`UserError`, `DataError`), without a traceback.
-    Ctrl-C ends it with exit code 130.
+    Ctrl-C (SIGINT) and SIGTERM end it with exit code 130 and 143, and a last line that says how to
+    go on; a second one ends it at once.
     """
 
     def checked_main(arguments):
@@ -165,13 +244,17 @@ def run(main):
         tf.logging.set_verbosity(
             converter.absl_to_standard(FLAGS.verbosity) if given else tf.logging.WARN
         )
+        script = os.path.basename(arguments[0])
+        STOP_REQUEST.listen()
         try:
             main()
         except (DataError, UserError) as error:
-            print(f"{os.path.basename(arguments[0])}: error: {error}", file=sys.stderr)
+            print(f"{script}: error: {error}", file=sys.stderr)
             return 1
-        except KeyboardInterrupt:
-            return 130
+        except Interrupted as interruption:
+            name = signal.Signals(interruption.signal_number).name
+            print(f"{script}: ended by {name}: {interruption.message}", file=sys.stderr)
+            return 128 + interruption.signal_number
         except BrokenPipeError:
             # Whoever read stdout, such as `head`, has left. Python would complain once more when
             # it flushes at the end.

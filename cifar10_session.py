@@ -1,12 +1,20 @@
-"""One training run: the flags, the session and the hooks that both trainers share."""
+"""One training run: the flags, the session, the hooks and the lock that both trainers share."""
 
+import contextlib
 import math
+import os
+import re
 import sys
+import threading
 import time
 
 from absl import flags
 
+import cifar10
+import cifar10_data
 from cifar10_runtime import (
+    STOP_REQUEST,
+    Interrupted,
     UserError,
     find_latest_checkpoint,
     find_reason,
@@ -14,8 +22,11 @@ from cifar10_runtime import (
     is_histogram_of_nonfinite,
     quiet_cancellation,
     read_global_step,
+    session_config,
     tf,
 )
+
+FLAGS = flags.FLAGS
 
 flags.DEFINE_string(
     "train_dir",
@@ -27,13 +38,33 @@ flags.DEFINE_integer(
     "max_steps", 1000000, "Steps to train, those of earlier runs included.", lower_bound=1
 )
 flags.DEFINE_integer("log_frequency", 10, "Steps between two lines of progress.", lower_bound=1)
+flags.DEFINE_integer("save_checkpoint_secs", 600, "Seconds between two checkpoints.", lower_bound=1)
+flags.DEFINE_integer(
+    "save_checkpoint_steps",
+    None,
+    "Steps between two checkpoints, in place of --save_checkpoint_secs.",
+    lower_bound=1,
+)
+flags.DEFINE_integer(
+    "max_checkpoints_to_keep",
+    5,
+    "Checkpoints of a run that are kept; older ones of that run are removed.",
+    lower_bound=1,
+)
 flags.DEFINE_boolean(
     "log_device_placement", False, "Print the device of every operation, hundreds of lines."
 )
 
 
-class _LossHook(tf.train.SessionRunHook):
-    """Prints the progress of training, and ends it on a loss that is not finite.
+LOCK_FILE = "trainer.lock"
+# Seconds that a step may take to end after a signal, before its input is closed; and that the
+# input's threads may take to end. Together with a save they stay within half a minute.
+STEP_GRACE = 12.0
+CLOSING_GRACE = 6.0
+
+
+class _ProgressHook(tf.train.SessionRunHook):
+    """Prints the progress of training, and ends it on a value that is not finite.
 
     Args:
       loss: float32 [].
@@ -41,6 +72,9 @@ class _LossHook(tf.train.SessionRunHook):
       examples_per_step: int; images that one step consumes, over all towers.
       log_frequency: int; steps between two lines. The first step of a run has a line of its own,
         which includes the filling of the queue.
+
+    Attributes:
+      step: int; the step that is being trained.
     """
 
     def __init__(self, loss, global_step, examples_per_step, log_frequency):
@@ -48,86 +82,202 @@ class _LossHook(tf.train.SessionRunHook):
         self._global_step = global_step
         self._examples_per_step = examples_per_step
         self._log_frequency = log_frequency
+        self._must_be_finite = tf.get_collection(cifar10.MUST_BE_FINITE) or [loss]
+        self._learning_rate = tf.get_collection(cifar10.LEARNING_RATE)
+        self._last_learning_rate = []
 
     def after_create_session(self, session, coord):
         # Counted here from then on: a fetch beside the update could see the step before or after.
-        self._step = session.run(self._global_step)
-        self._first_step_since_line = self._step
+        self.step = session.run(self._global_step)
+        self._first_step_since_line = self.step
         self._start_time = time.monotonic()
         self._line_is_due = True
 
     def before_run(self, run_context):
-        return tf.train.SessionRunArgs(self._loss)
+        return tf.train.SessionRunArgs([self._loss, self._must_be_finite, self._learning_rate])
 
     def after_run(self, run_context, run_values):
-        loss = run_values.results
-        if not math.isfinite(loss):  # NanTensorHook would let infinity pass
-            raise UserError(
-                f"the loss at step {self._step} is {loss}; to go on from the checkpoint before it, "
-                "start again"
-            )
-        if self._line_is_due or self._step % self._log_frequency == 0:
+        loss, must_be_finite, self._last_learning_rate = run_values.results
+        for tensor, value in zip(self._must_be_finite, must_be_finite, strict=True):
+            if not math.isfinite(value):  # NanTensorHook would let infinity pass
+                name = tensor.op.name.removeprefix(cifar10.FINITE_SCOPE)
+                raise self.error_of(name, f"is {value}")
+        if self._line_is_due or self.step % self._log_frequency == 0:
             self._print_line(loss)
-        self._step += 1
+        self.step += 1
+
+    def error_of(self, name, how):
+        """Returns the UserError for a tensor that is not finite at this step."""
+        rates = [f", where the learning rate is {rate:g}" for rate in self._last_learning_rate]
+        return UserError(
+            f"{name} {how} at step {self.step}{''.join(rates)}; the step is not saved: to go on "
+            "from the checkpoint before it, start again"
+        )
 
     def _print_line(self, loss):
         now = time.monotonic()
         seconds = now - self._start_time
-        steps = self._step + 1 - self._first_step_since_line
+        steps = self.step + 1 - self._first_step_since_line
         print(
-            f"{format_now()}: step {self._step}, "
+            f"{format_now()}: step {self.step}, "
             f"loss = {loss:.2f} ({steps * self._examples_per_step / seconds:.1f} examples/sec; "
             f"{seconds / steps:.3f} sec/batch)",
             flush=True,
         )
         self._start_time = now
-        self._first_step_since_line = self._step + 1
+        self._first_step_since_line = self.step + 1
         self._line_is_due = False
+
+
+class _FiniteCheck(tf.train.CheckpointSaverListener):
+    """Keeps variables that are not finite out of checkpoints."""
+
+    def __init__(self, progress):
+        self._progress = progress
+        self._variables = [v for v in tf.global_variables() if v.dtype.base_dtype.is_floating]
+        self._sums = [tf.reduce_sum(variable) for variable in self._variables]
+
+    def before_save(self, session, global_step_value):
+        for variable, value in zip(self._variables, session.run(self._sums), strict=True):
+            if not math.isfinite(value):
+                raise self._progress.error_of(variable.op.name, "is not finite after the update")
+
+
+class _WatchHook(tf.train.SessionRunHook):
+    """Ends training, from a thread of its own, when a signal comes or the input goes bad.
+
+    A signal lets the running step end, and `CheckpointSaverHook` then saves it. A step that waits
+    for images may wait for minutes: its input is closed, at once if it is the first, when there is
+    nothing to save yet, and else after a while.
+
+    Args:
+      check_input: called every second; raises `DataError` when the input cannot be used any more.
+    """
+
+    def __init__(self, check_input):
+        self._check_input = check_input
+
+    def after_create_session(self, session, coord):
+        self._has_trained = False
+        thread = threading.Thread(target=self._watch, args=(coord,), daemon=True)
+        coord.register_thread(thread)
+        thread.start()
+
+    def after_run(self, run_context, run_values):
+        self._has_trained = True
+        if STOP_REQUEST.signal_number is not None:
+            run_context.request_stop()
+
+    def _watch(self, coord):
+        next_check = grace_end = 0.0
+        while not coord.wait_for_stop(0.1):
+            now = time.monotonic()
+            if STOP_REQUEST.signal_number is not None:
+                grace_end = grace_end or now + STEP_GRACE * self._has_trained
+                if now >= grace_end:
+                    coord.request_stop()
+            elif now >= next_check:
+                try:
+                    self._check_input()
+                except cifar10_data.DataError as error:
+                    coord.request_stop(error)
+                next_check = now + 1.0
+
+
+def _find_unnamed_checkpoint(train_dir):
+    """Returns the newest whole checkpoint that the state file does not name yet, or None.
+
+    A process that is killed in its first save leaves one.
+    """
+    steps = [
+        int(match[1])
+        for name in tf.gfile.ListDirectory(train_dir)
+        if (match := re.fullmatch(r"model\.ckpt-([0-9]+)\.index", name))
+    ]
+    for step in sorted(steps, reverse=True):
+        path = os.path.join(train_dir, f"model.ckpt-{step}")
+        if tf.train.checkpoint_exists(path):
+            return path
+    return None
 
 
 def find_checkpoint(train_dir):
     """Returns the newest checkpoint in `train_dir`, or None where there has not been any.
 
+    One that no state file names yet is named in one, so that everybody finds it.
+
     Raises:
       UserError: there are checkpoints, but which is the newest cannot be told.
     """
     newest = find_latest_checkpoint(train_dir)
+    if newest is not None:
+        return newest
+    unnamed = _find_unnamed_checkpoint(train_dir) if tf.gfile.IsDirectory(train_dir) else None
+    if unnamed is None:
+        return None
     # Without this, training would start over and write over what is there.
-    if newest is None and any(
-        name.startswith("model.ckpt-") and name.endswith(".index")
-        for name in tf.gfile.ListDirectory(train_dir)
-    ):
+    if tf.gfile.Exists(os.path.join(train_dir, "checkpoint")):
         raise UserError(
-            f"{train_dir} holds checkpoints, but its file `checkpoint` is missing, unreadable or "
-            "names one that is gone; mend it, or name another folder with --train_dir"
+            f"{train_dir} holds checkpoints, but its file `checkpoint` is unreadable or names one "
+            f"that is gone; remove that file to go on from {unnamed}, or name another folder with "
+            "--train_dir"
         )
-    return newest
+    tf.train.update_checkpoint_state(os.path.abspath(train_dir), os.path.basename(unnamed))
+    return unnamed
 
 
+@contextlib.contextmanager
 def prepare_train_dir(train_dir, max_steps):
-    """Makes `train_dir` if need be, and tells whether there is anything left to train.
+    """Makes `train_dir` if need be, keeps other trainers out, and tells what there is to do.
 
-    Returns:
+    Gives (as a context manager; the lock ends with it, or with the process):
       bool; False where the newest checkpoint has reached `max_steps`. Says so on stderr.
 
     Raises:
-      UserError: the folder cannot be made, or its checkpoints cannot be read.
+      UserError: the folder cannot be made, another process trains in it, or its checkpoints
+        cannot be read.
     """
-    try:
-        tf.gfile.MakeDirs(train_dir)
-        newest = find_checkpoint(train_dir)
-    except tf.errors.OpError as error:
-        raise UserError(f"cannot use --train_dir={train_dir}: {find_reason(error)}") from error
-    if newest is None:
-        return True
-    step = read_global_step(newest)
-    if step < max_steps:
-        return True
-    print(
-        f"{newest} has reached step {step} of --max_steps={max_steps}: nothing to do",
-        file=sys.stderr,
-    )
-    return False
+    with contextlib.ExitStack() as stack:
+        try:
+            tf.gfile.MakeDirs(train_dir)
+            stack.enter_context(cifar10_data.lock(os.path.join(train_dir, LOCK_FILE)))
+            is_needed = _is_needed(train_dir, max_steps)
+        except cifar10_data.LockedError as error:
+            raise UserError(
+                f"another trainer is at work in --train_dir={train_dir}: {error}; wait until it "
+                "has ended, or name another folder"
+            ) from error
+        except (tf.errors.OpError, OSError) as error:
+            raise UserError(f"cannot use --train_dir={train_dir}: {find_reason(error)}") from error
+        yield is_needed
+
+
+def _is_needed(train_dir, max_steps):
+    newest = find_checkpoint(train_dir)
+    step = read_global_step(newest) if newest else 0
+    if step >= max_steps:
+        print(
+            f"{newest} has reached step {step} of --max_steps={max_steps}: nothing to do",
+            file=sys.stderr,
+        )
+    return step < max_steps
+
+
+def _check_fits(checkpoint):
+    """Raises UserError where a checkpoint's variables are not those of the default graph."""
+    shapes = dict(tf.train.list_variables(checkpoint))
+    differences = []
+    for variable in tf.global_variables():
+        name, shape = variable.op.name, variable.shape.as_list()
+        if name not in shapes:
+            differences.append(f"{name} is missing")
+        elif shapes[name] != shape:
+            differences.append(f"{name} is {shapes[name]}, not {shape}")
+    if differences:
+        raise UserError(
+            f"{checkpoint} is of another model: in it {', '.join(differences)}; name another "
+            "folder with --train_dir"
+        )
 
 
 def run_training(
@@ -138,8 +288,14 @@ def run_training(
     max_steps,
     log_frequency,
     config,
+    check_input=lambda: None,
+    save_checkpoint_secs=600,
+    save_checkpoint_steps=None,
+    max_checkpoints_to_keep=5,
 ):
     """Trains in the default graph until `max_steps`, from the newest checkpoint in `train_dir`.
+
+    SIGINT and SIGTERM let the running step end, and save it.
 
     Args:
       train_op: the operation that trains one step and counts it in the global step.
@@ -149,22 +305,114 @@ def run_training(
       max_steps: int; the global step to stop at.
       log_frequency: int; steps between two lines of progress.
       config: the session's `tf.ConfigProto`.
+      check_input: called every second, from another thread; raises `DataError` when the input
+        cannot be used any more.
+      save_checkpoint_secs: int; seconds between two checkpoints.
+      save_checkpoint_steps: int; steps between two checkpoints, in place of the seconds; or None.
+      max_checkpoints_to_keep: int; of this run.
 
     Raises:
-      UserError: the folder or its checkpoint cannot be used; or the loss, or what a histogram
-        shows, is not finite: that step is not saved.
+      UserError: the folder or its checkpoint cannot be used; or the loss, a gradient or a variable
+        is not finite: that step is not saved; or the input has ended.
+      DataError: from `check_input`.
+      Interrupted: a signal has come.
     """
+    progress = _ProgressHook(
+        loss, tf.train.get_or_create_global_step(), examples_per_step, log_frequency
+    )
+    # With relative paths a folder can be moved, and a copy does not touch the original.
+    saver = _Saver(save_relative_paths=True, max_to_keep=max_checkpoints_to_keep)
+    saver_hook = tf.train.CheckpointSaverHook(
+        train_dir,
+        save_secs=None if save_checkpoint_steps else save_checkpoint_secs,
+        save_steps=save_checkpoint_steps,
+        saver=saver,
+        listeners=[_FiniteCheck(progress)],
+    )
+    with STOP_REQUEST.deferred():
+        session = _start(
+            train_dir,
+            saver,
+            # In this order: what is not finite is found before it is saved.
+            [progress, saver_hook, _WatchHook(check_input)],
+            tf.train.StopAtStepHook(last_step=max_steps),
+            config,
+        )
+        try:
+            while not session.should_stop():
+                session.run(train_op)
+        except BaseException as error:
+            cause = _close_after(session, error)
+            if is_histogram_of_nonfinite(cause):
+                name = find_reason(cause).rpartition(": ")[2]
+                raise progress.error_of(name, "is not finite") from cause
+            if not isinstance(cause, tf.errors.OutOfRangeError | tf.errors.CancelledError):
+                if isinstance(cause, tf.errors.OpError):
+                    check_input()  # the data may explain it
+                raise cause from None
+        else:
+            with quiet_cancellation():
+                session.close()
+    if progress.step >= max_steps:
+        return
+    newest = find_latest_checkpoint(train_dir)
+    if STOP_REQUEST.signal_number is not None:
+        raise Interrupted(
+            STOP_REQUEST.signal_number,
+            f"{newest} holds step {read_global_step(newest)}; the same command goes on from there",
+        )
+    raise UserError(
+        f"the input has ended at step {progress.step} of --max_steps={max_steps}; {newest} is the "
+        "newest checkpoint"
+    )
+
+
+def run_training_as_flags_say(train_op, loss, examples_per_step):
+    """Calls `run_training` with the arguments that flags hold."""
+    run_training(
+        train_op,
+        loss,
+        examples_per_step,
+        train_dir=FLAGS.train_dir,
+        max_steps=FLAGS.max_steps,
+        log_frequency=FLAGS.log_frequency,
+        config=session_config(FLAGS.use_fp16, FLAGS.log_device_placement),
+        check_input=cifar10.make_change_check(eval_data=False),
+        save_checkpoint_secs=FLAGS.save_checkpoint_secs,
+        save_checkpoint_steps=FLAGS.save_checkpoint_steps,
+        max_checkpoints_to_keep=FLAGS.max_checkpoints_to_keep,
+    )
+
+
+class _Saver(tf.train.Saver):
+    """A `tf.train.Saver` that tells in one line why it cannot save."""
+
+    def save(self, session, path, **arguments):
+        try:
+            return super().save(session, path, **arguments)
+        except tf.errors.OpError as error:
+            raise UserError(
+                f"cannot save a checkpoint in {os.path.dirname(path)}: {find_reason(error)}; make "
+                "room there, and start again to go on from the one before"
+            ) from error
+
+
+def _start(train_dir, saver, hooks, last_hook, config):
+    """Returns a session with the newest checkpoint's variables, or initial ones."""
     try:
-        session = tf.train.MonitoredTrainingSession(
+        newest = find_checkpoint(train_dir)
+        if newest is not None:
+            _check_fits(newest)
+        return tf.train.MonitoredTrainingSession(
             checkpoint_dir=train_dir,
-            # With relative paths a folder can be moved, and a copy does not touch the original.
-            scaffold=tf.train.Scaffold(saver=tf.train.Saver(save_relative_paths=True)),
-            # These run before the hook that saves, those in `hooks` after it.
-            chief_only_hooks=[
-                _LossHook(loss, tf.train.get_global_step(), examples_per_step, log_frequency)
-            ],
-            hooks=[tf.train.StopAtStepHook(last_step=max_steps)],
+            scaffold=tf.train.Scaffold(saver=saver),
+            # These run before TensorFlow's own, those in `hooks` after them.
+            chief_only_hooks=hooks,
+            hooks=[last_hook],
+            save_checkpoint_secs=None,  # one of `hooks` does it
+            save_checkpoint_steps=None,
             config=config,
+            stop_grace_period_secs=CLOSING_GRACE,
         )
     # ValueError is the Saver's own check that the checkpoint's files exist.
     except (tf.errors.OpError, ValueError) as error:
@@ -172,18 +420,17 @@ def run_training(
             f"cannot start in --train_dir={train_dir}: {find_reason(error)}; name another folder, "
             "or mend what is there"
         ) from error
+
+
+def _close_after(session, error):
+    """Closes a session after an exception; returns the exception that was the cause.
+
+    An input thread that fails closes its queue, and the step fails of that: what the thread met is
+    raised when the session is closed. The end of the input is no failure: that state is saved.
+    """
     try:
-        while not session.should_stop():
-            session.run(train_op)
-    except BaseException as error:
-        # What `with session` would do (it saves nothing), but the exception that ends an
-        # exhausted input goes on to the caller.
         with quiet_cancellation():
             session.__exit__(type(error), error, error.__traceback__)
-        if is_histogram_of_nonfinite(error):
-            raise UserError(
-                f"training has left the finite numbers: {find_reason(error)}"
-            ) from error
-        raise
-    with quiet_cancellation():
-        session.close()
+    except BaseException as cause:
+        return cause
+    return error

@@ -12,7 +12,7 @@ from absl import flags
 
 import cifar10
 import cifar10_session
-from cifar10_runtime import run, session_config, tf
+from cifar10_runtime import run, tf
 
 FLAGS = flags.FLAGS
 flags.adopt_module_key_flags(cifar10)
@@ -21,24 +21,19 @@ flags.adopt_module_key_flags(cifar10_session)
 
 def train():
     """Trains as the flags say, up to --max_steps."""
-    if not cifar10_session.prepare_train_dir(FLAGS.train_dir, FLAGS.max_steps):
-        return
-    with tf.Graph().as_default():
-        with tf.device("/cpu:0"):
-            global_step = tf.train.get_or_create_global_step()
-        images, labels = cifar10.distorted_inputs()
-        logits = cifar10.inference(images)
-        loss = cifar10.loss(logits, labels)
-        train_op = cifar10.train(loss, global_step)
-        cifar10_session.run_training(
-            train_op,
-            loss,
-            examples_per_step=FLAGS.batch_size,
-            train_dir=FLAGS.train_dir,
-            max_steps=FLAGS.max_steps,
-            log_frequency=FLAGS.log_frequency,
-            config=session_config(FLAGS.use_fp16, FLAGS.log_device_placement),
-        )
+    with cifar10_session.prepare_train_dir(FLAGS.train_dir, FLAGS.max_steps) as is_needed:
+        if not is_needed:
+            return
+        with tf.Graph().as_default():
+            with tf.device("/cpu:0"):
+                global_step = tf.train.get_or_create_global_step()
+            images, labels = cifar10.distorted_inputs()
+            logits = cifar10.inference(images)
+            loss = cifar10.loss(logits, labels)
+            train_op = cifar10.train(loss, global_step)
+            cifar10_session.run_training_as_flags_say(
+                train_op, loss, examples_per_step=FLAGS.batch_size
+            )
 
 
 def main():

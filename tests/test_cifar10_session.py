@@ -1,14 +1,17 @@
 """The training loop that both trainers share, around the smallest possible train op."""
 
-import functools
 import math
+import os
 import re
 import shutil
 import time
 
+import numpy as np
 import pytest
 
+import cifar10
 import cifar10_session
+from cifar10_data import DataError
 from cifar10_runtime import UserError, session_config, tf
 
 pytestmark = pytest.mark.usefixtures("graph")
@@ -19,7 +22,7 @@ LINE = re.compile(
 )
 
 
-def train(train_dir, max_steps, log_frequency=10, losses=None, seconds_per_step=0.0):
+def train(train_dir, max_steps, log_frequency=10, losses=None, seconds_per_step=0.0, **more):
     """Trains in a fresh graph; the loss of step n is 100 + n, or what `losses` has for it."""
     with tf.Graph().as_default():
         global_step = tf.train.get_or_create_global_step()
@@ -40,15 +43,20 @@ def train(train_dir, max_steps, log_frequency=10, losses=None, seconds_per_step=
             max_steps=max_steps,
             log_frequency=log_frequency,
             config=session_config(),
+            **more,
         )
 
 
-def run_five_steps(train_dir, global_step):
-    """Trains in the test's own graph, with what it has added, on a loss of 1."""
-    train_op = tf.assign_add(global_step, 1)
+def run(train_op, train_dir, max_steps, **more):
+    """Trains in the test's own graph, on a loss of 1."""
     cifar10_session.run_training(
-        train_op, tf.constant(1.0), 8, str(train_dir), 5, 10, session_config()
+        train_op, tf.constant(1.0), 8, str(train_dir), max_steps, 10, session_config(), **more
     )
+
+
+def prepare(train_dir, max_steps):
+    with cifar10_session.prepare_train_dir(str(train_dir), max_steps) as is_needed:
+        return is_needed
 
 
 def step_of(train_dir):
@@ -98,31 +106,63 @@ def test_training_goes_on_from_the_newest_checkpoint_with_its_global_step(tmp_pa
     assert foreign.read_text() == "mine"
 
 
-@pytest.fixture
-def saving_every_step(monkeypatch):
-    monkeypatch.setattr(
-        tf.train,
-        "MonitoredTrainingSession",
-        functools.partial(
-            tf.train.MonitoredTrainingSession, save_checkpoint_steps=1, save_checkpoint_secs=None
-        ),
-    )
-
-
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_a_loss_that_is_not_finite_ends_training_before_it_is_saved(
-    tmp_path, saving_every_step, value
-):
-    with pytest.raises(UserError, match=f"the loss at step 3 is {value}"):
-        train(tmp_path, max_steps=9, losses={3: value})
+def test_a_loss_that_is_not_finite_ends_training_before_it_is_saved(tmp_path, value):
+    with pytest.raises(UserError, match=f"PyFunc is {value} at step 3; the step is not saved"):
+        train(tmp_path, max_steps=9, losses={3: value}, save_checkpoint_steps=1)
     assert step_of(tmp_path) == 3  # after the steps 0, 1 and 2
+
+
+def make_update(gradient_of_step):
+    """Makes a train op whose gradient of the variable `layer/weights` is what a function says."""
+    global_step = tf.train.get_or_create_global_step()
+    weights = tf.get_variable("layer/weights", initializer=[1.0, 2.0])
+    gradient = tf.py_func(gradient_of_step, [global_step.read_value()], tf.float32)
+    gradient.set_shape([2])
+    optimizer = cifar10.make_optimizer(cifar10.decayed_learning_rate(global_step, 8))
+    return cifar10.update_variables(optimizer, [(gradient, weights)], global_step)
+
+
+@pytest.mark.parametrize("bad", [[math.nan, 0], [math.inf, -math.inf], [0, -math.inf]])
+def test_a_gradient_that_is_not_finite_ends_training_before_it_is_saved(tmp_path, bad):
+    train_op = make_update(lambda step: np.float32(bad if step == 3 else [1, 1]))
+    with pytest.raises(
+        UserError,
+        match="gradients/layer/weights is .* at step 3, where the learning rate is 0.1; the step",
+    ):
+        run(train_op, tmp_path, max_steps=9, save_checkpoint_steps=1)
+    assert step_of(tmp_path) == 3
+    newest = tf.train.load_checkpoint(tf.train.latest_checkpoint(str(tmp_path)))
+    for name in ("layer/weights", "layer/weights/ExponentialMovingAverage"):
+        assert np.isfinite(newest.get_tensor(name)).all()
+
+
+def test_a_variable_that_is_not_finite_is_not_saved(tmp_path):
+    global_step = tf.train.get_or_create_global_step()
+    statistics = tf.get_variable("layer/statistics", initializer=[1e38])
+    with tf.control_dependencies([tf.assign(statistics, statistics * 2)]):
+        train_op = tf.assign_add(global_step, 1)
+    with pytest.raises(UserError, match="layer/statistics is not finite after the update at step"):
+        run(train_op, tmp_path, max_steps=9, save_checkpoint_steps=1)
+    assert step_of(tmp_path) == 1  # 2e38 is a float32 still
+
+
+def test_a_checkpoint_that_is_not_finite_is_not_trained_on(tmp_path):
+    global_step = tf.train.get_or_create_global_step()
+    statistics = tf.get_variable("layer/statistics", initializer=[math.nan])
+    with tf.Session() as session:
+        session.run(tf.global_variables_initializer())
+        tf.train.Saver().save(session, str(tmp_path / "model.ckpt"), global_step=4)
+    del statistics
+    with pytest.raises(UserError, match="layer/statistics is not finite"):
+        run(tf.assign_add(global_step, 1), tmp_path, max_steps=9)
 
 
 def test_a_histogram_of_what_is_not_finite_ends_training_in_one_line(tmp_path):
     global_step = tf.train.get_or_create_global_step()
-    tf.summary.histogram("gradients/conv1/weights", tf.fill([2], math.nan))
-    with pytest.raises(UserError, match="left the finite numbers: N.*gradients/conv1") as error:
-        run_five_steps(tmp_path, global_step)
+    tf.summary.histogram("activations/conv1", tf.fill([2], math.nan))
+    with pytest.raises(UserError, match="activations/conv1 is not finite at step 0") as error:
+        run(tf.assign_add(global_step, 1), tmp_path, max_steps=5)
     assert "\n" not in str(error.value)
 
 
@@ -149,31 +189,48 @@ def test_training_in_a_copy_leaves_the_original_alone(tmp_path):
     assert checkpoint_files_in(tmp_path / "original") == before
 
 
-@pytest.mark.parametrize("content", [None, b"", b"\xff not a checkpoint"])
+@pytest.mark.parametrize("content", [b"", b"\xff not a checkpoint", b'model_checkpoint_path: "x"'])
 def test_training_does_not_start_over_on_top_of_checkpoints(tmp_path, content):
     train(tmp_path, max_steps=3)
+    (tmp_path / "checkpoint").write_bytes(content)
+    with pytest.raises(UserError, match="but its file `checkpoint` is unreadable or names one"):
+        prepare(tmp_path, 5)
+
+
+def test_training_goes_on_from_a_first_checkpoint_that_was_not_named_yet(tmp_path):
+    train(tmp_path, max_steps=3)
     (tmp_path / "checkpoint").unlink()
-    if content is not None:
-        (tmp_path / "checkpoint").write_bytes(content)
-    with pytest.raises(UserError, match="holds checkpoints, but its file `checkpoint` is missing"):
-        cifar10_session.prepare_train_dir(str(tmp_path), 5)
+    (tmp_path / "model.ckpt-7.index").write_bytes(b"")  # without its data: not whole
+    assert prepare(tmp_path, 5)
+    train(tmp_path, max_steps=5)
+    assert step_of(tmp_path) == 5
 
 
 def test_a_damaged_checkpoint_is_told_in_one_line(tmp_path):
     train(tmp_path, max_steps=3)
     (tmp_path / "model.ckpt-3.data-00000-of-00001").write_bytes(b"")
     with pytest.raises(UserError, match="model.ckpt-3 cannot be read: Read less bytes") as error:
-        cifar10_session.prepare_train_dir(str(tmp_path), 5)
+        prepare(tmp_path, 5)
     assert "\n" not in str(error.value)
 
 
-def test_a_checkpoint_of_another_model_is_told_in_one_line(tmp_path):
-    train(tmp_path, max_steps=3)
+def test_a_checkpoint_of_another_model_is_refused_with_the_names_that_differ(tmp_path):
     global_step = tf.train.get_or_create_global_step()
-    tf.get_variable("another", initializer=1.0)
-    with pytest.raises(UserError, match="Key another not found in checkpoint; name") as error:
-        run_five_steps(tmp_path, global_step)
+    tf.get_variable("same", initializer=[1.0])
+    tf.get_variable("wider", initializer=[1.0, 2.0])
+    run(tf.assign_add(global_step, 1), tmp_path, max_steps=2)
+    with tf.Graph().as_default():
+        global_step = tf.train.get_or_create_global_step()
+        tf.get_variable("same", initializer=[1.0])
+        tf.get_variable("wider", initializer=[1.0, 2.0, 3.0])
+        tf.get_variable("another", initializer=1.0)
+        with pytest.raises(
+            UserError,
+            match=r"of another model: in it wider is \[2\], not \[3\], another is missing; name",
+        ) as error:
+            run(tf.assign_add(global_step, 1), tmp_path, max_steps=4)
     assert "\n" not in str(error.value)
+    assert step_of(tmp_path) == 2
 
 
 def test_the_last_step_is_saved_also_while_an_exception_is_being_handled(tmp_path):
@@ -189,25 +246,65 @@ def test_an_input_that_ends_is_an_error_and_not_the_end_of_training(tmp_path):
     global_step = tf.train.get_or_create_global_step()
     with tf.control_dependencies([files.dequeue()]):
         train_op = tf.assign_add(global_step, 1)
-    with pytest.raises(tf.errors.OutOfRangeError):
-        cifar10_session.run_training(
-            train_op, tf.constant(1.0), 8, str(tmp_path), 100, 10, session_config()
-        )
+    with pytest.raises(UserError, match="the input has ended at step 2 of --max_steps=100"):
+        run(train_op, tmp_path, max_steps=100)
+    assert step_of(tmp_path) == 2
+
+
+def test_an_input_thread_that_fails_is_the_error_that_is_shown(tmp_path):
+    def fail():
+        raise ValueError("the reader has failed")
+
+    queue = tf.FIFOQueue(10, tf.float32, shapes=[[]])
+    enqueue = queue.enqueue(tf.py_func(fail, [], tf.float32))
+    tf.train.add_queue_runner(tf.train.QueueRunner(queue, [enqueue] * 2))
+    with tf.control_dependencies([queue.dequeue()]):
+        train_op = tf.assign_add(tf.train.get_or_create_global_step(), 1)
+    with pytest.raises(tf.errors.InvalidArgumentError, match="the reader has failed"):
+        run(train_op, tmp_path, max_steps=100)
+
+
+def test_an_input_that_goes_bad_ends_training_also_while_it_is_waited_for(tmp_path):
+    def check_input():
+        raise DataError("the data has gone")
+
+    queue = tf.FIFOQueue(2000, tf.float32, shapes=[[]])
+    slow = tf.py_func(lambda: time.sleep(0.1) or np.float32(1), [], tf.float32)
+    tf.train.add_queue_runner(tf.train.QueueRunner(queue, [queue.enqueue(slow)]))
+    with tf.control_dependencies([queue.dequeue_many(1000)]):
+        train_op = tf.assign_add(tf.train.get_or_create_global_step(), 1)
+    with pytest.raises(DataError, match="the data has gone"):
+        run(train_op, tmp_path, max_steps=100, check_input=check_input)
+
+
+def test_checkpoints_come_as_often_as_asked_and_as_many_are_kept(tmp_path):
+    train(tmp_path, max_steps=9, save_checkpoint_steps=2, max_checkpoints_to_keep=2)
+    steps = sorted(path.name for path in tmp_path.glob("model.ckpt-*.index"))
+    assert steps == ["model.ckpt-8.index", "model.ckpt-9.index"]
+
+
+def test_a_second_trainer_is_refused_and_told_who_the_first_is(tmp_path):
+    with (
+        cifar10_session.prepare_train_dir(str(tmp_path), 5),
+        pytest.raises(UserError, match=f"another trainer is at work .*: process {os.getpid()} on"),
+    ):
+        prepare(tmp_path, 5)
+    assert prepare(tmp_path, 5)  # the lock has ended
 
 
 def test_steps_remain_until_a_checkpoint_has_reached_max_steps(tmp_path, capsys):
     train_dir = tmp_path / "new" / "folder"
-    assert cifar10_session.prepare_train_dir(str(train_dir), 5)
+    assert prepare(train_dir, 5)
     assert train_dir.is_dir()
     train(train_dir, max_steps=5)
-    assert cifar10_session.prepare_train_dir(str(train_dir), 6)
+    assert prepare(train_dir, 6)
     assert capsys.readouterr().err == ""
-    assert not cifar10_session.prepare_train_dir(str(train_dir), 5)
+    assert not prepare(train_dir, 5)
     assert "has reached step 5 of --max_steps=5: nothing to do" in capsys.readouterr().err
 
 
 def test_a_train_dir_that_cannot_be_made_is_told_in_one_line(tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(UserError, match="cannot use --train_dir=") as error:
-        cifar10_session.prepare_train_dir(str(tmp_path / "file"), 5)
+        prepare(tmp_path / "file", 5)
     assert "\n" not in str(error.value)

@@ -48,20 +48,29 @@ def test_the_flags_reach_the_training_loop(
     FLAGS.num_gpus = 3
     FLAGS.max_steps = 17
     FLAGS.log_frequency = 3
+    FLAGS.save_checkpoint_secs = 5
+    FLAGS.save_checkpoint_steps = 6
+    FLAGS.max_checkpoints_to_keep = 7
     FLAGS.log_device_placement = True
     FLAGS.use_fp16 = True
     calls = []
     monkeypatch.setattr(
-        cifar10_session, "run_training", lambda *arguments, **named: calls.append(named)
+        cifar10_session,
+        "run_training",
+        lambda train_op, loss, examples, **named: calls.append((examples, named)),
     )
     trainer.train()
-    ((named),) = calls
+    ((examples, named),) = calls
+    assert examples == examples_per_step
+    named.pop("check_input")()
     assert named.pop("config") == session_config(use_fp16=True, log_device_placement=True)
     assert named == {
-        "examples_per_step": examples_per_step,
         "train_dir": str(tmp_path / "train"),
         "max_steps": 17,
         "log_frequency": 3,
+        "save_checkpoint_secs": 5,
+        "save_checkpoint_steps": 6,
+        "max_checkpoints_to_keep": 7,
     }
 
 
