@@ -184,36 +184,49 @@ class LockedError(RuntimeError):
 
 @contextlib.contextmanager
 def lock(path, on_wait=None):
-    """Holds the lock of a file, which ends with its process, however that ends.
-
-    The file stays, as it could not be removed without a race; it says who holds the lock, or who
-    held it last.
+    """Holds the lock that a file stands for; it ends with its process, however that ends.
 
     Args:
-      path: the file; made if need be.
+      path: the file; it is made, says who holds the lock, and is removed at the end. One that a
+        killed process has left behind locks nothing.
       on_wait: called with the holder's description before waiting for it.
 
     Raises:
       LockedError: another holds it, and `on_wait` is None.
       OSError: the file cannot be made or locked.
     """
-    with open(path, "a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            holder = file.read().strip() or "another process"
-            if on_wait is None:
-                raise LockedError(holder) from None
-            on_wait(holder)
-            fcntl.flock(file, fcntl.LOCK_EX)
+    with contextlib.ExitStack() as stack:
+        while True:
+            file = stack.enter_context(open(path, "a+"))
+            _acquire(file, on_wait)
+            # Who held it before may have removed the file that was waited for: then it is no
+            # longer what the next process will look at.
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.stat(path), os.fstat(file.fileno())):
+                    break
         file.truncate(0)
         file.write(
             f"process {os.getpid()} on {socket.gethostname()} "
             f"({os.path.basename(sys.argv[0])}, since {time.strftime('%Y-%m-%d %H:%M:%S')})\n"
         )
         file.flush()
-        yield
+        try:
+            yield
+        finally:
+            with contextlib.suppress(FileNotFoundError):  # the user has removed it
+                os.remove(path)
+
+
+def _acquire(file, on_wait):
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        holder = file.read().strip() or "another process"
+        if on_wait is None:
+            raise LockedError(holder) from None
+        on_wait(holder)
+        fcntl.flock(file, fcntl.LOCK_EX)
 
 
 @contextlib.contextmanager
@@ -429,7 +442,7 @@ def _extract(archive, folder):
             raise DataError(
                 f"{archive} cannot be extracted ({error}); delete it and start again"
             ) from error
-        missing = sorted(set(ARCHIVE_FILES) - set(os.listdir(staging)))
+        missing = sorted({*TRAIN_FILES, *TEST_FILES} - set(os.listdir(staging)))
         if missing:
             raise DataError(
                 f"{archive} does not hold {', '.join(missing)}; delete it and start again"

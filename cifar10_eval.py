@@ -9,6 +9,7 @@ Each test image counts exactly once. The variables' moving averages stand in for
 import os
 import sys
 import time
+import uuid
 
 import numpy as np
 from absl import flags
@@ -186,7 +187,8 @@ def _check_folders():
 
 def _make_summary_writer(eval_dir, graph):
     try:
-        return tf.summary.FileWriter(eval_dir, graph)
+        # A name of its own: by itself it would be the second's, and two in one second would clash.
+        return tf.summary.FileWriter(eval_dir, graph, filename_suffix=f".{uuid.uuid4().hex}")
     except tf.errors.OpError as error:
         raise UserError(f"cannot write to --eval_dir={eval_dir}: {find_reason(error)}") from error
 
@@ -241,7 +243,7 @@ def evaluate():
                         top_k_op,
                         summary_op,
                         checkpoint,
-                        min(available, FLAGS.num_examples),
+                        num_examples=min(available, FLAGS.num_examples),
                     )
                     last_step = step
                 except CheckpointError as error:

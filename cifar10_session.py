@@ -196,7 +196,8 @@ def _find_unnamed_checkpoint(train_dir):
     ]
     for step in sorted(steps, reverse=True):
         path = os.path.join(train_dir, f"model.ckpt-{step}")
-        if tf.train.checkpoint_exists(path):
+        with contextlib.suppress(UserError):  # it is not whole
+            read_global_step(path)
             return path
     return None
 
@@ -339,20 +340,15 @@ def run_training(
             config,
         )
         try:
-            while not session.should_stop():
-                session.run(train_op)
-        except BaseException as error:
-            cause = _close_after(session, error)
-            if is_histogram_of_nonfinite(cause):
-                name = find_reason(cause).rpartition(": ")[2]
-                raise progress.error_of(name, "is not finite") from cause
-            if not isinstance(cause, tf.errors.OutOfRangeError | tf.errors.CancelledError):
-                if isinstance(cause, tf.errors.OpError):
-                    check_input()  # the data may explain it
-                raise cause from None
-        else:
-            with quiet_cancellation():
-                session.close()
+            _run_to_the_end(session, train_op)
+        except (tf.errors.OutOfRangeError, tf.errors.CancelledError):
+            pass  # the input has ended, by itself or because it was closed
+        except tf.errors.OpError as error:
+            if is_histogram_of_nonfinite(error):
+                name = find_reason(error).rpartition(": ")[2]
+                raise progress.error_of(name, "is not finite") from error
+            check_input()  # the data may explain it
+            raise
     if progress.step >= max_steps:
         return
     newest = find_latest_checkpoint(train_dir)
@@ -422,15 +418,16 @@ def _start(train_dir, saver, hooks, last_hook, config):
         ) from error
 
 
-def _close_after(session, error):
-    """Closes a session after an exception; returns the exception that was the cause.
-
-    An input thread that fails closes its queue, and the step fails of that: what the thread met is
-    raised when the session is closed. The end of the input is no failure: that state is saved.
-    """
+def _run_to_the_end(session, train_op):
+    """Runs the one training loop of the project, and closes the session."""
     try:
+        while not session.should_stop():
+            session.run(train_op)
+    except BaseException as error:
+        # An input thread that fails closes its queue, and the step fails of that: what the thread
+        # met is raised in closing. The end of the input is no failure: that state is saved.
         with quiet_cancellation():
             session.__exit__(type(error), error, error.__traceback__)
-    except BaseException as cause:
-        return cause
-    return error
+        raise
+    with quiet_cancellation():
+        session.close()

@@ -2,9 +2,11 @@
 
 import contextlib
 import hashlib
+import http
 import http.server
 import io
 import os
+import socket
 import subprocess
 import sys
 import tarfile
@@ -41,31 +43,67 @@ def make_archive(path, members=None):
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-@contextlib.contextmanager
-def serving(body, promised_length=None, status=200):
-    """Serves `body` on loopback; gives the address and the list of requested paths."""
-    requests = []
+class Server:
+    """A server on loopback that serves `body`, and misbehaves as it is told.
 
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            requests.append(self.path)
-            self.send_response(status)
-            self.send_header("Content-Length", str(promised_length or len(body)))
-            self.end_headers()
-            self.wfile.write(body)
+    Attributes:
+      url: string.
+      requests: list of the `Range` headers that came, None for a request without one.
+      faults: list of what is to go wrong with the next requests, one each: a status, or the number
+        of bytes after which the connection is cut.
+      knows_ranges: bool.
+    """
 
-        def log_message(self, *arguments):
-            pass
+    def __init__(self, body, knows_ranges=True, faults=()):
+        self.body, self.knows_ranges, self.faults, self.requests = body, knows_ranges, [*faults], []
 
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}/cifar.tar.gz", requests
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
+    def answer(self, handler):
+        wanted = handler.headers["Range"]
+        self.requests.append(wanted)
+        fault = self.faults.pop(0) if self.faults else None
+        start = int(wanted.split("=")[1].rstrip("-")) if wanted and self.knows_ranges else 0
+        body = self.body[start:]
+        if isinstance(fault, http.HTTPStatus):
+            handler.send_response(fault)
+            body, fault = b"<html>an error</html>", None
+        elif start >= len(self.body) > 0:
+            handler.send_response(416)
+            body = b""
+        elif start:
+            handler.send_response(206)
+            size = len(self.body)
+            handler.send_header("Content-Range", f"bytes {start}-{size - 1}/{size}")
+        else:
+            handler.send_response(200)
+        handler.send_header("Content-Length", str(len(body)))
+        handler.end_headers()
+        handler.wfile.write(body[:fault])
+
+    def __enter__(self):
+        server = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self):
+                server.answer(self)
+
+            def log_message(self, *arguments):
+                pass
+
+        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self._server.server_port}/cifar.tar.gz"
+        self._thread = threading.Thread(target=self._server.serve_forever)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self._server.shutdown()
+        self._thread.join()
+        self._server.server_close()
+
+
+@pytest.fixture(autouse=True)
+def no_waiting(monkeypatch):
+    monkeypatch.setattr(cifar10_data, "RETRY_DELAYS", (0.0, 0.0, 0.0))
 
 
 def test_importing_the_data_module_does_not_import_tensorflow():
@@ -149,10 +187,10 @@ def test_the_archive_is_fetched_verified_and_extracted(tmp_path, kind):
     archive = tmp_path / "mirror.tar.gz"
     sha256 = make_archive(archive)
     data_dir = tmp_path / "new" / "data"
-    with serving(archive.read_bytes()) as (address, requests):
-        url = {"http": address, "file": archive.as_uri(), "path": str(archive)}[kind]
+    with Server(archive.read_bytes()) as server:
+        url = {"http": server.url, "file": archive.as_uri(), "path": str(archive)}[kind]
         folder = cifar10_data.maybe_download_and_extract(data_dir, url, sha256)
-    assert len(requests) == (kind == "http")
+    assert len(server.requests) == (kind == "http")
     assert sorted(os.listdir(folder)) == sorted([*NAMES, "batches.meta.txt", "readme.html"])
     cifar10_data.check_records(folder)
     assert sorted(os.listdir(data_dir)) == ["cifar-10-batches-bin", "cifar-10-binary.tar.gz"]
@@ -180,7 +218,10 @@ def test_an_archive_that_is_there_with_other_content_is_refused(tmp_path):
         cifar10_data.maybe_download_and_extract(tmp_path, "http://127.0.0.1:1/")
 
 
-def check_failed_download(data_dir, url, pattern):
+PART = "cifar-10-binary.tar.gz.part"
+
+
+def check_failed_download(data_dir, url, pattern, left=()):
     with pytest.raises(DataError, match=pattern) as error:
         cifar10_data.maybe_download_and_extract(data_dir, url)
     message = str(error.value)
@@ -188,24 +229,36 @@ def check_failed_download(data_dir, url, pattern):
     assert "--data_url" in message
     assert "--synthetic_data" in message
     assert "\n" not in message
-    assert os.listdir(data_dir) == []
+    assert os.listdir(data_dir) == [*left]
 
 
 def test_a_download_with_other_content_is_refused(tmp_path):
     archive = tmp_path / "other.tar.gz"
     make_archive(archive)
-    with serving(archive.read_bytes()) as (url, _):
-        check_failed_download(tmp_path / "data", url, "is not the expected archive: its SHA-256")
+    with Server(archive.read_bytes()) as server:
+        check_failed_download(
+            tmp_path / "data", server.url, "not the expected archive: the SHA-256"
+        )
+    assert len(server.requests) == 1
 
 
-def test_a_download_that_ends_early_is_refused(tmp_path):
-    with serving(b"x" * 1000, promised_length=5000) as (url, _):
-        check_failed_download(tmp_path, url, "ended after 1000 of 5000 bytes")
+@pytest.mark.parametrize("page", [b"\n<!DOCTYPE html><title>Log in", b"<HTML><body>Not found"])
+def test_a_web_page_in_place_of_the_archive_is_told(tmp_path, page):
+    with Server(page) as server:
+        check_failed_download(tmp_path, server.url, "is a web page, not an archive")
 
 
-def test_a_download_that_the_server_refuses_offers_the_ways_on(tmp_path):
-    with serving(b"no", status=404) as (url, _):
-        check_failed_download(tmp_path, url, "HTTP Error 404")
+def test_a_download_that_always_ends_early_is_given_up_and_kept(tmp_path):
+    with Server(b"x" * 5000, knows_ranges=False, faults=[1000] * 9) as server:
+        check_failed_download(tmp_path, server.url, "ended after 1000 of 5000 bytes", left=[PART])
+    assert len(server.requests) == 4
+
+
+@pytest.mark.parametrize(("status", "tries"), [(404, 1), (403, 1), (429, 4), (500, 4), (503, 4)])
+def test_a_server_that_refuses_is_asked_again_only_where_that_may_help(tmp_path, status, tries):
+    with Server(b"", faults=[http.HTTPStatus(status)] * 9) as server:
+        check_failed_download(tmp_path, server.url, f"HTTP Error {status}")
+    assert len(server.requests) == tries
 
 
 @pytest.mark.parametrize(
@@ -213,6 +266,179 @@ def test_a_download_that_the_server_refuses_offers_the_ways_on(tmp_path):
 )
 def test_a_source_that_is_not_there_offers_the_ways_on(tmp_path, url):
     check_failed_download(tmp_path, url, "cannot download")
+
+
+def fetch(data_dir, server, sha256):
+    folder = cifar10_data.maybe_download_and_extract(data_dir, server.url, sha256)
+    cifar10_data.check_records(folder)
+    assert sorted(os.listdir(data_dir)) == ["cifar-10-batches-bin", "cifar-10-binary.tar.gz"]
+
+
+def test_a_server_that_is_busy_is_asked_again(tmp_path):
+    sha256 = make_archive(tmp_path / "mirror.tar.gz")
+    body = (tmp_path / "mirror.tar.gz").read_bytes()
+    with Server(body, faults=[http.HTTPStatus.SERVICE_UNAVAILABLE] * 2) as server:
+        fetch(tmp_path / "data", server, sha256)
+    assert server.requests == [None] * 3
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_connection_that_is_cut_anywhere_goes_on_where_it_stopped(tmp_path, seed):
+    sha256 = make_archive(tmp_path / "mirror.tar.gz")
+    body = (tmp_path / "mirror.tar.gz").read_bytes()
+    cut = int(np.random.default_rng(seed).integers(1, len(body)))
+    with Server(body, faults=[cut]) as server:
+        fetch(tmp_path / "data", server, sha256)
+    assert server.requests == [None, f"bytes={cut}-"]
+
+
+def test_as_many_connections_are_made_as_bring_anything(tmp_path):
+    sha256 = make_archive(tmp_path / "mirror.tar.gz")
+    body = (tmp_path / "mirror.tar.gz").read_bytes()
+    with Server(body, faults=[len(body) // 20] * 15) as server:
+        fetch(tmp_path / "data", server, sha256)
+    assert len(server.requests) == 16
+
+
+def test_a_server_without_ranges_starts_over(tmp_path):
+    sha256 = make_archive(tmp_path / "mirror.tar.gz")
+    body = (tmp_path / "mirror.tar.gz").read_bytes()
+    with Server(body, knows_ranges=False, faults=[1000]) as server:
+        fetch(tmp_path / "data", server, sha256)
+    assert server.requests == [None, "bytes=1000-"]
+
+
+@pytest.mark.parametrize("left", ["a start", "all", "too much", "of another file"])
+def test_what_an_earlier_process_has_left_is_used_if_it_is_right(tmp_path, left):
+    sha256 = make_archive(tmp_path / "mirror.tar.gz")
+    body = (tmp_path / "mirror.tar.gz").read_bytes()
+    part = {
+        "a start": body[:2000],
+        "all": body,
+        "too much": body + b"x",
+        "of another file": b"y" * 2000,
+    }[left]
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / PART).write_bytes(part)
+    with Server(body) as server:
+        fetch(tmp_path / "data", server, sha256)
+    is_right = left in ("a start", "all")
+    assert server.requests == [f"bytes={len(part)}-"] + [None] * (not is_right)
+
+
+def test_a_server_that_says_nothing_is_given_up(tmp_path, monkeypatch):
+    monkeypatch.setattr(cifar10_data, "DOWNLOAD_TIMEOUT", 0.1)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}/"
+        check_failed_download(tmp_path, url, "cannot download .*timed out")
+
+
+FETCH = """
+import sys, cifar10_data
+cifar10_data.CHUNK_BYTES = 1000
+cifar10_data.check_records(cifar10_data.maybe_download_and_extract(*sys.argv[1:]))
+"""
+
+
+def start_fetch(data_dir, server, sha256, before=""):
+    return subprocess.Popen(
+        [sys.executable, "-c", before + FETCH, data_dir, server.url, sha256],
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+class SlowServer(Server):
+    """Serves 1,000 bytes each 4 ms, or so."""
+
+    def answer(self, handler):
+        write = handler.wfile.write
+
+        def write_slowly(data):
+            for start in range(0, len(data), 1000):
+                write(data[start : start + 1000])
+                time.sleep(0.004)
+
+        handler.wfile.write = write_slowly
+        with contextlib.suppress(OSError):  # the client may be killed
+            super().answer(handler)
+
+
+@pytest.fixture
+def large_archive(tmp_path):
+    members = {name: make_records(20, seed=i).tobytes() for i, name in enumerate(NAMES)}
+    sha256 = make_archive(tmp_path / "mirror.tar.gz", members)
+    return (tmp_path / "mirror.tar.gz").read_bytes(), sha256
+
+
+def test_a_download_that_is_killed_goes_on_in_the_next_process(tmp_path, large_archive):
+    body, sha256 = large_archive
+    data_dir = tmp_path / "data"
+    with SlowServer(body) as server:
+        with start_fetch(data_dir, server, sha256) as process:
+            while not ((data_dir / PART).exists() and (data_dir / PART).stat().st_size > 50000):
+                time.sleep(0.005)
+            process.kill()
+        kept = (data_dir / PART).stat().st_size
+        assert 0 < kept < len(body)
+        assert not (data_dir / "cifar-10-binary.tar.gz").exists()
+        with start_fetch(data_dir, server, sha256) as process:
+            assert process.wait(timeout=60) == 0, process.stderr.read()
+    assert server.requests == [None, f"bytes={kept}-"]
+    fetch(data_dir, server, sha256)
+
+
+def test_two_processes_that_start_at_once_fetch_once(tmp_path, large_archive):
+    body, sha256 = large_archive
+    with SlowServer(body) as server:
+        processes = [start_fetch(tmp_path / "data", server, sha256) for _ in range(2)]
+        errors = [process.communicate(timeout=60)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], errors
+    assert server.requests == [None]
+    assert sum("Waiting for process " in error for error in errors) == 1
+    fetch(tmp_path / "data", server, sha256)
+
+
+def test_an_extraction_that_is_killed_heals_in_the_next_process(tmp_path, large_archive):
+    body, sha256 = large_archive
+    data_dir = tmp_path / "data"
+    slow = """
+import shutil, time
+copy = shutil.copyfileobj
+def copy_slowly(source, output):
+    copy(source, output)
+    output.flush()
+    time.sleep(0.2)
+shutil.copyfileobj = copy_slowly
+"""
+    with Server(body) as server:
+        with start_fetch(data_dir, server, sha256, before=slow) as process:
+            while not (data_dir / "cifar-10-batches-bin.part" / NAMES[2]).exists():
+                time.sleep(0.005)
+            process.kill()
+        assert not (data_dir / "cifar-10-batches-bin").exists()
+        assert (data_dir / "cifar-10-batches-bin.part").exists()
+        fetch(data_dir, server, sha256)
+    assert len(server.requests) == 1
+
+
+def test_a_full_disk_is_told_and_the_next_process_goes_on(tmp_path, large_archive):
+    body, sha256 = large_archive
+    data_dir = tmp_path / "data"
+    small = """
+import resource, signal
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (100000, 100000))
+"""
+    with Server(body) as server:
+        with start_fetch(data_dir, server, sha256, before=small) as process:
+            error = process.communicate(timeout=60)[1]
+        assert process.returncode == 1
+        assert "DataError: cannot write the data set to" in error
+        assert "File too large" in error
+        fetch(data_dir, server, sha256)
+    assert server.requests == [None, "bytes=100000-"]
 
 
 def test_an_archive_that_is_no_tar_file_is_refused(tmp_path):
@@ -224,15 +450,119 @@ def test_an_archive_that_is_no_tar_file_is_refused(tmp_path):
     assert os.listdir(tmp_path) == ["cifar-10-binary.tar.gz"]
 
 
+def make_hostile_archive(path, hostile):
+    """Writes a .tar.gz with the record files and the `TarInfo`s that `hostile` gives by name."""
+    with tarfile.open(path, "w:gz") as archive:
+        for name in NAMES:
+            full_name = f"cifar-10-batches-bin/{name}"
+            content = make_records(2).tobytes()
+            member = hostile.pop(full_name, None)
+            if member is None:
+                member = tarfile.TarInfo(full_name)
+                member.size = len(content)
+            member.name = full_name
+            archive.addfile(member, io.BytesIO(content) if member.isfile() else None)
+        for name, member in hostile.items():
+            member.name = name
+            archive.addfile(member, io.BytesIO(b"x" * member.size))
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def make_member(kind=tarfile.REGTYPE, size=1, target=""):
+    member = tarfile.TarInfo()
+    member.type, member.linkname = kind, str(target)
+    member.size = size if kind == tarfile.REGTYPE else 0
+    return member
+
+
+def files_outside(tmp_path):
+    return sorted(path.name for path in tmp_path.iterdir())
+
+
 def test_only_the_known_files_leave_the_archive(tmp_path):
-    archive = tmp_path / "cifar-10-binary.tar.gz"
-    members = {name: make_records(2).tobytes() for name in NAMES}
-    members["../../escaped.bin"] = b"x"
-    members["stranger.bin"] = b"x"
-    sha256 = make_archive(archive, members)
-    folder = cifar10_data.maybe_download_and_extract(tmp_path, sha256=sha256)
+    data_dir = tmp_path / "data"
+    data_dir.mkdir()
+    sha256 = make_hostile_archive(
+        data_dir / "cifar-10-binary.tar.gz",
+        {
+            "cifar-10-batches-bin/../../escaped.bin": make_member(),
+            "../escaped.bin": make_member(),
+            str(tmp_path / "absolute.bin"): make_member(),
+            "cifar-10-batches-bin/stranger.bin": make_member(),
+            "cifar-10-batches-bin/batches.meta.txt": make_member(
+                tarfile.SYMTYPE, target="/etc/hosts"
+            ),
+            "cifar-10-batches-bin/readme.html": make_member(tarfile.CHRTYPE),
+        },
+    )
+    folder = cifar10_data.maybe_download_and_extract(data_dir, sha256=sha256)
     assert sorted(os.listdir(folder)) == sorted(NAMES)
-    assert not (tmp_path.parent / "escaped.bin").exists()
+    assert files_outside(tmp_path) == ["data"]
+    assert files_outside(data_dir) == ["cifar-10-batches-bin", "cifar-10-binary.tar.gz"]
+
+
+@pytest.mark.parametrize(
+    "kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.DIRTYPE]
+)
+def test_a_link_or_a_device_in_place_of_records_is_not_extracted(tmp_path, kind):
+    (tmp_path / "data").mkdir()
+    victim = tmp_path / "victim"
+    victim.write_text("mine")
+    sha256 = make_hostile_archive(
+        tmp_path / "data" / "cifar-10-binary.tar.gz",
+        {"cifar-10-batches-bin/data_batch_2.bin": make_member(kind, target=victim)},
+    )
+    with pytest.raises(DataError, match="does not hold data_batch_2.bin; delete it and start"):
+        cifar10_data.maybe_download_and_extract(tmp_path / "data", sha256=sha256)
+    assert os.listdir(tmp_path / "data") == ["cifar-10-binary.tar.gz"]
+    assert victim.read_text() == "mine"
+
+
+def test_a_file_too_large_to_be_cifar_10_is_not_extracted(tmp_path):
+    with tarfile.open(tmp_path / "cifar-10-binary.tar.gz", "w:gz") as archive:
+        member = make_member(size=(1 << 40))
+        member.name = "cifar-10-batches-bin/data_batch_1.bin"
+        archive.addfile(member)  # its header alone: a terabyte of zeros compresses to little
+    sha256 = hashlib.sha256((tmp_path / "cifar-10-binary.tar.gz").read_bytes()).hexdigest()
+    with pytest.raises(DataError, match="data_batch_1.bin is 1099511627776 bytes large"):
+        cifar10_data.maybe_download_and_extract(tmp_path, sha256=sha256)
+    assert os.listdir(tmp_path) == ["cifar-10-binary.tar.gz"]
+
+
+def test_a_lock_is_held_by_one_and_ends_with_its_process(tmp_path):
+    code = (
+        "import sys, time, cifar10_data\n"
+        "with cifar10_data.lock(sys.argv[1]):\n"
+        "    print('held', flush=True); time.sleep(60)"
+    )
+    path = tmp_path / "a.lock"
+    with subprocess.Popen(
+        [sys.executable, "-c", code, path], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout.readline() == "held\n"
+        with (
+            pytest.raises(cifar10_data.LockedError, match=f"process {process.pid} on .* since 20"),
+            cifar10_data.lock(path),
+        ):
+            pass
+        process.kill()
+    with cifar10_data.lock(path):  # of the file that the killed process has left
+        assert path.read_text().startswith(f"process {os.getpid()} on ")
+    assert not path.exists()
+
+
+def test_records_that_change_while_they_are_read_are_noticed(folder):
+    check = cifar10_data.ChangeCheck(folder, eval_data=False)
+    check()
+    (folder / "test_batch.bin").unlink()  # which is not read
+    check()
+    size = (folder / NAMES[1]).stat().st_size
+    os.truncate(folder / NAMES[1], size - 3073)
+    with pytest.raises(DataError, match=f"data_batch_2.bin has {size - 3073} bytes now; it had"):
+        check()
+    (folder / NAMES[1]).unlink()
+    with pytest.raises(DataError, match="data_batch_2.bin cannot be read any more .No such file"):
+        check()
 
 
 def test_the_folder_of_the_records_in_place_of_its_parent_is_told_and_nothing_fetched(folder):

@@ -1,6 +1,7 @@
 """Evaluation against a recount in NumPy, and how it deals with checkpoints."""
 
 import itertools
+import os
 import pathlib
 import shutil
 import threading
@@ -15,6 +16,7 @@ from conftest import standardized_centers, write_data_set
 import cifar10
 import cifar10_data
 import cifar10_eval
+from cifar10_data import DataError
 from cifar10_runtime import UserError, session_config, tf
 
 FLAGS = cifar10_eval.FLAGS
@@ -155,7 +157,7 @@ def test_a_damaged_checkpoint_is_an_error_that_names_it(records):
     path = save_checkpoint(FLAGS.checkpoint_dir, 7)
     pathlib.Path(f"{path}.data-00000-of-00001").write_bytes(b"")
     with pytest.raises(
-        cifar10_eval.CheckpointError, match="model.ckpt-7 cannot be restored: Read less bytes"
+        cifar10_eval.CheckpointError, match="model.ckpt-7 cannot be read: Read less bytes"
     ) as error:
         cifar10_eval.evaluate()
     assert "\n" not in str(error.value)
@@ -275,13 +277,13 @@ def test_a_checkpoint_that_is_deleted_meanwhile_is_given_up_for_the_newest(recor
     eval_once = cifar10_eval.eval_once
     taken = []
 
-    def eval_once_after_the_trainer_moved_on(*arguments):
+    def eval_once_after_the_trainer_moved_on(*arguments, **named):
         taken.append(arguments[-1])
         if len(taken) == 1:
             for path in pathlib.Path(FLAGS.checkpoint_dir).glob("model.ckpt-1.*"):
                 path.unlink()
             save_checkpoint(FLAGS.checkpoint_dir, 2)
-        return eval_once(*arguments)
+        return eval_once(*arguments, **named)
 
     monkeypatch.setattr(cifar10_eval, "eval_once", eval_once_after_the_trainer_moved_on)
     cifar10_eval.evaluate()
@@ -293,10 +295,10 @@ def test_a_folder_that_loses_its_checkpoints_is_waited_for(records, monkeypatch)
     save_checkpoint(FLAGS.checkpoint_dir, 1)
     eval_once = cifar10_eval.eval_once
 
-    def eval_once_after_a_deletion(*arguments):
+    def eval_once_after_a_deletion(*arguments, **named):
         if arguments[-1].endswith("-1"):
             shutil.rmtree(FLAGS.checkpoint_dir)
-        return eval_once(*arguments)
+        return eval_once(*arguments, **named)
 
     def trainer(wait):
         if wait == 2:
@@ -321,6 +323,39 @@ def test_a_damaged_checkpoint_does_not_end_the_wait_for_a_better_one(records, mo
 
     evaluate_for_ever(monkeypatch, trainer)
     assert [step for step, _ in recorded(FLAGS.eval_dir)[0]] == [2]
+
+
+def test_evaluations_never_go_back_to_an_earlier_step(records, monkeypatch):
+    def trainer(wait):
+        if wait < 6:
+            save_checkpoint(FLAGS.checkpoint_dir, (20, 10, 15, 30, 25, 40)[wait])
+        if wait == 12:
+            raise Stop
+
+    evaluate_for_ever(monkeypatch, trainer)
+    assert [step for step, _ in recorded(FLAGS.eval_dir)[0]] == [20, 30, 40]
+
+
+def test_summaries_do_not_go_among_the_checkpoints(records):
+    save_checkpoint(FLAGS.checkpoint_dir, 7)
+    FLAGS.eval_dir = FLAGS.checkpoint_dir + "/../" + pathlib.Path(FLAGS.checkpoint_dir).name
+    with pytest.raises(UserError, match="--eval_dir and --checkpoint_dir are both"):
+        cifar10_eval.evaluate()
+
+
+def test_test_data_that_is_cut_while_it_is_evaluated_is_told(records, monkeypatch):
+    save_checkpoint(FLAGS.checkpoint_dir, 7)
+    test_file = pathlib.Path(cifar10.find_data_folder()) / "test_batch.bin"
+    restore = cifar10_eval._restore
+
+    def restore_then_cut(*arguments):
+        os.truncate(test_file, 3073)
+        return restore(*arguments)
+
+    monkeypatch.setattr(cifar10_eval, "_restore", restore_then_cut)
+    with pytest.raises(DataError, match=r"test_batch.bin has 3073 bytes now; it had \d+ when"):
+        cifar10_eval.evaluate()
+    assert recorded(FLAGS.eval_dir)[0] == []
 
 
 def test_evaluations_leave_no_threads_behind(records, monkeypatch):

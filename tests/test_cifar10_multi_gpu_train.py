@@ -9,8 +9,9 @@ from conftest import write_data_set
 import cifar10
 import cifar10_data
 import cifar10_multi_gpu_train
+import cifar10_session
 import cifar10_train
-from cifar10_runtime import session_config, tf
+from cifar10_runtime import UserError, session_config, tf
 
 pytestmark = pytest.mark.usefixtures("graph")
 
@@ -132,6 +133,35 @@ def test_each_tower_has_a_batch_of_its_own(resident_batch):
             for i in range(2)
         ]
     np.testing.assert_array_equal(np.concatenate(seen), images)
+
+
+@pytest.mark.parametrize("bad_tower", [0, 1])
+@pytest.mark.parametrize("bad", ["loss", "gradient"])
+def test_what_is_not_finite_in_any_tower_ends_training(data, tmp_path, monkeypatch, bad_tower, bad):
+    images = np.random.default_rng(0).normal(size=[8, 24, 24, 3]).astype(np.float32)
+    images[4 * bad_tower] = np.nan
+    inference = cifar10.inference
+    # On its way to the loss a NaN gets lost, as the larger of NaN and 0 may be taken to be 0.
+    factor = 0.0 if bad == "loss" else None
+
+    def infer(images):
+        logits = inference(images)
+        return logits if factor is None else logits + factor * tf.reduce_sum(images)
+
+    monkeypatch.setattr(cifar10, "inference", infer)
+    monkeypatch.setattr(
+        cifar10, "distorted_inputs", lambda count: (tf.constant(images), tf.range(8) % 10)
+    )
+    name = {"loss": f"tower_{bad_tower}/total_loss", "gradient": "gradients/conv1/weights"}[bad]
+    with tf.Graph().as_default():
+        train_op, loss = cifar10_multi_gpu_train.build_training(2, 4)
+        tf.get_collection_ref(tf.GraphKeys.SUMMARIES).clear()  # a histogram would notice as well
+        with pytest.raises(UserError, match=f"{name} is nan at step 0, where the learning rate"):
+            cifar10_session.run_training(
+                train_op, loss, 8, str(tmp_path / "train"), 5, 10, session_config()
+            )
+    newest = tf.train.latest_checkpoint(str(tmp_path / "train"))
+    assert newest.endswith("model.ckpt-0")
 
 
 def learning_rate_decay_steps(num_gpus):
