@@ -45,6 +45,12 @@ flags.DEFINE_float(
     upper_bound=1.0,
 )
 flags.register_validator("min_fraction_of_examples_in_queue", math.isfinite, "it must be a number")
+flags.DEFINE_integer(
+    "num_preprocess_threads",
+    cifar10_input.NUM_PREPROCESS_THREADS,
+    "Threads that read and distort training images.",
+    lower_bound=1,
+)
 flags.DEFINE_boolean(
     "use_fp16",
     False,
@@ -115,7 +121,10 @@ def distorted_inputs(batch_size=None):
       images, float32 [batch_size, 24, 24, 3], and labels, int32 [batch_size].
     """
     return cifar10_input.distorted_inputs(
-        find_data_folder(), batch_size or FLAGS.batch_size, FLAGS.min_fraction_of_examples_in_queue
+        find_data_folder(),
+        batch_size or FLAGS.batch_size,
+        FLAGS.min_fraction_of_examples_in_queue,
+        FLAGS.num_preprocess_threads,
     )
 
 

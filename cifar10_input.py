@@ -232,6 +232,7 @@ def distorted_inputs(
     data_dir,
     batch_size,
     min_fraction_of_examples_in_queue=MIN_FRACTION_OF_EXAMPLES_IN_QUEUE,
+    num_preprocess_threads=NUM_PREPROCESS_THREADS,
 ):
     """Makes the training input: shuffled, distorted images, for ever.
 
@@ -240,6 +241,7 @@ def distorted_inputs(
       batch_size: int; images per batch.
       min_fraction_of_examples_in_queue: float; the share of an epoch that is in the queue before
         the first batch leaves it, and stays in it. A batch is drawn from at least that many.
+      num_preprocess_threads: int; with 1, the graph's seed decides which images come when.
 
     Returns:
       images: float32 [batch_size, 24, 24, 3], each with mean 0 and variance 1.
@@ -258,11 +260,14 @@ def distorted_inputs(
         filenames = cifar10_data.record_files(data_dir, eval_data=False)
         filename_queue = _filename_queue(filenames, None, shuffle=True)
         _, labels, planes = _read_block(filename_queue, RECORDS_PER_READ)
+        # The queue draws from what it holds at the time. It holds one number of images, whenever
+        # that is, if there is room for a single one beyond the minimum.
+        spare = 3 * batch_size if num_preprocess_threads > 1 else 1
         images, labels = tf.train.shuffle_batch(
             [_distort(planes), labels],
             batch_size=batch_size,
-            num_threads=NUM_PREPROCESS_THREADS,
-            capacity=min_queue_examples + 3 * batch_size,
+            num_threads=num_preprocess_threads,
+            capacity=min_queue_examples + spare,
             min_after_dequeue=min_queue_examples,
             enqueue_many=True,
         )

@@ -103,7 +103,7 @@ def train():
                 len(GPUS),
                 "" if GPUS else ", which is the CPU",
             )
-        with tf.Graph().as_default():
+        with cifar10_session.seeded_graph():
             train_op, loss = build_training(FLAGS.num_gpus, FLAGS.batch_size)
             cifar10_session.run_training_as_flags_say(
                 train_op, loss, examples_per_step=FLAGS.batch_size * FLAGS.num_gpus

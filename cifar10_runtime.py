@@ -7,11 +7,14 @@ import contextlib
 import datetime
 import functools
 import gc
+import json
 import logging
 import os
+import platform
 import re
 import signal
 import socket
+import subprocess
 import sys
 import tempfile
 import threading
@@ -195,6 +198,44 @@ FLAGS.mark_as_parsed()
 def format_now():
     """Returns the local time as the printed lines begin with it: `2015-11-04 11:45:45.927302`."""
     return f"{datetime.datetime.now():%Y-%m-%d %H:%M:%S.%f}"
+
+
+def append_json_line(path, value):
+    """Adds a value to a file of JSON objects, one a line; the file is made if need be."""
+    with open(path, "a") as file:
+        file.write(json.dumps(value) + "\n")
+
+
+def describe_software_and_hardware():
+    """Returns the versions of Python, TensorFlow and the project, the processor and the GPUs."""
+    folder = os.path.dirname(os.path.abspath(__file__))
+    try:
+        commit = subprocess.run(
+            ["git", "-C", folder, "describe", "--always", "--dirty", "--abbrev=40"],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):  # no git, or not a checkout
+        commit = None
+    return {
+        "python": platform.python_version(),
+        "tensorflow": tf.version.VERSION,
+        "commit": commit,
+        "processor": find_processor_name(),
+        "processors": os.cpu_count(),
+        "gpus": [tf.config.experimental.get_device_details(gpu).get("device_name") for gpu in GPUS],
+    }
+
+
+def find_processor_name(cpuinfo="/proc/cpuinfo"):
+    """Returns the processor's name as Linux has it, or what Python can tell elsewhere."""
+    try:
+        with open(cpuinfo) as file:
+            names = re.findall(r"^model name\s*: (.*)", file.read(), re.MULTILINE)
+    except OSError:  # not Linux
+        names = []
+    return names[0] if names else platform.processor()
 
 
 def find_reason(error):

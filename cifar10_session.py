@@ -1,9 +1,11 @@
 """One training run: the flags, the session, the hooks and the lock that both trainers share."""
 
 import contextlib
+import json
 import math
 import os
 import re
+import secrets
 import sys
 import threading
 import time
@@ -16,6 +18,8 @@ from cifar10_runtime import (
     STOP_REQUEST,
     Interrupted,
     UserError,
+    append_json_line,
+    describe_software_and_hardware,
     find_latest_checkpoint,
     find_reason,
     format_now,
@@ -51,12 +55,28 @@ flags.DEFINE_integer(
     "Checkpoints of a run that are kept; older ones of that run are removed.",
     lower_bound=1,
 )
+flags.DEFINE_integer(
+    "save_summaries_steps",
+    100,
+    "Steps between two entries of TensorBoard's; 0: none.",
+    lower_bound=0,
+)
+flags.DEFINE_integer(
+    "seed",
+    None,
+    "Seed of the initial variables and of all draws; a new one for each run by default. With "
+    "--num_preprocess_threads=1, on a CPU, it decides every loss.",
+    lower_bound=0,
+    upper_bound=2**31 - 1,
+)
 flags.DEFINE_boolean(
     "log_device_placement", False, "Print the device of every operation, hundreds of lines."
 )
 
 
 LOCK_FILE = "trainer.lock"
+STARTS_FILE = "run.json"
+METRICS_FILE = "metrics.jsonl"
 # Seconds that a step may take to end after a signal, before its input is closed; and that the
 # input's threads may take to end. Together with a save they stay within half a minute.
 STEP_GRACE = 12.0
@@ -72,12 +92,14 @@ class _ProgressHook(tf.train.SessionRunHook):
       examples_per_step: int; images that one step consumes, over all towers.
       log_frequency: int; steps between two lines. The first step of a run has a line of its own,
         which includes the filling of the queue.
+      metrics_path: path of a file to which each line is added as a JSON object.
 
     Attributes:
       step: int; the step that is being trained.
     """
 
-    def __init__(self, loss, global_step, examples_per_step, log_frequency):
+    def __init__(self, loss, global_step, examples_per_step, log_frequency, metrics_path):
+        self._metrics_path = metrics_path
         self._loss = loss
         self._global_step = global_step
         self._examples_per_step = examples_per_step
@@ -88,7 +110,7 @@ class _ProgressHook(tf.train.SessionRunHook):
 
     def after_create_session(self, session, coord):
         # Counted here from then on: a fetch beside the update could see the step before or after.
-        self.step = session.run(self._global_step)
+        self.step = int(session.run(self._global_step))
         self._first_step_since_line = self.step
         self._start_time = time.monotonic()
         self._line_is_due = True
@@ -116,17 +138,46 @@ class _ProgressHook(tf.train.SessionRunHook):
 
     def _print_line(self, loss):
         now = time.monotonic()
-        seconds = now - self._start_time
         steps = self.step + 1 - self._first_step_since_line
+        sec_per_batch = (now - self._start_time) / steps
+        examples_per_sec = self._examples_per_step / sec_per_batch
         print(
             f"{format_now()}: step {self.step}, "
-            f"loss = {loss:.2f} ({steps * self._examples_per_step / seconds:.1f} examples/sec; "
-            f"{seconds / steps:.3f} sec/batch)",
+            f"loss = {loss:.2f} ({examples_per_sec:.1f} examples/sec; "
+            f"{sec_per_batch:.3f} sec/batch)",
             flush=True,
+        )
+        append_json_line(
+            self._metrics_path,
+            {
+                "step": self.step,
+                "time": time.time(),
+                "loss": float(loss),
+                "examples_per_sec": examples_per_sec,
+                "sec_per_batch": sec_per_batch,
+            },
         )
         self._start_time = now
         self._first_step_since_line = self.step + 1
         self._line_is_due = False
+
+
+class _SpeedHook(tf.train.StepCounterHook):
+    """Shows the speed in TensorBoard as `examples_per_sec`, over all towers.
+
+    Args:
+      examples_per_step: int.
+      **arguments: of `tf.train.StepCounterHook`, which would show steps.
+    """
+
+    def __init__(self, examples_per_step, **arguments):
+        super().__init__(**arguments)
+        self._examples_per_step = examples_per_step
+
+    def _log_and_record(self, elapsed_steps, elapsed_time, global_step):
+        speed = elapsed_steps * self._examples_per_step / elapsed_time
+        value = tf.Summary.Value(tag="examples_per_sec", simple_value=speed)
+        self._summary_writer.add_summary(tf.Summary(value=[value]), global_step)
 
 
 class _FiniteCheck(tf.train.CheckpointSaverListener):
@@ -228,6 +279,51 @@ def find_checkpoint(train_dir):
 
 
 @contextlib.contextmanager
+def seeded_graph():
+    """Gives a new default graph, with the seed that the flag tells, or one that is drawn."""
+    with tf.Graph().as_default() as graph:
+        tf.set_random_seed(secrets.randbelow(2**31) if FLAGS.seed is None else FLAGS.seed)
+        yield graph
+
+
+def _note_start(path):
+    """Adds to the JSON list in a file what decides about this run.
+
+    Raises:
+      UserError: the file is there and is not such a list.
+    """
+    starts = []
+    if os.path.exists(path):
+        try:
+            with open(path) as file:
+                starts = json.load(file)
+            if not isinstance(starts, list):
+                raise ValueError("it is not a list")
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"{path} does not hold the list of this folder's starts ({error}); move it away"
+            ) from error
+    starts.append(
+        {
+            "time": time.time(),
+            "script": os.path.basename(sys.argv[0]),
+            "flags": {
+                name: value
+                for name, value in FLAGS.flag_values_dict().items()
+                if "cifar10" in os.path.basename(FLAGS.find_module_defining_flag(name))
+            },
+            "seed": tf.get_default_graph().seed,
+            **describe_software_and_hardware(),
+        }
+    )
+    # Under a name of its own until it is whole, as a start may be killed at any time.
+    with open(f"{path}.part", "w") as file:
+        json.dump(starts, file, indent=2)
+        file.write("\n")
+    os.replace(f"{path}.part", path)
+
+
+@contextlib.contextmanager
 def prepare_train_dir(train_dir, max_steps):
     """Makes `train_dir` if need be, keeps other trainers out, and tells what there is to do.
 
@@ -293,6 +389,7 @@ def run_training(
     save_checkpoint_secs=600,
     save_checkpoint_steps=None,
     max_checkpoints_to_keep=5,
+    save_summaries_steps=100,
 ):
     """Trains in the default graph until `max_steps`, from the newest checkpoint in `train_dir`.
 
@@ -311,6 +408,7 @@ def run_training(
       save_checkpoint_secs: int; seconds between two checkpoints.
       save_checkpoint_steps: int; steps between two checkpoints, in place of the seconds; or None.
       max_checkpoints_to_keep: int; of this run.
+      save_summaries_steps: int; steps between two entries of TensorBoard's; 0 for none.
 
     Raises:
       UserError: the folder or its checkpoint cannot be used; or the loss, a gradient or a variable
@@ -319,7 +417,11 @@ def run_training(
       Interrupted: a signal has come.
     """
     progress = _ProgressHook(
-        loss, tf.train.get_or_create_global_step(), examples_per_step, log_frequency
+        loss,
+        tf.train.get_or_create_global_step(),
+        examples_per_step,
+        log_frequency,
+        os.path.join(train_dir, METRICS_FILE),
     )
     # With relative paths a folder can be moved, and a copy does not touch the original.
     saver = _Saver(save_relative_paths=True, max_to_keep=max_checkpoints_to_keep)
@@ -330,14 +432,20 @@ def run_training(
         saver=saver,
         listeners=[_FiniteCheck(progress)],
     )
+    speed = []
+    if save_summaries_steps:
+        speed = [
+            _SpeedHook(examples_per_step, every_n_steps=save_summaries_steps, output_dir=train_dir)
+        ]
     with STOP_REQUEST.deferred():
         session = _start(
             train_dir,
             saver,
             # In this order: what is not finite is found before it is saved.
-            [progress, saver_hook, _WatchHook(check_input)],
+            [progress, saver_hook, _WatchHook(check_input), *speed],
             tf.train.StopAtStepHook(last_step=max_steps),
             config,
+            save_summaries_steps,
         )
         try:
             _run_to_the_end(session, train_op)
@@ -364,7 +472,8 @@ def run_training(
 
 
 def run_training_as_flags_say(train_op, loss, examples_per_step):
-    """Calls `run_training` with the arguments that flags hold."""
+    """Calls `run_training` with the arguments that flags hold, and notes the start."""
+    _note_start(os.path.join(FLAGS.train_dir, STARTS_FILE))
     run_training(
         train_op,
         loss,
@@ -377,6 +486,7 @@ def run_training_as_flags_say(train_op, loss, examples_per_step):
         save_checkpoint_secs=FLAGS.save_checkpoint_secs,
         save_checkpoint_steps=FLAGS.save_checkpoint_steps,
         max_checkpoints_to_keep=FLAGS.max_checkpoints_to_keep,
+        save_summaries_steps=FLAGS.save_summaries_steps,
     )
 
 
@@ -393,7 +503,7 @@ class _Saver(tf.train.Saver):
             ) from error
 
 
-def _start(train_dir, saver, hooks, last_hook, config):
+def _start(train_dir, saver, hooks, last_hook, config, save_summaries_steps):
     """Returns a session with the newest checkpoint's variables, or initial ones."""
     try:
         newest = find_checkpoint(train_dir)
@@ -407,6 +517,9 @@ def _start(train_dir, saver, hooks, last_hook, config):
             hooks=[last_hook],
             save_checkpoint_secs=None,  # one of `hooks` does it
             save_checkpoint_steps=None,
+            save_summaries_steps=save_summaries_steps or None,
+            save_summaries_secs=None,
+            log_step_count_steps=None,  # _SpeedHook does it, under a tag of ours
             config=config,
             stop_grace_period_secs=CLOSING_GRACE,
         )

@@ -24,7 +24,7 @@ def train():
     with cifar10_session.prepare_train_dir(FLAGS.train_dir, FLAGS.max_steps) as is_needed:
         if not is_needed:
             return
-        with tf.Graph().as_default():
+        with cifar10_session.seeded_graph():
             with tf.device("/cpu:0"):
                 global_step = tf.train.get_or_create_global_step()
             images, labels = cifar10.distorted_inputs()

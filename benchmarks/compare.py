@@ -14,7 +14,6 @@ import itertools
 import os
 import pathlib
 import platform
-import re
 import statistics
 import subprocess
 import sys
@@ -33,6 +32,7 @@ import cifar10_data  # noqa: E402
 import cifar10_input  # noqa: E402
 from cifar10_runtime import (  # noqa: E402
     UserError,
+    find_processor_name,
     has_fast_bfloat16,
     quiet_cancellation,
     run,
@@ -314,10 +314,8 @@ def compare_processes(data_dir, folder):
 
 def describe_machine():
     """Returns hardware and versions in one line."""
-    path = pathlib.Path("/proc/cpuinfo")
-    names = re.findall(r"^model name\s*: (.*)", path.read_text(), re.M) if path.exists() else []
     return (
-        f"{os.cpu_count()} x {[*names, platform.processor()][0]}, "
+        f"{os.cpu_count()} x {find_processor_name()}, "
         f"{'with' if has_fast_bfloat16() else 'without'} bfloat16; "
         f"Python {platform.python_version()}, TensorFlow {tf.version.VERSION}, batch {BATCH_SIZE}"
     )

@@ -283,6 +283,38 @@ def test_checkpoints_come_as_often_as_asked_and_as_many_are_kept(tmp_path):
     assert steps == ["model.ckpt-8.index", "model.ckpt-9.index"]
 
 
+def recorded(train_dir):
+    """Returns (step, tag, value) of each scalar in the event files."""
+    return [
+        (event.step, value.tag, value.simple_value)
+        for path in train_dir.glob("events.out.tfevents.*")
+        for event in tf.train.summary_iterator(str(path))
+        for value in event.summary.value
+    ]
+
+
+def test_summaries_come_as_often_as_asked_with_the_speed_in_examples(tmp_path):
+    global_step = tf.train.get_or_create_global_step()
+    tf.summary.scalar("of_the_graph", 7.0)
+    slow = tf.py_func(lambda: time.sleep(0.05) or np.float32(0), [], tf.float32)
+    with tf.control_dependencies([slow]):
+        train_op = tf.assign_add(global_step, 1)
+    run(train_op, tmp_path, max_steps=9, save_summaries_steps=4)
+    found = recorded(tmp_path)
+    assert [step for step, tag, _ in found if tag == "of_the_graph"] == [1, 5, 9]
+    speeds = [value for _, tag, value in found if tag == "examples_per_sec"]
+    assert len(speeds) == 2
+    assert all(0 < speed < 8 / 0.05 for speed in speeds)
+    assert {tag for _, tag, _ in found} == {"of_the_graph", "examples_per_sec"}
+
+
+def test_no_summaries_are_written_where_none_are_wanted(tmp_path):
+    global_step = tf.train.get_or_create_global_step()
+    tf.summary.scalar("of_the_graph", 7.0)
+    run(tf.assign_add(global_step, 1), tmp_path, max_steps=9, save_summaries_steps=0)
+    assert recorded(tmp_path) == []
+
+
 def test_a_second_trainer_is_refused_and_told_who_the_first_is(tmp_path):
     with (
         cifar10_session.prepare_train_dir(str(tmp_path), 5),

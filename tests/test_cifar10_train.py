@@ -1,16 +1,21 @@
 """The single trainer in this process; test_end_to_end.py runs it as its user does."""
 
+import json
+import os
+import platform
 import re
+import subprocess
+import time
 
 import pytest
-from conftest import write_data_set
+from conftest import ROOT, write_data_set
 
 import cifar10
 import cifar10_data
 import cifar10_multi_gpu_train
 import cifar10_session
 import cifar10_train
-from cifar10_runtime import session_config, tf
+from cifar10_runtime import UserError, session_config, tf
 
 FLAGS = cifar10_train.FLAGS
 
@@ -51,6 +56,7 @@ def test_the_flags_reach_the_training_loop(
     FLAGS.save_checkpoint_secs = 5
     FLAGS.save_checkpoint_steps = 6
     FLAGS.max_checkpoints_to_keep = 7
+    FLAGS.save_summaries_steps = 8
     FLAGS.log_device_placement = True
     FLAGS.use_fp16 = True
     calls = []
@@ -71,6 +77,7 @@ def test_the_flags_reach_the_training_loop(
         "save_checkpoint_secs": 5,
         "save_checkpoint_steps": 6,
         "max_checkpoints_to_keep": 7,
+        "save_summaries_steps": 8,
     }
 
 
@@ -94,3 +101,83 @@ def test_use_fp16_computes_in_16_bits_with_variables_in_32(use_fp16):
         narrow = {tf.bfloat16, tf.float16}
         assert all((dtype in narrow) == use_fp16 for dtype in convolutions)
         assert {variable.dtype for variable in tf.trainable_variables()} == {tf.float32}
+
+
+@pytest.fixture
+def small_run(tmp_path):
+    write_data_set(tmp_path / cifar10_data.EXTRACTED_FOLDER, train_counts=[40] * 5)
+    FLAGS.data_dir = str(tmp_path)
+    FLAGS.batch_size = 4
+    FLAGS.max_steps = 6
+    FLAGS.log_frequency = 1
+    FLAGS.min_fraction_of_examples_in_queue = 0.001
+    FLAGS.num_preprocess_threads = 1
+
+    def train(name, seed, max_steps=6):
+        FLAGS.train_dir = str(tmp_path / name)
+        FLAGS.seed = seed
+        FLAGS.max_steps = max_steps
+        cifar10_train.train()
+        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        return [json.loads(line) for line in lines]
+
+    return train
+
+
+def test_a_seed_decides_every_loss_where_one_thread_reads(small_run):
+    first, again, other, drawn = (
+        [line["loss"] for line in small_run(name, seed)]
+        for name, seed in (("first", 5), ("again", 5), ("other", 6), ("drawn", None))
+    )
+    assert len(first) == 6
+    assert first == again
+    assert not set(first) & set(other)
+    assert not set(first) & set(drawn)
+
+
+def test_each_logged_step_is_a_line_of_json(small_run, capsys):
+    lines = small_run("run", 1)
+    printed = re.findall(
+        r"step (\d+), loss = (\S+) \((\S+) examples/sec; (\S+) sec/batch", capsys.readouterr().out
+    )
+    assert [
+        (
+            str(line["step"]),
+            f"{line['loss']:.2f}",
+            f"{line['examples_per_sec']:.1f}",
+            f"{line['sec_per_batch']:.3f}",
+        )
+        for line in lines
+    ] == printed
+    assert [line["step"] for line in lines] == list(range(6))
+    assert all(abs(line["time"] - time.time()) < 60 for line in lines)
+    assert [line["step"] for line in small_run("run", 1, max_steps=8)] == list(range(8))
+
+
+def test_each_start_is_noted_beside_the_earlier_ones(small_run, tmp_path):
+    small_run("run", 7)
+    small_run("run", None, max_steps=8)
+    first, second = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert first["seed"] == first["flags"]["seed"] == 7
+    assert second["flags"]["seed"] is None
+    assert 0 <= second["seed"] < 2**31
+    assert first["flags"]["batch_size"] == 4
+    assert second["flags"]["max_steps"] == 8
+    assert {"data_dir", "use_fp16", "train_dir", "num_preprocess_threads"} < first["flags"].keys()
+    assert first["tensorflow"] == "2.21.0"
+    assert first["python"] == platform.python_version()
+    assert first["gpus"] == []
+    assert first["processors"] == os.cpu_count()
+    commit = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
+    ).stdout.strip()
+    assert (first["commit"] or "").removesuffix("-dirty") == commit
+
+
+@pytest.mark.parametrize("content", ["{}", "[{", ""])
+def test_a_list_of_starts_that_cannot_be_read_is_not_written_over(small_run, tmp_path, content):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.json").write_text(content)
+    with pytest.raises(UserError, match="run.json does not hold the list .*; move it away"):
+        small_run("run", 1)
+    assert (tmp_path / "run" / "run.json").read_text() == content
