@@ -98,6 +98,16 @@ def count_records(folder, eval_data):
     return sum(os.path.getsize(path) for path in record_files(folder, eval_data)) // RECORD_BYTES
 
 
+def read_class_names(folder):
+    """Returns the names of the classes, from `batches.meta.txt` where it names as many."""
+    try:
+        with open(os.path.join(folder, CLASS_NAMES_FILE), encoding="utf-8") as file:
+            names = tuple(file.read().split())
+    except FileNotFoundError:
+        return CLASS_NAMES
+    return names if len(names) == NUM_CLASSES else CLASS_NAMES
+
+
 def check_records(folder):
     """Checks all six record files: there, whole records, at least one, every label a class.
 

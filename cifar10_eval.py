@@ -4,8 +4,10 @@
     python cifar10_eval.py --run_once     # the newest one
 
 Each test image counts exactly once. The variables' moving averages stand in for the variables.
+Every evaluation is a line of EVAL_DIR/results.jsonl, and a step in TensorBoard.
 """
 
+import math
 import os
 import sys
 import time
@@ -16,9 +18,11 @@ from absl import flags
 
 import cifar10
 import cifar10_data
+import cifar10_pictures
 from cifar10_runtime import (
     STOP_REQUEST,
     UserError,
+    append_json_line,
     find_latest_checkpoint,
     find_reason,
     format_now,
@@ -52,34 +56,60 @@ flags.DEFINE_boolean(
 )
 
 
-def _count_correct(session, top_k_op, summary_op, num_examples):
-    """Runs batches until the input ends or `num_examples` are counted.
+RESULTS_FILE = "results.jsonl"
+MAX_MISTAKES = 36  # images on the sheet of mistakes
 
-    Returns:
-      correct: int; how many of them the model got right.
-      total: int; how many there were.
-      summary: the serialized summary of the first batch; None without one.
+
+class _Tally:
+    """What the evaluation of one checkpoint has counted.
+
+    Attributes:
+      correct: int; images that the model got right.
+      total: int; images.
+      summary: serialized summary of the first batch; None without one.
+      cross_entropy: float; the sum over the images, in nats.
+      confusion: int [10, 10]; images by true class (row) and predicted class (column).
+      mistakes: list of (image, true class, predicted class), the first of them.
     """
-    correct, total, summary = 0, 0, None
+
+    def __init__(self):
+        self.correct, self.total, self.summary = 0, 0, None
+        self.cross_entropy, self.mistakes = 0.0, []
+        self.confusion = np.zeros([cifar10.NUM_CLASSES, cifar10.NUM_CLASSES], int)
+
+    def add(self, is_correct, outputs):
+        """Adds a batch: bool [batch], and the values of `eval_once`'s `outputs` or None."""
+        self.correct += np.count_nonzero(is_correct)
+        self.total += len(is_correct)
+        if outputs is None:
+            return
+        outputs = {name: values[: len(is_correct)] for name, values in outputs.items()}
+        labels, predictions = outputs["labels"], outputs["predictions"]
+        self.cross_entropy += float(outputs["cross_entropy"].sum(dtype=np.float64))
+        np.add.at(self.confusion, (labels, predictions), 1)
+        for i in np.flatnonzero(labels != predictions)[: MAX_MISTAKES - len(self.mistakes)]:
+            self.mistakes.append((outputs["images"][i], labels[i], predictions[i]))
+
+
+def _count(session, top_k_op, outputs, summary_op, num_examples):
+    """Runs batches until the input ends or `num_examples` are counted; returns a `_Tally`."""
+    tally = _Tally()
     coordinator = tf.train.Coordinator()
     threads = tf.train.start_queue_runners(session, coordinator)
     try:
-        while total < num_examples:
+        while tally.total < num_examples:
             STOP_REQUEST.raise_if_made()
-            if total == 0 and summary_op is not None:
-                predictions, summary = session.run([top_k_op, summary_op])
-            else:
-                predictions = session.run(top_k_op)
-            predictions = predictions[: num_examples - total]
-            correct += np.count_nonzero(predictions)
-            total += len(predictions)
+            of_first_batch = [summary_op] if tally.total == 0 and summary_op is not None else []
+            is_correct, values, summaries = session.run([top_k_op, outputs or {}, of_first_batch])
+            tally.summary = summaries[0] if summaries else tally.summary
+            tally.add(is_correct[: num_examples - tally.total], values or None)
     except tf.errors.OutOfRangeError:
         pass  # the epoch is over; if a thread's error was the cause, join raises that
     finally:
         with quiet_cancellation():
             coordinator.request_stop()
             coordinator.join(threads, ignore_live_threads=False)
-    return correct, total, summary
+    return tally
 
 
 class CheckpointError(UserError):
@@ -114,7 +144,15 @@ def _read_step(checkpoint):
         raise CheckpointError(str(error)) from error
 
 
-def eval_once(saver, summary_writer, top_k_op, summary_op, checkpoint=None, num_examples=None):
+def eval_once(
+    saver,
+    summary_writer,
+    top_k_op,
+    summary_op,
+    checkpoint=None,
+    num_examples=None,
+    outputs=None,
+):
     """Evaluates one checkpoint, prints precision @ 1 and writes it as a summary.
 
     Args:
@@ -126,6 +164,10 @@ def eval_once(saver, summary_writer, top_k_op, summary_op, checkpoint=None, num_
       checkpoint: the checkpoint's path; the newest in --checkpoint_dir where None.
       num_examples: int; images to evaluate, fewer are an error. Where None, --num_examples at
         most.
+      outputs: what else to evaluate, or None: a dict of `images`, float32 [batch, 24, 24, 3];
+        `labels` and `predictions`, int [batch], 0 to 9; `cross_entropy`, float32 [batch]. Adds
+        the precision of each class, the mean cross-entropy, the confusion matrix and a sheet of
+        mistakes to the summaries, and a line to the file `results.jsonl` beside them.
 
     Returns:
       float; the share of the images that were right, 0 to 1.
@@ -143,8 +185,8 @@ def eval_once(saver, summary_writer, top_k_op, summary_op, checkpoint=None, num_
         step = _restore(session, saver, checkpoint)
         session.run(tf.get_collection(tf.GraphKeys.LOCAL_INIT_OP))
         try:
-            correct, total, first_batch = _count_correct(
-                session, top_k_op, summary_op, num_examples or FLAGS.num_examples
+            tally = _count(
+                session, top_k_op, outputs, summary_op, num_examples or FLAGS.num_examples
             )
         except tf.errors.InvalidArgumentError as error:
             if is_histogram_of_nonfinite(error):
@@ -152,18 +194,59 @@ def eval_once(saver, summary_writer, top_k_op, summary_op, checkpoint=None, num_
                     f"{checkpoint} has values that are not finite: {find_reason(error)}"
                 ) from error
             raise
-    if total < (num_examples or 1):
-        raise UserError(f"the input has ended after {total} of {num_examples or 'the'} images")
-    precision = correct / total
+    if tally.total < (num_examples or 1):
+        raise UserError(
+            f"the input has ended after {tally.total} of {num_examples or 'the'} images"
+        )
+    if not math.isfinite(tally.cross_entropy):
+        raise CheckpointError(f"{checkpoint} gives a cross-entropy of {tally.cross_entropy}")
+    precision = tally.correct / tally.total
     print(f"{format_now()}: precision @ 1 = {precision:.3f}", flush=True)
 
     summary = tf.Summary()
-    if first_batch is not None:
-        summary.ParseFromString(first_batch)
+    if tally.summary is not None:
+        summary.ParseFromString(tally.summary)
     summary.value.add(tag="precision @ 1", simple_value=precision)
+    if outputs is not None:
+        _report(tally, summary, summary_writer.get_logdir(), step, checkpoint)
     summary_writer.add_summary(summary, step)
     summary_writer.flush()
     return precision
+
+
+def _report(tally, summary, eval_dir, step, checkpoint):
+    """Adds the details of an evaluation to its summary, and a line to the file of results."""
+    names = cifar10_data.read_class_names(cifar10.find_data_folder())
+    # Of the images of a class, the share that is right; their mean, weighted, is precision @ 1.
+    of_class = {
+        name: int(row[label]) / int(row.sum()) if row.any() else None
+        for label, (name, row) in enumerate(zip(names, tally.confusion, strict=True))
+    }
+    cross_entropy = tally.cross_entropy / tally.total
+    summary.value.add(tag="cross_entropy", simple_value=cross_entropy)
+    for name, share in of_class.items():
+        if share is not None:
+            summary.value.add(tag=f"precision/{name}", simple_value=share)
+    images, labels, predictions = zip(*tally.mistakes, strict=True) if tally.mistakes else [()] * 3
+    for tag, png in (
+        ("confusion_matrix", cifar10_pictures.draw_confusion_matrix(tally.confusion, names)),
+        ("mistakes", cifar10_pictures.draw_mistakes(np.array(images), labels, predictions, names)),
+    ):
+        summary.value.add(tag=tag, image=tf.Summary.Image(encoded_image_string=png))
+    append_json_line(
+        os.path.join(eval_dir, RESULTS_FILE),
+        {
+            "step": int(step),
+            "checkpoint": checkpoint,
+            "eval_data": FLAGS.eval_data,
+            "count": tally.total,
+            "precision": tally.correct / tally.total,
+            "cross_entropy": cross_entropy,
+            "precision_of_class": of_class,
+            "class_names": list(names),
+            "confusion_matrix": tally.confusion.tolist(),
+        },
+    )
 
 
 def _wait_for_checkpoint(checkpoint_dir, done):
@@ -221,6 +304,14 @@ def evaluate():
         else:
             saver = tf.train.Saver(tf.trainable_variables())
         summary_op = tf.summary.merge_all()
+        outputs = {
+            "images": images,
+            "labels": labels,
+            "predictions": tf.argmax(logits, axis=1),
+            "cross_entropy": tf.nn.sparse_softmax_cross_entropy_with_logits(
+                labels=labels, logits=logits
+            ),
+        }
         with _make_summary_writer(FLAGS.eval_dir, graph) as summary_writer:
             done, last_step = None, -1
             while True:
@@ -244,6 +335,7 @@ def evaluate():
                         summary_op,
                         checkpoint,
                         num_examples=min(available, FLAGS.num_examples),
+                        outputs=outputs,
                     )
                     last_step = step
                 except CheckpointError as error:

@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 
 from absl import app, flags
 from absl.logging import converter
@@ -201,9 +202,9 @@ def format_now():
 
 
 def append_json_line(path, value):
-    """Adds a value to a file of JSON objects, one a line; the file is made if need be."""
+    """Adds a dict and the time (seconds since 1970) to a file with one JSON object a line."""
     with open(path, "a") as file:
-        file.write(json.dumps(value) + "\n")
+        file.write(json.dumps({"time": time.time(), **value}) + "\n")
 
 
 def describe_software_and_hardware():

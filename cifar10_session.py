@@ -151,7 +151,6 @@ class _ProgressHook(tf.train.SessionRunHook):
             self._metrics_path,
             {
                 "step": self.step,
-                "time": time.time(),
                 "loss": float(loss),
                 "examples_per_sec": examples_per_sec,
                 "sec_per_batch": sec_per_batch,

@@ -121,6 +121,14 @@ def test_good_records_of_any_number_are_accepted_and_counted(folder):
     assert cifar10_data.count_records(folder, eval_data=True) == 11
 
 
+def test_class_names_are_those_beside_the_records_or_cifar_10s(folder):
+    assert cifar10_data.read_class_names(folder) == cifar10_data.CLASS_NAMES
+    (folder / "batches.meta.txt").write_text("\n".join("abcdefghij") + "\n\n")
+    assert cifar10_data.read_class_names(folder) == tuple("abcdefghij")
+    (folder / "batches.meta.txt").write_text("only\ntwo\n")
+    assert cifar10_data.read_class_names(folder) == cifar10_data.CLASS_NAMES
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_a_missing_file_is_refused(folder, name):
     (folder / name).unlink()

@@ -1,6 +1,7 @@
 """Evaluation against a recount in NumPy, and how it deals with checkpoints."""
 
 import itertools
+import json
 import os
 import pathlib
 import shutil
@@ -40,10 +41,7 @@ def save_checkpoint(checkpoint_dir, step):
 
 def correct_predictions(records, seed):
     """Returns for each record whether NumPy's model predicts its label."""
-    logits = numpy_model.inference(
-        standardized_centers(records), numpy_model.random_variables(seed)
-    )
-    return logits.argmax(axis=1) == records[:, 0]
+    return all_logits(records, seed).argmax(axis=1) == records[:, 0]
 
 
 @pytest.fixture
@@ -110,6 +108,76 @@ def test_precision_is_that_of_a_recount_in_numpy(records, capsys, batch_size):
     pairs, tags = recorded(FLAGS.eval_dir)
     assert pairs == [(7, pytest.approx(expected, rel=1e-6))]
     assert "activations/conv1" in tags
+
+
+def all_logits(records, seed):
+    return numpy_model.inference(standardized_centers(records), numpy_model.random_variables(seed))
+
+
+@pytest.mark.parametrize("batch_size", [7, 128])
+def test_results_are_those_of_a_recount_in_numpy(records, batch_size):
+    _, test = records
+    checkpoint = save_checkpoint(FLAGS.checkpoint_dir, 7)
+    FLAGS.batch_size = batch_size
+    FLAGS.num_examples = 100
+    cifar10_eval.evaluate()
+    cifar10_eval.evaluate()
+    lines = (pathlib.Path(FLAGS.eval_dir) / "results.jsonl").read_text().splitlines()
+    assert len(lines) == 2
+    result = json.loads(lines[0])
+    labels = test[:100, 0].astype(int)
+    logits = all_logits(test[:100], AVERAGED)
+    predictions = logits.argmax(axis=1)
+    confusion = np.zeros([10, 10], int)
+    for label, prediction in zip(labels, predictions, strict=True):
+        confusion[label, prediction] += 1
+    probabilities = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    assert abs(result.pop("time") - time.time()) < 60
+    assert result.pop("cross_entropy") == pytest.approx(
+        -np.log(probabilities[np.arange(100), labels]).mean(), rel=1e-4
+    )
+    assert result.pop("precision_of_class") == pytest.approx(
+        {
+            name: (predictions[labels == label] == label).mean()
+            for label, name in enumerate(cifar10_data.CLASS_NAMES)
+        }
+    )
+    assert result == {
+        "step": 7,
+        "checkpoint": checkpoint,
+        "eval_data": "test",
+        "count": 100,
+        "precision": pytest.approx((predictions == labels).mean()),
+        "class_names": list(cifar10_data.CLASS_NAMES),
+        "confusion_matrix": confusion.tolist(),
+    }
+
+
+def test_tensorboard_gets_what_was_counted_and_nothing_else(records):
+    save_checkpoint(FLAGS.checkpoint_dir, 7)
+    cifar10_eval.evaluate()
+    _, tags = recorded(FLAGS.eval_dir)
+    layers = ("conv1", "conv2", "local3", "local4", "softmax_linear")
+    assert {tag for tag in tags if not tag.startswith("input/image")} == {
+        "precision @ 1",
+        "cross_entropy",
+        "confusion_matrix",
+        "mistakes",
+        *(f"precision/{name}" for name in cifar10_data.CLASS_NAMES),
+        *(f"activations/{layer}" for layer in layers),
+        *(f"sparsity/{layer}" for layer in layers),
+    }
+
+
+def test_a_class_without_images_has_no_precision(records):
+    save_checkpoint(FLAGS.checkpoint_dir, 7)
+    FLAGS.num_examples = 3  # of the classes 0, 1 and 2
+    cifar10_eval.evaluate()
+    (line,) = (pathlib.Path(FLAGS.eval_dir) / "results.jsonl").read_text().splitlines()
+    of_class = json.loads(line)["precision_of_class"]
+    assert [name for name, share in of_class.items() if share is None] == list(
+        cifar10_data.CLASS_NAMES[3:]
+    )
 
 
 def test_raw_variables_are_evaluated_on_request(records, capsys):
