@@ -160,8 +160,8 @@ def _check_file(path):
 class ChangeCheck:
     """Notices that record files change while they are read.
 
-    What a file held when this was made is what the reader counts on: one that is cut or emptied
-    later only seems to end earlier, and one that is removed fails when it is opened next.
+    What a file held when this was made has been checked, and the reader counts on it: one that is
+    cut later only seems to end earlier, and wrong labels are learned without a word.
 
     Args:
       folder: the folder with the record files.
@@ -169,23 +169,25 @@ class ChangeCheck:
     """
 
     def __init__(self, folder, eval_data):
-        self._folder = folder
-        self._sizes = {path: os.path.getsize(path) for path in record_files(folder, eval_data)}
+        self._before = {path: os.stat(path) for path in record_files(folder, eval_data)}
 
     def __call__(self):
-        """Raises DataError if a file has another size than it had, or cannot be read any more."""
-        for path, size in self._sizes.items():
+        """Raises DataError if a file has been written to, or cannot be read any more."""
+        for path, before in self._before.items():
             try:
-                now = os.path.getsize(path)
+                now = os.stat(path)
             except OSError as error:
                 raise DataError(
                     f"{path} cannot be read any more ({error.strerror}): it was there when the "
                     "script started"
                 ) from error
-            if now != size:
+            if now.st_size != before.st_size:
                 raise DataError(
-                    f"{path} has {now} bytes now; it had {size} when the script started"
+                    f"{path} has {now.st_size} bytes now; it had {before.st_size} when the script "
+                    "started"
                 )
+            if now.st_mtime_ns != before.st_mtime_ns:
+                raise DataError(f"{path} has been written to since the script started")
 
 
 class LockedError(RuntimeError):

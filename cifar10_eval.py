@@ -23,6 +23,8 @@ from cifar10_runtime import (
     STOP_REQUEST,
     UserError,
     append_json_line,
+    explain_missing_checkpoint,
+    find_differences,
     find_latest_checkpoint,
     find_reason,
     format_now,
@@ -119,6 +121,8 @@ class CheckpointError(UserError):
 def require_checkpoint(checkpoint_dir):
     """Returns the path of the newest checkpoint. Raises UserError where there is none."""
     checkpoint = find_latest_checkpoint(checkpoint_dir)
+    if checkpoint is None and (reason := explain_missing_checkpoint(checkpoint_dir)):
+        raise UserError(f"{reason}; go on training there, which says how to mend it")
     if checkpoint is None:
         raise UserError(
             f"there is no checkpoint in {checkpoint_dir}; train first, or name another folder "
@@ -142,6 +146,15 @@ def _read_step(checkpoint):
         return read_global_step(checkpoint)
     except UserError as error:
         raise CheckpointError(str(error)) from error
+
+
+def _check_fits(checkpoint, variables):
+    try:
+        differences = find_differences(checkpoint, variables)
+    except (tf.errors.OpError, ValueError) as error:
+        raise CheckpointError(f"{checkpoint} cannot be read: {find_reason(error)}") from error
+    if differences:
+        raise CheckpointError(f"{checkpoint} is of another model: in it {differences}")
 
 
 def eval_once(
@@ -300,9 +313,10 @@ def evaluate():
         top_k_op = tf.nn.in_top_k(logits, labels, 1)
         if FLAGS.use_moving_averages:
             averages = tf.train.ExponentialMovingAverage(cifar10.MOVING_AVERAGE_DECAY)
-            saver = tf.train.Saver(averages.variables_to_restore())
+            variables = averages.variables_to_restore()
         else:
-            saver = tf.train.Saver(tf.trainable_variables())
+            variables = {variable.op.name: variable for variable in tf.trainable_variables()}
+        saver = tf.train.Saver(variables)
         summary_op = tf.summary.merge_all()
         outputs = {
             "images": images,
@@ -323,6 +337,7 @@ def evaluate():
                 done = checkpoint
                 try:
                     step = _read_step(checkpoint)
+                    _check_fits(checkpoint, variables)
                     if step < last_step:
                         raise CheckpointError(
                             f"{checkpoint} is of step {step}, before step {last_step}, which has "

@@ -159,9 +159,36 @@ def _is_cancellation(lines, number):
     )
 
 
+class _SharedContext:
+    """A context that several threads may be in: it begins with the first and ends with the last."""
+
+    def __init__(self, make_context):
+        self._make_context = make_context
+        self._lock = threading.Lock()
+        self._count = 0
+
+    @contextlib.contextmanager
+    def enter(self):
+        with self._lock:
+            if self._count == 0:
+                self._context = self._make_context()
+                self._context.__enter__()
+            self._count += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._count -= 1
+                if self._count == 0:
+                    self._context.__exit__(None, None, None)
+
+
+_CANCELLATION = _SharedContext(lambda: _stderr_without(_is_cancellation))
+
+
 def quiet_cancellation():
     """Returns a context in which to stop queue threads: cancelling them prints no warning."""
-    return _stderr_without(_is_cancellation)
+    return _CANCELLATION.enter()
 
 
 def _is_wanted(record):
@@ -259,6 +286,40 @@ def find_latest_checkpoint(folder):
         return None
 
 
+def explain_missing_checkpoint(folder):
+    """Returns why `find_latest_checkpoint` finds none, where there is more to it than that."""
+    if tf.gfile.Exists(os.path.join(folder, "checkpoint")):
+        return f"the file `checkpoint` in {folder} is unreadable or names a checkpoint that is gone"
+    return None
+
+
+def find_differences(checkpoint, variables):
+    """Compares a checkpoint with variables.
+
+    Args:
+      checkpoint: path.
+      variables: dict of `tf.Variable` by the name that it has in checkpoints.
+
+    Returns:
+      string; what differs, the first few with their names; empty where everything fits.
+
+    Raises:
+      tf.errors.OpError or ValueError: the checkpoint cannot be read.
+    """
+    shapes = dict(tf.train.list_variables(checkpoint))
+    differences = []
+    for name, variable in variables.items():
+        shape = variable.shape.as_list()
+        if name not in shapes:
+            differences.append(f"{name} is missing")
+        elif shapes[name] != shape:
+            differences.append(f"{name} is {shapes[name]}, not {shape}")
+    shown = differences[:5]
+    if len(differences) > len(shown):
+        shown.append(f"and {len(differences) - len(shown)} more differ")
+    return ", ".join(shown)
+
+
 def read_global_step(checkpoint):
     """Returns the global step of a checkpoint. Raises UserError where it cannot be read."""
     try:
@@ -304,7 +365,13 @@ def run(main):
             return 1
         return 0
 
-    app.run(checked_main)
+    try:
+        app.run(checked_main)
+    except SystemExit:
+        # absl ends with 1 where help was asked for, and given.
+        if not {"--help", "-help", "--helpshort", "--helpfull", "-h"}.isdisjoint(sys.argv[1:]):
+            raise SystemExit(0) from None
+        raise
 
 
 def has_fast_bfloat16(cpuinfo="/proc/cpuinfo"):

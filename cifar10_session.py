@@ -20,6 +20,8 @@ from cifar10_runtime import (
     UserError,
     append_json_line,
     describe_software_and_hardware,
+    explain_missing_checkpoint,
+    find_differences,
     find_latest_checkpoint,
     find_reason,
     format_now,
@@ -161,22 +163,36 @@ class _ProgressHook(tf.train.SessionRunHook):
         self._line_is_due = False
 
 
-class _SpeedHook(tf.train.StepCounterHook):
+class _SpeedHook(tf.train.SessionRunHook):
     """Shows the speed in TensorBoard as `examples_per_sec`, over all towers.
 
     Args:
+      progress: the `_ProgressHook`, which must come before this one.
       examples_per_step: int.
-      **arguments: of `tf.train.StepCounterHook`, which would show steps.
+      every_steps: int; steps between two entries.
+      train_dir: folder of the event files.
     """
 
-    def __init__(self, examples_per_step, **arguments):
-        super().__init__(**arguments)
+    def __init__(self, progress, examples_per_step, every_steps, train_dir):
+        self._progress = progress
         self._examples_per_step = examples_per_step
+        self._every_steps = every_steps
+        self._writer = tf.summary.FileWriterCache.get(train_dir)
 
-    def _log_and_record(self, elapsed_steps, elapsed_time, global_step):
-        speed = elapsed_steps * self._examples_per_step / elapsed_time
-        value = tf.Summary.Value(tag="examples_per_sec", simple_value=speed)
-        self._summary_writer.add_summary(tf.Summary(value=[value]), global_step)
+    def after_create_session(self, session, coord):
+        self._since = None
+
+    def after_run(self, run_context, run_values):
+        now, step = time.monotonic(), self._progress.step
+        if self._since is None:  # the first step, which waited for the queue
+            self._since = now, step
+        elif step - self._since[1] >= self._every_steps:
+            steps_per_sec = (step - self._since[1]) / (now - self._since[0])
+            value = tf.Summary.Value(
+                tag="examples_per_sec", simple_value=steps_per_sec * self._examples_per_step
+            )
+            self._writer.add_summary(tf.Summary(value=[value]), step)
+            self._since = now, step
 
 
 class _FiniteCheck(tf.train.CheckpointSaverListener):
@@ -225,20 +241,22 @@ class _WatchHook(tf.train.SessionRunHook):
             if STOP_REQUEST.signal_number is not None:
                 grace_end = grace_end or now + STEP_GRACE * self._has_trained
                 if now >= grace_end:
-                    coord.request_stop()
+                    self._stop(coord)
             elif now >= next_check:
                 try:
                     self._check_input()
                 except cifar10_data.DataError as error:
-                    coord.request_stop(error)
+                    self._stop(coord, error)
                 next_check = now + 1.0
 
+    def _stop(self, coord, error=None):
+        with quiet_cancellation():
+            coord.request_stop(error)
+            time.sleep(0.5)  # threads of TensorFlow's close the queues meanwhile
 
-def _find_unnamed_checkpoint(train_dir):
-    """Returns the newest whole checkpoint that the state file does not name yet, or None.
 
-    A process that is killed in its first save leaves one.
-    """
+def _find_whole_checkpoint(train_dir):
+    """Returns the newest checkpoint that can be read, whether a state file names it, or None."""
     steps = [
         int(match[1])
         for name in tf.gfile.ListDirectory(train_dir)
@@ -263,18 +281,18 @@ def find_checkpoint(train_dir):
     newest = find_latest_checkpoint(train_dir)
     if newest is not None:
         return newest
-    unnamed = _find_unnamed_checkpoint(train_dir) if tf.gfile.IsDirectory(train_dir) else None
-    if unnamed is None:
+    # A process that is killed in its first save leaves one that is not named yet.
+    whole = _find_whole_checkpoint(train_dir) if tf.gfile.IsDirectory(train_dir) else None
+    if whole is None:
         return None
     # Without this, training would start over and write over what is there.
-    if tf.gfile.Exists(os.path.join(train_dir, "checkpoint")):
+    if reason := explain_missing_checkpoint(train_dir):
         raise UserError(
-            f"{train_dir} holds checkpoints, but its file `checkpoint` is unreadable or names one "
-            f"that is gone; remove that file to go on from {unnamed}, or name another folder with "
+            f"{reason}; remove that file to go on from {whole}, or name another folder with "
             "--train_dir"
         )
-    tf.train.update_checkpoint_state(os.path.abspath(train_dir), os.path.basename(unnamed))
-    return unnamed
+    tf.train.update_checkpoint_state(os.path.abspath(train_dir), os.path.basename(whole))
+    return whole
 
 
 @contextlib.contextmanager
@@ -350,7 +368,7 @@ def prepare_train_dir(train_dir, max_steps):
 
 def _is_needed(train_dir, max_steps):
     newest = find_checkpoint(train_dir)
-    step = read_global_step(newest) if newest else 0
+    step = _read_step(train_dir, newest) if newest else 0
     if step >= max_steps:
         print(
             f"{newest} has reached step {step} of --max_steps={max_steps}: nothing to do",
@@ -359,20 +377,25 @@ def _is_needed(train_dir, max_steps):
     return step < max_steps
 
 
+def _read_step(train_dir, newest):
+    try:
+        return read_global_step(newest)
+    except UserError as error:
+        whole = _find_whole_checkpoint(train_dir)
+        if whole is None:
+            raise
+        raise UserError(
+            f"{error}; remove the file `checkpoint` beside it to go on from {whole}"
+        ) from error
+
+
 def _check_fits(checkpoint):
     """Raises UserError where a checkpoint's variables are not those of the default graph."""
-    shapes = dict(tf.train.list_variables(checkpoint))
-    differences = []
-    for variable in tf.global_variables():
-        name, shape = variable.op.name, variable.shape.as_list()
-        if name not in shapes:
-            differences.append(f"{name} is missing")
-        elif shapes[name] != shape:
-            differences.append(f"{name} is {shapes[name]}, not {shape}")
+    differences = find_differences(checkpoint, {v.op.name: v for v in tf.global_variables()})
     if differences:
         raise UserError(
-            f"{checkpoint} is of another model: in it {', '.join(differences)}; name another "
-            "folder with --train_dir"
+            f"{checkpoint} is of another model: in it {differences}; name another folder with "
+            "--train_dir"
         )
 
 

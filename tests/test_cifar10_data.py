@@ -564,6 +564,9 @@ def test_records_that_change_while_they_are_read_are_noticed(folder):
     check()
     (folder / "test_batch.bin").unlink()  # which is not read
     check()
+    os.utime(folder / NAMES[2], (0, 0))
+    with pytest.raises(DataError, match="data_batch_3.bin has been written to since the script"):
+        check()
     size = (folder / NAMES[1]).stat().st_size
     os.truncate(folder / NAMES[1], size - 3073)
     with pytest.raises(DataError, match=f"data_batch_2.bin has {size - 3073} bytes now; it had"):

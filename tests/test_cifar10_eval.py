@@ -289,7 +289,7 @@ def test_a_checkpoint_of_another_model_is_an_error_that_names_what_is_missing(re
         tf.train.Saver().save(session, f"{FLAGS.checkpoint_dir}/model.ckpt", 7)
     with pytest.raises(
         cifar10_eval.CheckpointError,
-        match="cannot be restored: Key .*/ExponentialMovingAverage not found in checkpoint",
+        match=r"model: in it conv\d/\w+/ExponentialMovingAverage is missing, .*, and 5 more differ",
     ):
         cifar10_eval.evaluate()
 
@@ -402,6 +402,13 @@ def test_evaluations_never_go_back_to_an_earlier_step(records, monkeypatch):
 
     evaluate_for_ever(monkeypatch, trainer)
     assert [step for step, _ in recorded(FLAGS.eval_dir)[0]] == [20, 30, 40]
+
+
+def test_an_unreadable_state_file_is_not_taken_for_a_lack_of_checkpoints(records):
+    save_checkpoint(FLAGS.checkpoint_dir, 7)
+    (pathlib.Path(FLAGS.checkpoint_dir) / "checkpoint").write_text("garbage")
+    with pytest.raises(UserError, match="the file `checkpoint` in .* is unreadable or names"):
+        cifar10_eval.evaluate()
 
 
 def test_summaries_do_not_go_among_the_checkpoints(records):

@@ -35,6 +35,19 @@ def test_stopping_queue_threads_is_quiet_but_for_real_messages(capfd, text, expe
     assert heard(capfd, cifar10_runtime.quiet_cancellation(), text) == expected
 
 
+def test_threads_may_stop_queues_at_the_same_time(capfd):
+    first, second = cifar10_runtime.quiet_cancellation(), cifar10_runtime.quiet_cancellation()
+    first.__enter__()
+    os.write(2, CANCELLATION)
+    second.__enter__()
+    os.write(2, REAL)
+    first.__exit__(None, None, None)  # before the second, which began later
+    os.write(2, CANCELLATION)
+    second.__exit__(None, None, None)
+    os.write(2, b"after\n")
+    assert capfd.readouterr().err.encode() == REAL + b"after\n"
+
+
 NO_DRIVER = b"I0000 00:00:1.0 1 cudart_stub.cc:31] Could not find cuda drivers on your machine.\n"
 NO_CUINIT = b"E0000 00:00:1.0 1 cuda_platform.cc:52] failed call to cuInit: INTERNAL\n"
 PREAMBLE = (

@@ -193,7 +193,9 @@ def test_training_in_a_copy_leaves_the_original_alone(tmp_path):
 def test_training_does_not_start_over_on_top_of_checkpoints(tmp_path, content):
     train(tmp_path, max_steps=3)
     (tmp_path / "checkpoint").write_bytes(content)
-    with pytest.raises(UserError, match="but its file `checkpoint` is unreadable or names one"):
+    with pytest.raises(
+        UserError, match="file `checkpoint` in .* is unreadable or names .*go on from .*ckpt-3,"
+    ):
         prepare(tmp_path, 5)
 
 
@@ -212,6 +214,19 @@ def test_a_damaged_checkpoint_is_told_in_one_line(tmp_path):
     with pytest.raises(UserError, match="model.ckpt-3 cannot be read: Read less bytes") as error:
         prepare(tmp_path, 5)
     assert "\n" not in str(error.value)
+
+
+def test_an_older_checkpoint_is_offered_where_the_newest_is_damaged(tmp_path):
+    train(tmp_path, max_steps=3, save_checkpoint_steps=1)
+    (tmp_path / "model.ckpt-3.data-00000-of-00001").write_bytes(b"")
+    with pytest.raises(
+        UserError, match=r"ckpt-3 cannot be read: .*; remove the file `checkpoint` .*from .*ckpt-2$"
+    ):
+        prepare(tmp_path, 5)
+    (tmp_path / "checkpoint").unlink()
+    assert prepare(tmp_path, 5)
+    train(tmp_path, max_steps=5)
+    assert step_of(tmp_path) == 5
 
 
 def test_a_checkpoint_of_another_model_is_refused_with_the_names_that_differ(tmp_path):

@@ -191,6 +191,12 @@ def test_without_a_checkpoint_evaluation_fails_once_or_waits(
         )
 
 
+@pytest.mark.parametrize("script", ["cifar10_train.py", "cifar10_eval.py"])
+def test_help_is_not_an_error(script):
+    process = run_script(script, "--help")
+    assert "--batch_size" in process.stdout
+
+
 def test_a_reader_that_leaves_ends_training_without_a_traceback(tmp_path, synthetic_data_dir):
     arguments = (
         "cifar10_train.py",
