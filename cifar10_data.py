@@ -7,6 +7,7 @@ archive: https://www.cs.toronto.edu/~kriz/cifar.html.
 import colorsys
 import contextlib
 import fcntl
+import gzip
 import hashlib
 import http.client
 import os
@@ -44,6 +45,7 @@ CLASS_NAMES_FILE = "batches.meta.txt"
 DATA_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 ARCHIVE_NAME = "cifar-10-binary.tar.gz"
 ARCHIVE_SHA256 = "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"
+ARCHIVE_BYTES = 170_052_171
 EXTRACTED_FOLDER = "cifar-10-batches-bin"  # also the folder's name inside the archive
 ARCHIVE_FILES = (*TRAIN_FILES, *TEST_FILES, CLASS_NAMES_FILE, "readme.html")
 
@@ -86,6 +88,9 @@ _SHAPES = {
 
 class DataError(RuntimeError):
     """The data set cannot be used. The message is one line: what is wrong, where, and the cure."""
+
+    def __init__(self, message):
+        super().__init__(" ".join(message.split()))  # what it quotes may have several lines
 
 
 def record_files(folder, eval_data):
@@ -258,7 +263,7 @@ def _preparing(data_dir, folder):
         ) from error
 
 
-def maybe_download_and_extract(data_dir, url=DATA_URL, sha256=ARCHIVE_SHA256):
+def maybe_download_and_extract(data_dir, url=DATA_URL, sha256=ARCHIVE_SHA256, size=None):
     """Makes sure that `data_dir` holds CIFAR-10, and fetches it if it does not.
 
     What is in the folder `cifar-10-batches-bin` already is used as it is. So is an archive
@@ -269,6 +274,8 @@ def maybe_download_and_extract(data_dir, url=DATA_URL, sha256=ARCHIVE_SHA256):
       data_dir: the folder that the data set goes into; made if need be.
       url: where the archive comes from: http(s)://, file://, or a path.
       sha256: the archive's SHA-256, in hexadecimal digits.
+      size: int; the archive's bytes. Where None, those of CIFAR-10's if the checksum is its, and
+        else unknown.
 
     Returns:
       The path of the folder with the record files. `check_records` checks what is in it.
@@ -289,7 +296,9 @@ def maybe_download_and_extract(data_dir, url=DATA_URL, sha256=ARCHIVE_SHA256):
         if os.path.isdir(folder):  # another process has made it meanwhile
             return folder
         if not os.path.exists(archive):
-            _download(url, archive, sha256)
+            if size is None and sha256 == ARCHIVE_SHA256:
+                size = ARCHIVE_BYTES
+            _download(url, archive, sha256, size)
         elif _hash(archive) != sha256:
             raise DataError(
                 f"{archive} has another SHA-256 than {sha256}; delete it and start again"
@@ -298,7 +307,7 @@ def maybe_download_and_extract(data_dir, url=DATA_URL, sha256=ARCHIVE_SHA256):
     return folder
 
 
-def _download(url, archive, sha256):
+def _download(url, archive, sha256, size):
     """Fetches `url`; the file gets its final name only when its checksum holds."""
     if "://" not in url:
         url = pathlib.Path(url).absolute().as_uri()
@@ -307,15 +316,14 @@ def _download(url, archive, sha256):
         file=sys.stderr,
     )
     part = f"{archive}.part"
-    resumed = os.path.exists(part)
     try:
-        _fetch_all(url, part)
+        is_joined = _fetch_all(url, part, size)
         digest = _hash(part)
-        if digest != sha256 and resumed:
-            # What was there may be of another file than what came now.
+        if digest != sha256 and is_joined:
+            # The pieces may be of different files.
             print("The resumed download is damaged: starting over", file=sys.stderr)
             os.remove(part)
-            _fetch_all(url, part)
+            _fetch_all(url, part, size)
             digest = _hash(part)
     except KeyboardInterrupt:
         if os.path.exists(part):
@@ -326,38 +334,46 @@ def _download(url, archive, sha256):
             )
         raise
     if digest != sha256:
-        message = f"{url} is {_describe_wrong(part, digest, sha256)}; {WAYS_ON}"
+        message = f"{url} is {_describe_wrong(part, digest, sha256, size)}; {WAYS_ON}"
         os.remove(part)
         raise DataError(message)
     os.replace(part, archive)
 
 
-def _describe_wrong(path, digest, sha256):
+def _describe_wrong(path, digest, sha256, size):
     """Says what a file is that is not the archive."""
+    found = os.path.getsize(path)
     with open(path, "rb") as file:
         start = file.read(1024).lstrip().lower()
     if start.startswith((b"<!doctype html", b"<html")):
         return "a web page, not an archive; the server may ask for a login or report an error"
-    return (
-        f"not the expected archive: the SHA-256 of its {os.path.getsize(path)} bytes is {digest}, "
-        f"not {sha256}"
-    )
+    if size is not None and found < size:
+        return f"shorter than the archive: it has {found} of {size} bytes"
+    return f"not the expected archive: the SHA-256 of its {found} bytes is {digest}, not {sha256}"
 
 
 class _TransientError(Exception):
     """A connection has failed in a way that may pass; the message says how."""
 
 
-def _fetch_all(url, part):
-    """Appends to `part` what it lacks of `url`, in as many connections as it takes."""
+def _fetch_all(url, part, size):
+    """Appends to `part` what it lacks of `url`, in as many connections as it takes.
+
+    Returns:
+      bool; whether pieces that came at different times were joined.
+    """
     delays = list(RETRY_DELAYS)
+    is_joined = False
+    most = _size_of(part)
     while True:
-        size = os.path.getsize(part) if os.path.exists(part) else 0
+        offset = _size_of(part)
         try:
-            return _fetch(url, part, size)
+            return _fetch(url, part, offset, size) or is_joined
         except _TransientError as error:
-            if os.path.exists(part) and os.path.getsize(part) > size:
+            if _size_of(part) > most:
+                most = _size_of(part)
                 delays = list(RETRY_DELAYS)
+            is_joined = is_joined or _size_of(part) > offset > 0
             if not delays:
                 raise DataError(f"cannot download {url}: {error}; {WAYS_ON}") from error
             delay = delays.pop(0)
@@ -365,8 +381,16 @@ def _fetch_all(url, part):
             time.sleep(delay)
 
 
-def _fetch(url, part, offset):
-    """Copies what `url` serves to `part`, from byte `offset` on if the server can do that."""
+def _size_of(path):
+    return os.path.getsize(path) if os.path.exists(path) else 0
+
+
+def _fetch(url, part, offset, size):
+    """Copies what `url` serves to `part`, from byte `offset` on if the server can do that.
+
+    Returns:
+      bool; whether what came was joined to what was there.
+    """
     try:
         # Without this header a proxy might count offsets in a compressed stream.
         headers = {"Accept-Encoding": "identity"}
@@ -378,7 +402,7 @@ def _fetch(url, part, offset):
     except urllib.error.HTTPError as error:
         error.close()  # it is the response as well, and holds the connection
         if error.code == http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
-            return  # there is nothing after `offset`: all is here, or the checksum will tell
+            return True  # there is nothing after `offset`: all is here, or the checksum will tell
         if error.code >= 500 or error.code in (
             http.HTTPStatus.REQUEST_TIMEOUT,
             http.HTTPStatus.TOO_MANY_REQUESTS,
@@ -388,23 +412,24 @@ def _fetch(url, part, offset):
     except urllib.error.URLError as error:
         if url.startswith("file:"):
             raise DataError(f"cannot download {url}: {error.reason}; {WAYS_ON}") from error
-        raise _TransientError(f"no connection to {url}: {error.reason}") from error
+        raise _TransientError(f"no connection: {error.reason}") from error
     except ValueError as error:  # the address makes no sense
         raise DataError(f"cannot download {url}: {error}; {WAYS_ON}") from error
     except (OSError, http.client.HTTPException) as error:
-        raise _TransientError(f"no answer from {url}: {error!r}") from error
+        raise _TransientError(f"no answer: {error!r}") from error
     with response:
         continues = (response.headers.get("Content-Range") or "").startswith(f"bytes {offset}-")
         if not (response.status == http.HTTPStatus.PARTIAL_CONTENT and continues):
             offset = 0  # it serves everything from the start
-        length = response.headers.get("Content-Length")
-        total = offset + int(length) if length is not None else None
+        length = response.headers.get("Content-Length") or ""
+        total = offset + int(length) if length.isdecimal() else size
         with open(part, "ab" if offset else "wb") as output:
-            _copy(response, output, offset, total)
+            _copy(response, output, offset, total, url, size)
+    return offset > 0
 
 
-def _copy(response, output, offset, total):
-    """Copies a response, with a progress bar on stderr; `total` may be None."""
+def _copy(response, output, offset, total, url, size):
+    """Copies a response, with a progress bar on stderr; `total` and `size` may be None."""
     with tqdm(
         initial=offset,
         total=total,
@@ -421,6 +446,8 @@ def _copy(response, output, offset, total):
                 ) from error
             if not chunk:
                 break
+            if size is not None and bar.n + len(chunk) > size:
+                raise DataError(f"{url} is larger than the archive's {size} bytes; {WAYS_ON}")
             output.write(chunk)
             bar.update(len(chunk))
     if total is not None and bar.n < total:
@@ -450,7 +477,7 @@ def _extract(archive, folder):
                         )
                     with open(os.path.join(staging, name), "wb") as output:
                         shutil.copyfileobj(members.extractfile(member), output)
-        except (tarfile.TarError, EOFError, zlib.error) as error:
+        except (tarfile.TarError, gzip.BadGzipFile, EOFError, zlib.error) as error:
             raise DataError(
                 f"{archive} cannot be extracted ({error}); delete it and start again"
             ) from error

@@ -81,7 +81,9 @@ class _StopRequest:
         self._sockets = receiver, sender  # they close when they are no longer referred to
         threading.Thread(target=self._receive, args=(receiver,), daemon=True).start()
         for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._handle)
+            # What started us may want us to ignore it, as a shell does in `script &`.
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, self._handle)
 
     def _receive(self, receiver):
         count = 0
@@ -101,7 +103,7 @@ class _StopRequest:
         """Returns a context in which a signal interrupts nothing; ask for `signal_number`."""
         self._is_deferred = True
         try:
-            yield self
+            yield
         finally:
             self._is_deferred = False
 
@@ -280,10 +282,18 @@ def is_histogram_of_nonfinite(error):
 
 def find_latest_checkpoint(folder):
     """Returns the path of the newest checkpoint in a folder; None where that cannot be told."""
-    try:
-        return tf.train.latest_checkpoint(folder)
-    except ValueError:  # the file that names it is not even text
-        return None
+    gone = None
+    while True:
+        try:
+            state = tf.train.get_checkpoint_state(folder)
+        except ValueError:  # the file that names it is not even text
+            return None
+        path = state.model_checkpoint_path if state else None
+        if not path or path == gone:
+            return None
+        if tf.train.checkpoint_exists(path):
+            return path
+        gone = path  # a trainer may have written a newer one, and removed it, since it was named
 
 
 def explain_missing_checkpoint(folder):
@@ -362,6 +372,9 @@ def run(main):
             # Whoever read stdout, such as `head`, has left. Python would complain once more when
             # it flushes at the end.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 1
+        except OSError as error:  # such as a full disk
+            print(f"{script}: error: {error}", file=sys.stderr)
             return 1
         return 0
 

@@ -76,7 +76,7 @@ flags.DEFINE_boolean(
 )
 
 
-LOCK_FILE = "trainer.lock"
+LOCK_FILE = ".trainer.lock"
 STARTS_FILE = "run.json"
 METRICS_FILE = "metrics.jsonl"
 # Seconds that a step may take to end after a signal, before its input is closed; and that the
@@ -98,6 +98,7 @@ class _ProgressHook(tf.train.SessionRunHook):
 
     Attributes:
       step: int; the step that is being trained.
+      has_trained: bool; whether a step of this run has ended.
     """
 
     def __init__(self, loss, global_step, examples_per_step, log_frequency, metrics_path):
@@ -116,12 +117,14 @@ class _ProgressHook(tf.train.SessionRunHook):
         self._first_step_since_line = self.step
         self._start_time = time.monotonic()
         self._line_is_due = True
+        self.has_trained = False
 
     def before_run(self, run_context):
         return tf.train.SessionRunArgs([self._loss, self._must_be_finite, self._learning_rate])
 
     def after_run(self, run_context, run_values):
         loss, must_be_finite, self._last_learning_rate = run_values.results
+        self.has_trained = True
         for tensor, value in zip(self._must_be_finite, must_be_finite, strict=True):
             if not math.isfinite(value):  # NanTensorHook would let infinity pass
                 name = tensor.op.name.removeprefix(cifar10.FINITE_SCOPE)
@@ -130,11 +133,12 @@ class _ProgressHook(tf.train.SessionRunHook):
             self._print_line(loss)
         self.step += 1
 
-    def error_of(self, name, how):
-        """Returns the UserError for a tensor that is not finite at this step."""
+    def error_of(self, name, how, step=None):
+        """Returns the UserError for a tensor that is not finite at a step; None: this one."""
+        step = self.step if step is None else step
         rates = [f", where the learning rate is {rate:g}" for rate in self._last_learning_rate]
         return UserError(
-            f"{name} {how} at step {self.step}{''.join(rates)}; the step is not saved: to go on "
+            f"{name} {how} at step {step}{''.join(rates)}; the step is not saved: to go on "
             "from the checkpoint before it, start again"
         )
 
@@ -205,8 +209,18 @@ class _FiniteCheck(tf.train.CheckpointSaverListener):
 
     def before_save(self, session, global_step_value):
         for variable, value in zip(self._variables, session.run(self._sums), strict=True):
-            if not math.isfinite(value):
-                raise self._progress.error_of(variable.op.name, "is not finite after the update")
+            if math.isfinite(value):
+                continue
+            name = variable.op.name
+            if not self._progress.has_trained:
+                raise UserError(
+                    f"{name} is not finite in the checkpoint of step {global_step_value}; name "
+                    "another folder with --train_dir, or move that checkpoint and the file "
+                    "`checkpoint` away to go on from an older one"
+                )
+            raise self._progress.error_of(
+                name, "is not finite after the update", global_step_value - 1
+            )
 
 
 class _WatchHook(tf.train.SessionRunHook):
@@ -217,29 +231,30 @@ class _WatchHook(tf.train.SessionRunHook):
     nothing to save yet, and else after a while.
 
     Args:
+      progress: the `_ProgressHook`.
       check_input: called every second; raises `DataError` when the input cannot be used any more.
     """
 
-    def __init__(self, check_input):
+    def __init__(self, progress, check_input):
+        self._progress = progress
         self._check_input = check_input
 
     def after_create_session(self, session, coord):
-        self._has_trained = False
         thread = threading.Thread(target=self._watch, args=(coord,), daemon=True)
         coord.register_thread(thread)
         thread.start()
 
     def after_run(self, run_context, run_values):
-        self._has_trained = True
         if STOP_REQUEST.signal_number is not None:
             run_context.request_stop()
 
     def _watch(self, coord):
-        next_check = grace_end = 0.0
+        next_check, grace_end = 0.0, None
         while not coord.wait_for_stop(0.1):
             now = time.monotonic()
             if STOP_REQUEST.signal_number is not None:
-                grace_end = grace_end or now + STEP_GRACE * self._has_trained
+                if grace_end is None:
+                    grace_end = now + (STEP_GRACE if self._progress.has_trained else 0.0)
                 if now >= grace_end:
                     self._stop(coord)
             elif now >= next_check:
@@ -281,16 +296,21 @@ def find_checkpoint(train_dir):
     newest = find_latest_checkpoint(train_dir)
     if newest is not None:
         return newest
-    # A process that is killed in its first save leaves one that is not named yet.
-    whole = _find_whole_checkpoint(train_dir) if tf.gfile.IsDirectory(train_dir) else None
-    if whole is None:
+    if not tf.gfile.Glob(os.path.join(train_dir, "model.ckpt-*.index")):
         return None
-    # Without this, training would start over and write over what is there.
+    # From here on, None would mean to start over, and to write over what is there.
+    whole = _find_whole_checkpoint(train_dir)
+    if whole is None:
+        raise UserError(
+            f"none of the checkpoints in {train_dir} can be read; move them away to start over, or "
+            "name another folder with --train_dir"
+        )
     if reason := explain_missing_checkpoint(train_dir):
         raise UserError(
             f"{reason}; remove that file to go on from {whole}, or name another folder with "
             "--train_dir"
         )
+    # A process that is killed in its first save leaves a checkpoint that is not named yet.
     tf.train.update_checkpoint_state(os.path.abspath(train_dir), os.path.basename(whole))
     return whole
 
@@ -456,15 +476,13 @@ def run_training(
     )
     speed = []
     if save_summaries_steps:
-        speed = [
-            _SpeedHook(examples_per_step, every_n_steps=save_summaries_steps, output_dir=train_dir)
-        ]
+        speed = [_SpeedHook(progress, examples_per_step, save_summaries_steps, train_dir)]
     with STOP_REQUEST.deferred():
         session = _start(
             train_dir,
             saver,
             # In this order: what is not finite is found before it is saved.
-            [progress, saver_hook, _WatchHook(check_input), *speed],
+            [progress, saver_hook, _WatchHook(progress, check_input), *speed],
             tf.train.StopAtStepHook(last_step=max_steps),
             config,
             save_summaries_steps,
@@ -519,6 +537,9 @@ class _Saver(tf.train.Saver):
         try:
             return super().save(session, path, **arguments)
         except tf.errors.OpError as error:
+            # What it had written so far would only fill the disk.
+            for unfinished in tf.gfile.Glob(f"{path}-*.tempstate*"):
+                tf.gfile.Remove(unfinished)
             raise UserError(
                 f"cannot save a checkpoint in {os.path.dirname(path)}: {find_reason(error)}; make "
                 "room there, and start again to go on from the one before"

@@ -6,10 +6,12 @@ import http
 import http.server
 import io
 import os
+import pathlib
 import socket
 import subprocess
 import sys
 import tarfile
+import tempfile
 import threading
 import time
 
@@ -46,16 +48,22 @@ def make_archive(path, members=None):
 class Server:
     """A server on loopback that serves `body`, and misbehaves as it is told.
 
+    Args:
+      body: bytes.
+      knows_ranges: bool; or "wrongly", to answer each with another part than was asked for.
+      faults: see below.
+      length: the header `Content-Length`, in place of the right one; "" for none.
+
     Attributes:
       url: string.
       requests: list of the `Range` headers that came, None for a request without one.
       faults: list of what is to go wrong with the next requests, one each: a status, or the number
         of bytes after which the connection is cut.
-      knows_ranges: bool.
     """
 
-    def __init__(self, body, knows_ranges=True, faults=()):
+    def __init__(self, body, knows_ranges=True, faults=(), length=None):
         self.body, self.knows_ranges, self.faults, self.requests = body, knows_ranges, [*faults], []
+        self.length = length
 
     def answer(self, handler):
         wanted = handler.headers["Range"]
@@ -72,10 +80,15 @@ class Server:
         elif start:
             handler.send_response(206)
             size = len(self.body)
+            if self.knows_ranges == "wrongly":
+                start = 0
+                body = self.body
             handler.send_header("Content-Range", f"bytes {start}-{size - 1}/{size}")
         else:
             handler.send_response(200)
-        handler.send_header("Content-Length", str(len(body)))
+        length = str(len(body)) if self.length is None else self.length
+        if length:
+            handler.send_header("Content-Length", length)
         handler.end_headers()
         handler.wfile.write(body[:fault])
 
@@ -243,11 +256,13 @@ def check_failed_download(data_dir, url, pattern, left=()):
 def test_a_download_with_other_content_is_refused(tmp_path):
     archive = tmp_path / "other.tar.gz"
     make_archive(archive)
-    with Server(archive.read_bytes()) as server:
-        check_failed_download(
-            tmp_path / "data", server.url, "not the expected archive: the SHA-256"
-        )
+    with (
+        Server(archive.read_bytes()) as server,
+        pytest.raises(DataError, match="is not the expected archive: the SHA-256 of its"),
+    ):
+        cifar10_data.maybe_download_and_extract(tmp_path / "data", server.url, "0" * 64)
     assert len(server.requests) == 1
+    assert os.listdir(tmp_path / "data") == []
 
 
 @pytest.mark.parametrize("page", [b"\n<!DOCTYPE html><title>Log in", b"<HTML><body>Not found"])
@@ -314,6 +329,48 @@ def test_a_server_without_ranges_starts_over(tmp_path):
     with Server(body, knows_ranges=False, faults=[1000]) as server:
         fetch(tmp_path / "data", server, sha256)
     assert server.requests == [None, "bytes=1000-"]
+
+
+def test_a_server_that_answers_with_another_part_starts_over(tmp_path):
+    sha256 = make_archive(tmp_path / "mirror.tar.gz")
+    body = (tmp_path / "mirror.tar.gz").read_bytes()
+    with Server(body, knows_ranges="wrongly", faults=[1000]) as server:
+        fetch(tmp_path / "data", server, sha256)
+    assert server.requests == [None, "bytes=1000-"]
+
+
+def test_cuts_that_bring_nothing_new_come_to_an_end(tmp_path):
+    faults = [3000, 2000] * 20
+    with Server(b"x" * 5000, knows_ranges=False, faults=faults) as server:
+        check_failed_download(tmp_path, server.url, "ended after", left=[PART])
+    assert len(server.requests) == 4
+
+
+@pytest.mark.parametrize("length", ["", "abc", "100, 100"])
+def test_a_length_that_is_missing_or_makes_no_sense_does_not_matter(tmp_path, length):
+    sha256 = make_archive(tmp_path / "mirror.tar.gz")
+    with Server((tmp_path / "mirror.tar.gz").read_bytes(), length=length) as server:
+        fetch(tmp_path / "data", server, sha256)
+
+
+def test_a_cut_is_noticed_without_a_length_where_the_size_is_known(tmp_path):
+    sha256 = make_archive(tmp_path / "mirror.tar.gz")
+    body = (tmp_path / "mirror.tar.gz").read_bytes()
+    with Server(body, length="", faults=[1000]) as server:
+        cifar10_data.maybe_download_and_extract(tmp_path / "data", server.url, sha256, len(body))
+    assert server.requests == [None, "bytes=1000-"]
+
+
+def test_content_that_is_whole_but_short_or_too_long_is_told(tmp_path):
+    with Server(b"x" * 5000) as server:
+        check_failed_download(tmp_path, server.url, "shorter than the archive: it has 5000 of 1700")
+        with pytest.raises(DataError, match="is larger than the archive's 4000 bytes"):
+            cifar10_data.maybe_download_and_extract(tmp_path, server.url, "0" * 64, 4000)
+    assert (tmp_path / PART).stat().st_size <= 4000
+
+
+def test_what_a_message_quotes_does_not_make_it_two_lines():
+    assert str(DataError("a\nb  c")) == "a b c"
 
 
 @pytest.mark.parametrize("left", ["a start", "all", "too much", "of another file"])
@@ -557,6 +614,61 @@ def test_a_lock_is_held_by_one_and_ends_with_its_process(tmp_path):
     with cifar10_data.lock(path):  # of the file that the killed process has left
         assert path.read_text().startswith(f"process {os.getpid()} on ")
     assert not path.exists()
+
+
+def test_a_lock_that_was_waited_for_is_not_that_of_a_file_removed_meanwhile(tmp_path):
+    path = tmp_path / "a.lock"
+    code = (
+        "import sys, time, cifar10_data\n"
+        "with cifar10_data.lock(sys.argv[1], on_wait=lambda _: print('waits', flush=True)):\n"
+        "    print('held', flush=True); time.sleep(60)"
+    )
+    with contextlib.ExitStack() as stack:
+        with cifar10_data.lock(path):
+            process = stack.enter_context(
+                subprocess.Popen(
+                    [sys.executable, "-c", code, path], cwd=ROOT, stdout=subprocess.PIPE, text=True
+                )
+            )
+            stack.callback(process.kill)
+            assert process.stdout.readline() == "waits\n"
+        assert process.stdout.readline() == "held\n"
+        with (
+            pytest.raises(cifar10_data.LockedError, match=f"process {process.pid} "),
+            cifar10_data.lock(path),
+        ):
+            pass
+
+
+def test_files_are_made_with_the_users_umask(tmp_path):
+    sha256 = make_archive(tmp_path / "mirror.tar.gz")
+    before = os.umask(0o027)
+    try:
+        with Server((tmp_path / "mirror.tar.gz").read_bytes()) as server:
+            fetch(tmp_path / "data", server, sha256)
+    finally:
+        os.umask(before)
+    modes = {
+        path.name: oct(path.stat().st_mode & 0o777)
+        for path in [tmp_path / "data", *(tmp_path / "data").rglob("*")]
+    }
+    folders = {"data", "cifar-10-batches-bin"}
+    assert modes == {name: "0o750" if name in folders else "0o640" for name in modes}
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
+def test_a_file_that_may_not_be_read_is_refused():
+    with tempfile.TemporaryDirectory() as name:  # where others may look, unlike in tmp_path
+        folder = pathlib.Path(name) / "cifar-10-batches-bin"
+        write_data_set(folder)
+        os.chmod(name, 0o755)
+        os.chmod(folder / NAMES[3], 0o600)
+        os.seteuid(65534)
+        try:
+            with pytest.raises(DataError, match="data_batch_4.bin cannot be read .Permission"):
+                cifar10_data.check_records(folder)
+        finally:
+            os.seteuid(0)
 
 
 def test_records_that_change_while_they_are_read_are_noticed(folder):

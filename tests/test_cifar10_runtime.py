@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import threading
 
 import pytest
 
@@ -152,3 +153,43 @@ def test_slow_16_bits_are_warned_of_once(monkeypatch, fast, gpus, warnings):
 def test_importing_leaves_nothing_of_tensorflow_to_the_garbage_collector():
     code = "import gc, cifar10_runtime; print(gc.isenabled(), gc.get_freeze_count() > 10**5)"
     assert subprocess.check_output([sys.executable, "-c", code], text=True) == "True True\n"
+
+
+def test_the_newest_checkpoint_is_found_at_any_moment_of_a_trainers_saves(tmp_path):
+    saver_is_done = threading.Event()
+
+    def save():
+        with tf.Graph().as_default(), tf.Session() as session:
+            tf.get_variable("a", initializer=1.0)
+            session.run(tf.global_variables_initializer())
+            saver = tf.train.Saver(max_to_keep=1, save_relative_paths=True)
+            for step in range(300):
+                saver.save(session, str(tmp_path / "model.ckpt"), step, write_meta_graph=False)
+        saver_is_done.set()
+
+    thread = threading.Thread(target=save)
+    thread.start()
+    while not (tmp_path / "checkpoint").exists():
+        pass
+    found = set()
+    while not saver_is_done.is_set():
+        found.add(cifar10_runtime.find_latest_checkpoint(str(tmp_path)))
+    thread.join()
+    assert None not in found
+    assert len(found) > 10
+
+
+def test_a_signal_that_is_to_be_ignored_stays_ignored():
+    code = """
+import os, signal, time
+from cifar10_runtime import STOP_REQUEST
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+STOP_REQUEST.listen()
+os.kill(os.getpid(), signal.SIGINT)
+time.sleep(0.1)
+assert STOP_REQUEST.signal_number is None
+os.kill(os.getpid(), signal.SIGTERM)
+"""
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)
+    assert b"Interrupted" in process.stderr.splitlines()[-1]
+    assert b"AssertionError" not in process.stderr

@@ -142,7 +142,9 @@ def test_a_variable_that_is_not_finite_is_not_saved(tmp_path):
     statistics = tf.get_variable("layer/statistics", initializer=[1e38])
     with tf.control_dependencies([tf.assign(statistics, statistics * 2)]):
         train_op = tf.assign_add(global_step, 1)
-    with pytest.raises(UserError, match="layer/statistics is not finite after the update at step"):
+    with pytest.raises(
+        UserError, match="layer/statistics is not finite after the update at step 1;"
+    ):
         run(train_op, tmp_path, max_steps=9, save_checkpoint_steps=1)
     assert step_of(tmp_path) == 1  # 2e38 is a float32 still
 
@@ -154,7 +156,9 @@ def test_a_checkpoint_that_is_not_finite_is_not_trained_on(tmp_path):
         session.run(tf.global_variables_initializer())
         tf.train.Saver().save(session, str(tmp_path / "model.ckpt"), global_step=4)
     del statistics
-    with pytest.raises(UserError, match="layer/statistics is not finite"):
+    with pytest.raises(
+        UserError, match="layer/statistics is not finite in the checkpoint of step 0; name another"
+    ):
         run(tf.assign_add(global_step, 1), tmp_path, max_steps=9)
 
 
@@ -214,6 +218,18 @@ def test_a_damaged_checkpoint_is_told_in_one_line(tmp_path):
     with pytest.raises(UserError, match="model.ckpt-3 cannot be read: Read less bytes") as error:
         prepare(tmp_path, 5)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("state", [None, b"\0\0"])
+def test_training_does_not_start_over_on_top_of_damaged_checkpoints(tmp_path, state):
+    train(tmp_path, max_steps=3)
+    for path in tmp_path.glob("model.ckpt-*.index"):
+        path.write_bytes(b"")
+    (tmp_path / "checkpoint").unlink()
+    if state is not None:
+        (tmp_path / "checkpoint").write_bytes(state)
+    with pytest.raises(UserError, match="none of the checkpoints in .* can be read; move them"):
+        prepare(tmp_path, 2)
 
 
 def test_an_older_checkpoint_is_offered_where_the_newest_is_damaged(tmp_path):

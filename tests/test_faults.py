@@ -296,6 +296,41 @@ def test_a_second_trainer_is_refused_and_the_first_goes_on(tmp_path, data_dir):
         assert wait_for_step(first, step + 1) > step
 
 
+def test_a_trainer_listens_on_no_port(tmp_path, data_dir):
+    with training(data_dir, tmp_path / "train") as process:
+        wait_for_step(process)
+        proc = pathlib.Path(f"/proc/{process.pid}")
+        sockets = {
+            match[1]
+            for path in (proc / "fd").iterdir()
+            if (match := re.fullmatch(r"socket:\[(\d+)\]", os.readlink(path)))
+        }
+        assert sockets  # the pair that signals come through
+        for table in ("tcp", "tcp6", "udp", "udp6"):
+            _, *rows = (proc / "net" / table).read_text().splitlines()
+            assert not {row.split()[9] for row in rows} & sockets
+
+
+def test_a_stdout_that_is_full_is_told_in_one_line(tmp_path, data_dir):
+    with open("/dev/full", "w") as full:
+        process = subprocess.run(
+            [
+                sys.executable,
+                "cifar10_train.py",
+                f"--data_dir={data_dir}",
+                f"--train_dir={tmp_path}",
+            ],
+            cwd=ROOT,
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert process.returncode != 0
+    assert "cifar10_train.py: error: [Errno 28] No space left on device\n" in process.stderr
+    assert "Traceback" not in process.stderr
+
+
 def test_a_full_disk_ends_training_and_spares_the_last_checkpoint(tmp_path, data_dir):
     with training(data_dir, tmp_path / "train", "--max_steps=3") as process:
         assert end(process, timeout=120)[0] == 0
@@ -306,6 +341,7 @@ def test_a_full_disk_ends_training_and_spares_the_last_checkpoint(tmp_path, data
     with training(data_dir, tmp_path / "train", "--max_steps=9", preexec_fn=limit) as process:
         code, _, errors = end(process, timeout=120)
     assert code == 1
+    assert not list((tmp_path / "train").glob("*.tempstate*"))
     assert "error: cannot save a checkpoint in " in errors
     assert "Traceback" not in errors
     with training(data_dir, tmp_path / "train", "--max_steps=9") as process:
