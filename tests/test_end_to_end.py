@@ -86,7 +86,7 @@ def test_the_scripts_train_resume_and_evaluate_each_others_checkpoints(
     names = os.listdir(train_dir)
     assert (train_dir / "notes.txt").read_text() == "mine"
     assert {f"model.ckpt-{step}.index" for step in (0, 11, 21, 31)} <= set(names)
-    assert {name.split(".")[0] for name in os.listdir(eval_dir)} == {"events"}
+    assert {name.split(".")[0] for name in os.listdir(eval_dir)} == {"events", "results"}
 
 
 @pytest.mark.slow
