@@ -203,13 +203,15 @@ def test_training_does_not_start_over_on_top_of_checkpoints(tmp_path, content):
         prepare(tmp_path, 5)
 
 
-def test_training_goes_on_from_a_first_checkpoint_that_was_not_named_yet(tmp_path):
+def test_training_goes_on_from_a_first_checkpoint_that_was_not_named_yet(tmp_path, capsys):
     train(tmp_path, max_steps=3)
+    capsys.readouterr()
     (tmp_path / "checkpoint").unlink()
     (tmp_path / "model.ckpt-7.index").write_bytes(b"")  # without its data: not whole
     assert prepare(tmp_path, 5)
     train(tmp_path, max_steps=5)
     assert step_of(tmp_path) == 5
+    assert printed(capsys)[0][0] == 3
 
 
 def test_a_damaged_checkpoint_is_told_in_one_line(tmp_path):
@@ -232,7 +234,7 @@ def test_training_does_not_start_over_on_top_of_damaged_checkpoints(tmp_path, st
         prepare(tmp_path, 2)
 
 
-def test_an_older_checkpoint_is_offered_where_the_newest_is_damaged(tmp_path):
+def test_an_older_checkpoint_is_offered_where_the_newest_is_damaged(tmp_path, capsys):
     train(tmp_path, max_steps=3, save_checkpoint_steps=1)
     (tmp_path / "model.ckpt-3.data-00000-of-00001").write_bytes(b"")
     with pytest.raises(
@@ -240,9 +242,11 @@ def test_an_older_checkpoint_is_offered_where_the_newest_is_damaged(tmp_path):
     ):
         prepare(tmp_path, 5)
     (tmp_path / "checkpoint").unlink()
+    capsys.readouterr()
     assert prepare(tmp_path, 5)
     train(tmp_path, max_steps=5)
     assert step_of(tmp_path) == 5
+    assert printed(capsys)[0][0] == 2
 
 
 def test_a_checkpoint_of_another_model_is_refused_with_the_names_that_differ(tmp_path):
