@@ -68,6 +68,7 @@ class _Tally:
     Attributes:
       correct: int; images that the model got right.
       total: int; images.
+      precision: float; the first as a share of the second.
       summary: serialized summary of the first batch; None without one.
       cross_entropy: float; the sum over the images, in nats.
       confusion: int [10, 10]; images by true class (row) and predicted class (column).
@@ -78,6 +79,10 @@ class _Tally:
         self.correct, self.total, self.summary = 0, 0, None
         self.cross_entropy, self.mistakes = 0.0, []
         self.confusion = np.zeros([cifar10.NUM_CLASSES, cifar10.NUM_CLASSES], int)
+
+    @property
+    def precision(self):
+        return self.correct / self.total
 
     def add(self, is_correct, outputs):
         """Adds a batch: bool [batch], and the values of `eval_once`'s `outputs` or None."""
@@ -213,18 +218,17 @@ def eval_once(
         )
     if not math.isfinite(tally.cross_entropy):
         raise CheckpointError(f"{checkpoint} gives a cross-entropy of {tally.cross_entropy}")
-    precision = tally.correct / tally.total
-    print(f"{format_now()}: precision @ 1 = {precision:.3f}", flush=True)
+    print(f"{format_now()}: precision @ 1 = {tally.precision:.3f}", flush=True)
 
     summary = tf.Summary()
     if tally.summary is not None:
         summary.ParseFromString(tally.summary)
-    summary.value.add(tag="precision @ 1", simple_value=precision)
+    summary.value.add(tag="precision @ 1", simple_value=tally.precision)
     if outputs is not None:
         _report(tally, summary, summary_writer.get_logdir(), step, checkpoint)
     summary_writer.add_summary(summary, step)
     summary_writer.flush()
-    return precision
+    return tally.precision
 
 
 def _report(tally, summary, eval_dir, step, checkpoint):
@@ -253,7 +257,7 @@ def _report(tally, summary, eval_dir, step, checkpoint):
             "checkpoint": checkpoint,
             "eval_data": FLAGS.eval_data,
             "count": tally.total,
-            "precision": tally.correct / tally.total,
+            "precision": tally.precision,
             "cross_entropy": cross_entropy,
             "precision_of_class": of_class,
             "class_names": list(names),

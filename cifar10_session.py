@@ -270,16 +270,22 @@ class _WatchHook(tf.train.SessionRunHook):
             time.sleep(0.5)  # threads of TensorFlow's close the queues meanwhile
 
 
-def _find_whole_checkpoint(train_dir):
-    """Returns the newest checkpoint that can be read, whether a state file names it, or None."""
+def _list_checkpoints(train_dir):
+    """Returns the paths of all checkpoints in a folder, whole or not, the newest first."""
+    # Listed, not matched with a pattern: the folder's own name may hold characters of patterns.
+    names = tf.gfile.ListDirectory(train_dir) if tf.gfile.IsDirectory(train_dir) else []
     steps = [
         int(match[1])
-        for name in tf.gfile.ListDirectory(train_dir)
+        for name in names
         if (match := re.fullmatch(r"model\.ckpt-([0-9]+)\.index", name))
     ]
-    for step in sorted(steps, reverse=True):
-        path = os.path.join(train_dir, f"model.ckpt-{step}")
-        with contextlib.suppress(UserError):  # it is not whole
+    return [os.path.join(train_dir, f"model.ckpt-{step}") for step in sorted(steps, reverse=True)]
+
+
+def _find_readable(checkpoints):
+    """Returns the first of some checkpoints that can be read, or None."""
+    for path in checkpoints:
+        with contextlib.suppress(UserError):
             read_global_step(path)
             return path
     return None
@@ -296,10 +302,11 @@ def find_checkpoint(train_dir):
     newest = find_latest_checkpoint(train_dir)
     if newest is not None:
         return newest
-    if not tf.gfile.Glob(os.path.join(train_dir, "model.ckpt-*.index")):
+    checkpoints = _list_checkpoints(train_dir)
+    if not checkpoints:
         return None
     # From here on, None would mean to start over, and to write over what is there.
-    whole = _find_whole_checkpoint(train_dir)
+    whole = _find_readable(checkpoints)
     if whole is None:
         raise UserError(
             f"none of the checkpoints in {train_dir} can be read; move them away to start over, or "
@@ -401,7 +408,7 @@ def _read_step(train_dir, newest):
     try:
         return read_global_step(newest)
     except UserError as error:
-        whole = _find_whole_checkpoint(train_dir)
+        whole = _find_readable(_list_checkpoints(train_dir))
         if whole is None:
             raise
         raise UserError(

@@ -234,6 +234,14 @@ def test_training_does_not_start_over_on_top_of_damaged_checkpoints(tmp_path, st
         prepare(tmp_path, 2)
 
 
+def test_training_does_not_start_over_in_a_folder_whose_name_is_a_pattern(tmp_path):
+    train_dir = tmp_path / "run[1]"
+    train(train_dir, max_steps=3)
+    # TensorFlow takes the path for a pattern as well, and so cannot read what it wrote there.
+    with pytest.raises(UserError, match="none of the checkpoints in .* can be read"):
+        prepare(train_dir, 5)
+
+
 def test_an_older_checkpoint_is_offered_where_the_newest_is_damaged(tmp_path, capsys):
     train(tmp_path, max_steps=3, save_checkpoint_steps=1)
     (tmp_path / "model.ckpt-3.data-00000-of-00001").write_bytes(b"")
