@@ -326,6 +326,14 @@ def test_checkpoints_come_as_often_as_asked_and_as_many_are_kept(tmp_path):
     assert steps == ["model.ckpt-8.index", "model.ckpt-9.index"]
 
 
+@pytest.mark.parametrize(("seconds", "is_saved_between"), [(1, True), (600, False)])
+def test_checkpoints_come_after_as_many_seconds_as_asked(tmp_path, seconds, is_saved_between):
+    train(tmp_path, max_steps=8, seconds_per_step=0.3, save_checkpoint_secs=seconds)
+    steps = {int(path.stem.split("-")[1]) for path in tmp_path.glob("model.ckpt-*.index")}
+    assert {0, 8} <= steps
+    assert bool(steps - {0, 8}) is is_saved_between
+
+
 def recorded(train_dir):
     """Returns (step, tag, value) of each scalar in the event files."""
     return [
