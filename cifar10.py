@@ -36,21 +36,6 @@ flags.DEFINE_boolean(
     False,
     "Use a generated stand-in for CIFAR-10 (ten kinds of coloured shapes); needs no network.",
 )
-flags.DEFINE_float(
-    "min_fraction_of_examples_in_queue",
-    cifar10_input.MIN_FRACTION_OF_EXAMPLES_IN_QUEUE,
-    "Share of an epoch (50,000 images) that training keeps in its shuffling queue. Less starts "
-    "sooner and mixes less.",
-    lower_bound=0.0,
-    upper_bound=1.0,
-)
-flags.register_validator("min_fraction_of_examples_in_queue", math.isfinite, "it must be a number")
-flags.DEFINE_integer(
-    "num_preprocess_threads",
-    cifar10_input.NUM_PREPROCESS_THREADS,
-    "Threads that read and distort training images.",
-    lower_bound=1,
-)
 flags.DEFINE_boolean(
     "use_fp16",
     False,
@@ -63,13 +48,50 @@ NUM_CLASSES = cifar10_input.NUM_CLASSES
 NUM_EXAMPLES_PER_EPOCH_FOR_TRAIN = cifar10_input.NUM_EXAMPLES_PER_EPOCH_FOR_TRAIN
 NUM_EXAMPLES_PER_EPOCH_FOR_EVAL = cifar10_input.NUM_EXAMPLES_PER_EPOCH_FOR_EVAL
 
-# The recipe.
+# The recipe; flags of these names change it for a run.
 MOVING_AVERAGE_DECAY = 0.9999  # per step, of the learned variables
 NUM_EPOCHS_PER_DECAY = 350.0  # epochs until the learning rate decays
 LEARNING_RATE_DECAY_FACTOR = 0.1
 INITIAL_LEARNING_RATE = 0.1
 WEIGHT_DECAY = 0.004  # of local3 and local4, times half the sum of the squared weights
 LOSS_AVERAGE_DECAY = 0.9  # per step, of the losses that TensorBoard shows
+
+flags.DEFINE_float(
+    "initial_learning_rate", INITIAL_LEARNING_RATE, "Learning rate of the first steps, per step."
+)
+flags.DEFINE_float(
+    "num_epochs_per_decay",
+    NUM_EPOCHS_PER_DECAY,
+    "Epochs (50,000 images each, over all towers) until the learning rate decays, and again.",
+)
+flags.DEFINE_float(
+    "learning_rate_decay_factor",
+    LEARNING_RATE_DECAY_FACTOR,
+    "What the learning rate is multiplied by when it decays; 1: it never does.",
+)
+flags.DEFINE_float(
+    "moving_average_decay",
+    MOVING_AVERAGE_DECAY,
+    "Share of a learned variable's moving average that a step leaves as it is; the rest is the "
+    "variable's new value.",
+)
+flags.DEFINE_float(
+    "weight_decay",
+    WEIGHT_DECAY,
+    "What half the sum of the squared weights of local3 and of local4 is multiplied by in the "
+    "loss; 0: no weight decay.",
+)
+for name in ("initial_learning_rate", "num_epochs_per_decay"):
+    flags.register_validator(name, lambda value: 0 < value < math.inf, "it must be more than 0")
+flags.register_validator(
+    "learning_rate_decay_factor", lambda value: 0 < value <= 1, "it must be more than 0, 1 at most"
+)
+flags.register_validator(
+    "moving_average_decay", lambda value: 0 <= value < 1, "it must be 0 or more, and less than 1"
+)
+flags.register_validator(
+    "weight_decay", lambda value: 0 <= value < math.inf, "it must be 0 or more"
+)
 
 # Collections of what a run looks at after each step: scalars that are finite if all is well, each
 # named for the tensor that it stands for within the scope; and the learning rate of that step.
@@ -125,6 +147,9 @@ def distorted_inputs(batch_size=None):
         batch_size or FLAGS.batch_size,
         FLAGS.min_fraction_of_examples_in_queue,
         FLAGS.num_preprocess_threads,
+        cifar10_input.Distortion(
+            FLAGS.max_brightness_delta, FLAGS.min_contrast_factor, FLAGS.max_contrast_factor
+        ),
     )
 
 
@@ -321,10 +346,10 @@ def inference(images):
 
     features = tf.reshape(pool2, [-1, math.prod(pool2.shape.as_list()[1:])])  # [batch, 2304]
     local3 = _fully_connected(
-        features, "local3", units=384, stddev=0.04, bias=0.1, weight_decay=WEIGHT_DECAY
+        features, "local3", units=384, stddev=0.04, bias=0.1, weight_decay=FLAGS.weight_decay
     )  # [batch, 384]
     local4 = _fully_connected(
-        local3, "local4", units=192, stddev=0.04, bias=0.1, weight_decay=WEIGHT_DECAY
+        local3, "local4", units=192, stddev=0.04, bias=0.1, weight_decay=FLAGS.weight_decay
     )  # [batch, 192]
     # No softmax here: the loss below takes logits, which is faster and numerically safer.
     return _fully_connected(
@@ -361,8 +386,8 @@ def loss(logits, labels, scope=None):
 def decayed_learning_rate(global_step, examples_per_step):
     """Returns the learning rate at a step, and shows it in TensorBoard.
 
-    It falls to a tenth every 350 epochs, at once (not gradually). An epoch is 50,000 examples,
-    whoever consumes them: with N towers it takes N times fewer steps.
+    It falls to a tenth every 350 epochs (or as the flags say), at once, not gradually. An epoch is
+    50,000 examples, whoever consumes them: with N towers it takes N times fewer steps.
 
     Args:
       global_step: int []; how many updates there have been.
@@ -373,10 +398,10 @@ def decayed_learning_rate(global_step, examples_per_step):
     """
     steps_per_epoch = NUM_EXAMPLES_PER_EPOCH_FOR_TRAIN / examples_per_step
     learning_rate = tf.train.exponential_decay(
-        INITIAL_LEARNING_RATE,
+        FLAGS.initial_learning_rate,
         global_step,
-        decay_steps=int(steps_per_epoch * NUM_EPOCHS_PER_DECAY),
-        decay_rate=LEARNING_RATE_DECAY_FACTOR,
+        decay_steps=max(1, int(steps_per_epoch * FLAGS.num_epochs_per_decay)),
+        decay_rate=FLAGS.learning_rate_decay_factor,
         staircase=True,
     )
     tf.summary.scalar("learning_rate", learning_rate)
@@ -461,7 +486,7 @@ def update_variables(optimizer, gradients, global_step):
     apply_gradients_op = optimizer.apply_gradients(gradients)
     with tf.control_dependencies([apply_gradients_op]):
         count_op = tf.assign_add(global_step, 1)
-    averages = tf.train.ExponentialMovingAverage(MOVING_AVERAGE_DECAY, global_step)
+    averages = tf.train.ExponentialMovingAverage(FLAGS.moving_average_decay, global_step)
     with tf.control_dependencies([count_op]):
         return averages.apply(tf.trainable_variables())
 

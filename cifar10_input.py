@@ -11,6 +11,8 @@ channel then works on neighbouring values, which is several times faster.
 import math
 from typing import NamedTuple
 
+from absl import flags
+
 import cifar10_data
 from cifar10_runtime import tf
 
@@ -26,10 +28,73 @@ MIN_FRACTION_OF_EXAMPLES_IN_QUEUE = 0.4
 NUM_PREPROCESS_THREADS = 16
 RECORDS_PER_READ = 128  # per thread and call
 
+# Of the picture of a batch in TensorBoard.
+SHEET_COLUMNS = 16
+SHEET_IMAGES = 128
+
 # The bounds of the tutorial's distortions.
 MAX_BRIGHTNESS_DELTA = 63.0  # of pixel values 0 to 255
 MIN_CONTRAST_FACTOR = 0.2
 MAX_CONTRAST_FACTOR = 1.8
+
+
+flags.DEFINE_float(
+    "min_fraction_of_examples_in_queue",
+    MIN_FRACTION_OF_EXAMPLES_IN_QUEUE,
+    "Share of an epoch (50,000 images) that training keeps in its shuffling queue. Less starts "
+    "sooner and mixes less.",
+    lower_bound=0.0,
+    upper_bound=1.0,
+)
+flags.register_validator("min_fraction_of_examples_in_queue", math.isfinite, "it must be a number")
+flags.DEFINE_integer(
+    "num_preprocess_threads",
+    NUM_PREPROCESS_THREADS,
+    "Threads that read and distort training images.",
+    lower_bound=1,
+)
+flags.DEFINE_float(
+    "max_brightness_delta",
+    MAX_BRIGHTNESS_DELTA,
+    "The most that is added to, or taken from, all values (0 to 255) of a training image. "
+    "Standardization takes it away again.",
+    lower_bound=0.0,
+)
+flags.DEFINE_float(
+    "min_contrast_factor",
+    MIN_CONTRAST_FACTOR,
+    "The least that a training image's contrast is multiplied by.",
+    lower_bound=0.0,
+)
+flags.DEFINE_float(
+    "max_contrast_factor",
+    MAX_CONTRAST_FACTOR,
+    "The most that a training image's contrast is multiplied by.",
+    lower_bound=0.0,
+)
+for name in ("max_brightness_delta", "min_contrast_factor", "max_contrast_factor"):
+    flags.register_validator(name, math.isfinite, "it must be a number")
+flags.register_multi_flags_validator(
+    ["min_contrast_factor", "max_contrast_factor"],
+    lambda values: values["min_contrast_factor"] <= values["max_contrast_factor"],
+    "the least contrast must not be more than the most",
+)
+
+
+class Distortion(NamedTuple):
+    """How far training images are distorted.
+
+    Attributes:
+      max_brightness_delta: float; added or taken away at most, of pixel values 0 to 255.
+      min_contrast_factor, max_contrast_factor: float; the range of what contrast is multiplied by.
+    """
+
+    max_brightness_delta: float = MAX_BRIGHTNESS_DELTA
+    min_contrast_factor: float = MIN_CONTRAST_FACTOR
+    max_contrast_factor: float = MAX_CONTRAST_FACTOR
+
+
+DISTORTION = Distortion()  # the tutorial's
 
 
 class CIFAR10Record:
@@ -147,24 +212,22 @@ class _Pixels(NamedTuple):
         return self.mean + self.contrast * self.deviation
 
 
-def _random_brightness(pixels):
-    """Adds to each image a value within +-MAX_BRIGHTNESS_DELTA.
+def _random_brightness(pixels, max_delta=MAX_BRIGHTNESS_DELTA):
+    """Adds to each image a value within +-`max_delta`.
 
     As the images are standardized afterwards, this cancels out. It is the tutorial's, it costs
     next to nothing, and it starts to count as soon as somebody takes standardization away.
     """
-    deltas = tf.random.uniform(
-        tf.shape(pixels.contrast), -MAX_BRIGHTNESS_DELTA, MAX_BRIGHTNESS_DELTA
-    )
+    deltas = tf.random.uniform(tf.shape(pixels.contrast), -max_delta, max_delta)
     return pixels._replace(mean=pixels.mean + deltas)
 
 
-def _random_contrast(pixels):
+def _random_contrast(pixels, low=MIN_CONTRAST_FACTOR, high=MAX_CONTRAST_FACTOR):
     """Scales each image's distance from its channels' means by one random factor per image.
 
     The formula is `tf.image.adjust_contrast`'s, which takes a single factor for all images.
     """
-    factors = tf.random.uniform(tf.shape(pixels.contrast), MIN_CONTRAST_FACTOR, MAX_CONTRAST_FACTOR)
+    factors = tf.random.uniform(tf.shape(pixels.contrast), low, high)
     return pixels._replace(contrast=pixels.contrast * factors)
 
 
@@ -183,10 +246,14 @@ def _standardize(pixels):
     return pixels._replace(mean=(pixels.mean - mean) * scale, contrast=pixels.contrast * scale)
 
 
-def _distort(planes):
+def _distort(planes, distortion):
     """Makes training images: uint8 [n, 3, 32, 32] to float32 [n, 24, 24, 3]."""
     pixels = _Pixels.take_apart(_random_crop_and_flip(planes))
-    return _finish(_random_contrast(_random_brightness(pixels)))
+    pixels = _random_brightness(pixels, distortion.max_brightness_delta)
+    pixels = _random_contrast(
+        pixels, distortion.min_contrast_factor, distortion.max_contrast_factor
+    )
+    return _finish(pixels)
 
 
 def _crop(planes):
@@ -224,8 +291,41 @@ def _as_batch(images, labels, scope):
         for summary in of_queues:
             if "shuffle_batch" in summary.op.name:
                 tf.summary.scalar("queue/fraction_full", summary.op.inputs[1])
-        tf.summary.image("input", images)
+        _summarize_images("input", images)
     return images, tf.reshape(labels, [-1])
+
+
+def _summarize_images(tag, images):
+    """Shows a batch in TensorBoard as one sheet, each image scaled to its own range.
+
+    `tf.summary.image` would show three of them, under tags like `input/image/0`.
+
+    Args:
+      tag: string.
+      images: float32 [batch, height, width, 3]; the first SHEET_IMAGES are shown.
+    """
+    with tf.name_scope(f"{tag}_sheet"):
+        images = images[:SHEET_IMAGES]
+        low = tf.reduce_min(images, [1, 2, 3], keepdims=True)
+        high = tf.reduce_max(images, [1, 2, 3], keepdims=True)
+        images = tf.math.divide_no_nan(images - low, high - low)
+        # White lines between them, and white images up to the end of the last row.
+        missing = -tf.shape(images)[0] % SHEET_COLUMNS
+        images = tf.pad(images, [[0, missing], [1, 1], [1, 1], [0, 0]], constant_values=1.0)
+        height, width, depth = images.shape.as_list()[1:]
+        grid = tf.reshape(images, [-1, SHEET_COLUMNS, height, width, depth])
+        rows = tf.transpose(grid, [0, 2, 1, 3, 4])
+        sheet = tf.reshape(rows, [-1, SHEET_COLUMNS * width, depth])
+        png = tf.image.encode_png(tf.cast(255.0 * sheet, tf.uint8))
+        # TensorBoard's form of pictures in tensors: width, height, then the pictures.
+        size = [tf.as_string(tf.shape(sheet)[1]), tf.as_string(tf.shape(sheet)[0])]
+        plugin = tf.SummaryMetadata.PluginData(plugin_name="images")
+        summary = tf.raw_ops.TensorSummaryV2(
+            tag=tag,
+            tensor=tf.stack([*size, png]),
+            serialized_summary_metadata=tf.SummaryMetadata(plugin_data=plugin).SerializeToString(),
+        )
+    tf.add_to_collection(tf.GraphKeys.SUMMARIES, summary)
 
 
 def distorted_inputs(
@@ -233,6 +333,7 @@ def distorted_inputs(
     batch_size,
     min_fraction_of_examples_in_queue=MIN_FRACTION_OF_EXAMPLES_IN_QUEUE,
     num_preprocess_threads=NUM_PREPROCESS_THREADS,
+    distortion=DISTORTION,
 ):
     """Makes the training input: shuffled, distorted images, for ever.
 
@@ -242,6 +343,7 @@ def distorted_inputs(
       min_fraction_of_examples_in_queue: float; the share of an epoch that is in the queue before
         the first batch leaves it, and stays in it. A batch is drawn from at least that many.
       num_preprocess_threads: int; with 1, the graph's seed decides which images come when.
+      distortion: a `Distortion`.
 
     Returns:
       images: float32 [batch_size, 24, 24, 3], each with mean 0 and variance 1.
@@ -264,7 +366,7 @@ def distorted_inputs(
         # that is, if there is room for a single one beyond the minimum.
         spare = 3 * batch_size if num_preprocess_threads > 1 else 1
         images, labels = tf.train.shuffle_batch(
-            [_distort(planes), labels],
+            [_distort(planes, distortion), labels],
             batch_size=batch_size,
             num_threads=num_preprocess_threads,
             capacity=min_queue_examples + spare,

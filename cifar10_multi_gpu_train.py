@@ -14,8 +14,6 @@ import cifar10_session
 from cifar10_runtime import GPUS, run, tf
 
 FLAGS = flags.FLAGS
-flags.adopt_module_key_flags(cifar10)
-flags.adopt_module_key_flags(cifar10_session)
 
 flags.DEFINE_integer("num_gpus", 1, "Towers to train, one per GPU.", lower_bound=1)
 

@@ -369,22 +369,53 @@ def run(main):
             print(f"{script}: ended by {name}: {interruption.message}", file=sys.stderr)
             return 128 + interruption.signal_number
         except BrokenPipeError:
-            # Whoever read stdout, such as `head`, has left. Python would complain once more when
-            # it flushes at the end.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            # Whoever read stdout, such as `head`, has left.
+            _discard_stdout()
             return 1
         except OSError as error:  # such as a full disk
             print(f"{script}: error: {error}", file=sys.stderr)
             return 1
         return 0
 
+    if not {"--help", "-help", "--helpshort", "-h"}.isdisjoint(sys.argv[1:]):
+        try:
+            _print_help()
+        except BrokenPipeError:  # `head` and `less` may leave early
+            _discard_stdout()
+        raise SystemExit(0)
     try:
         app.run(checked_main)
     except SystemExit:
         # absl ends with 1 where help was asked for, and given.
-        if not {"--help", "-help", "--helpshort", "--helpfull", "-h"}.isdisjoint(sys.argv[1:]):
+        if "--helpfull" in sys.argv[1:]:
             raise SystemExit(0) from None
         raise
+
+
+def _discard_stdout():
+    """Points stdout nowhere: Python would complain of a closed pipe when it flushes at the end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def list_modules_with_flags():
+    """Returns the names of the project's modules that define flags, the script's first."""
+    modules = reversed(FLAGS.flags_by_module_dict())  # a module comes after those that it imports
+    return [name for name in modules if _is_ours(name)]
+
+
+def _is_ours(name):
+    if name == sys.argv[0]:  # the script's module has the name that it was called by
+        return True
+    path = getattr(sys.modules.get(name), "__file__", None) or ""
+    return os.path.dirname(os.path.abspath(path)) == os.path.dirname(os.path.abspath(__file__))
+
+
+def _print_help():
+    """Prints what the script does, and its flags under the modules that own them."""
+    print(sys.modules["__main__"].__doc__)
+    for name in list_modules_with_flags():
+        print(FLAGS.module_help(name).strip("\n"), end="\n\n")
+    print("Try --helpfull for the flags of libraries too.", flush=True)
 
 
 def has_fast_bfloat16(cpuinfo="/proc/cpuinfo"):

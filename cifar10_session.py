@@ -26,6 +26,7 @@ from cifar10_runtime import (
     find_reason,
     format_now,
     is_histogram_of_nonfinite,
+    list_modules_with_flags,
     quiet_cancellation,
     read_global_step,
     session_config,
@@ -167,13 +168,16 @@ class _ProgressHook(tf.train.SessionRunHook):
         self._line_is_due = False
 
 
-class _SpeedHook(tf.train.SessionRunHook):
-    """Shows the speed in TensorBoard as `examples_per_sec`, over all towers.
+class _SummaryHook(tf.train.SessionRunHook):
+    """Writes TensorBoard's entries: the graph's summaries of a step, and the speed until then.
+
+    The summaries are fetched with the step that they are of, and have its number, as the printed
+    lines have it.
 
     Args:
       progress: the `_ProgressHook`, which must come before this one.
       examples_per_step: int.
-      every_steps: int; steps between two entries.
+      every_steps: int; steps between two entries. A run's first step has one too.
       train_dir: folder of the event files.
     """
 
@@ -182,21 +186,36 @@ class _SpeedHook(tf.train.SessionRunHook):
         self._examples_per_step = examples_per_step
         self._every_steps = every_steps
         self._writer = tf.summary.FileWriterCache.get(train_dir)
+        self._summary_op = tf.summary.merge_all()
 
     def after_create_session(self, session, coord):
+        # Entries of later steps, of a run that was killed, are no longer true.
+        start = tf.SessionLog(status=tf.SessionLog.START)
+        self._writer.add_session_log(start, self._progress.step)
         self._since = None
 
+    def before_run(self, run_context):
+        self._step = self._progress.step
+        self._is_due = self._since is None or self._step % self._every_steps == 0
+        if self._is_due and self._summary_op is not None:
+            return tf.train.SessionRunArgs(self._summary_op)
+        return None
+
     def after_run(self, run_context, run_values):
-        now, step = time.monotonic(), self._progress.step
-        if self._since is None:  # the first step, which waited for the queue
-            self._since = now, step
-        elif step - self._since[1] >= self._every_steps:
-            steps_per_sec = (step - self._since[1]) / (now - self._since[0])
-            value = tf.Summary.Value(
+        if not self._is_due:
+            return
+        summary = tf.Summary.FromString(run_values.results or b"")
+        now = time.monotonic()
+        if self._since is not None:  # there is no speed before the first step has ended
+            steps_per_sec = (self._step - self._since[1]) / (now - self._since[0])
+            summary.value.add(
                 tag="examples_per_sec", simple_value=steps_per_sec * self._examples_per_step
             )
-            self._writer.add_summary(tf.Summary(value=[value]), step)
-            self._since = now, step
+        self._writer.add_summary(summary, self._step)
+        self._since = now, self._step
+
+    def end(self, session):
+        self._writer.flush()
 
 
 class _FiniteCheck(tf.train.CheckpointSaverListener):
@@ -352,9 +371,9 @@ def _note_start(path):
             "time": time.time(),
             "script": os.path.basename(sys.argv[0]),
             "flags": {
-                name: value
-                for name, value in FLAGS.flag_values_dict().items()
-                if "cifar10" in os.path.basename(FLAGS.find_module_defining_flag(name))
+                flag.name: flag.value
+                for module in list_modules_with_flags()
+                for flag in FLAGS.flags_by_module_dict()[module]
             },
             "seed": tf.get_default_graph().seed,
             **describe_software_and_hardware(),
@@ -481,18 +500,19 @@ def run_training(
         saver=saver,
         listeners=[_FiniteCheck(progress)],
     )
-    speed = []
+    summary_hooks = []
     if save_summaries_steps:
-        speed = [_SpeedHook(progress, examples_per_step, save_summaries_steps, train_dir)]
+        summary_hooks.append(
+            _SummaryHook(progress, examples_per_step, save_summaries_steps, train_dir)
+        )
     with STOP_REQUEST.deferred():
         session = _start(
             train_dir,
             saver,
             # In this order: what is not finite is found before it is saved.
-            [progress, saver_hook, _WatchHook(progress, check_input), *speed],
+            [progress, saver_hook, _WatchHook(progress, check_input), *summary_hooks],
             tf.train.StopAtStepHook(last_step=max_steps),
             config,
-            save_summaries_steps,
         )
         try:
             _run_to_the_end(session, train_op)
@@ -553,7 +573,7 @@ class _Saver(tf.train.Saver):
             ) from error
 
 
-def _start(train_dir, saver, hooks, last_hook, config, save_summaries_steps):
+def _start(train_dir, saver, hooks, last_hook, config):
     """Returns a session with the newest checkpoint's variables, or initial ones."""
     try:
         newest = find_checkpoint(train_dir)
@@ -567,9 +587,9 @@ def _start(train_dir, saver, hooks, last_hook, config, save_summaries_steps):
             hooks=[last_hook],
             save_checkpoint_secs=None,  # one of `hooks` does it
             save_checkpoint_steps=None,
-            save_summaries_steps=save_summaries_steps or None,
+            save_summaries_steps=None,  # another does it
             save_summaries_secs=None,
-            log_step_count_steps=None,  # _SpeedHook does it, under a tag of ours
+            log_step_count_steps=None,
             config=config,
             stop_grace_period_secs=CLOSING_GRACE,
         )

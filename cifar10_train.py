@@ -15,8 +15,6 @@ import cifar10_session
 from cifar10_runtime import run, tf
 
 FLAGS = flags.FLAGS
-flags.adopt_module_key_flags(cifar10)
-flags.adopt_module_key_flags(cifar10_session)
 
 
 def train():

@@ -21,7 +21,6 @@ import cifar10_input
 from cifar10_runtime import quiet_cancellation, run, session_config, tf
 
 FLAGS = flags.FLAGS
-flags.adopt_module_key_flags(cifar10)
 
 flags.DEFINE_integer("seeds", 5, "Runs of each formulation.", lower_bound=2)
 flags.DEFINE_integer("steps", 300, "Steps of a run.", lower_bound=1)

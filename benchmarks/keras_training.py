@@ -191,7 +191,6 @@ if __name__ == "__main__":
         from cifar10_runtime import run
 
         FLAGS = flags.FLAGS
-        flags.adopt_module_key_flags(compare)
         flags.DEFINE_enum(
             "policy", "float32", ["float32", "mixed_bfloat16"], "Keras's dtype policy."
         )

@@ -1,10 +1,12 @@
 """The model against the table of its layers, against NumPy, and against arithmetic by hand."""
 
 import math
+import re
 
 import numpy as np
 import numpy_model
 import pytest
+from absl import flags
 from conftest import write_data_set
 
 import cifar10
@@ -183,6 +185,76 @@ def test_the_learning_rate_falls_to_a_tenth_every_350_epochs(towers, step, expec
     rate = cifar10.decayed_learning_rate(tf.constant(step, tf.int64), 128 * towers)
     with tf.Session() as session:
         assert session.run(rate) == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("step", "expected"), [(0, 2.0), (9, 2.0), (10, 1.0), (19, 1.0), (20, 0.5)]
+)
+def test_the_learning_rate_falls_as_the_flags_say(step, expected):
+    cifar10.FLAGS.initial_learning_rate = 2.0
+    cifar10.FLAGS.num_epochs_per_decay = 0.1
+    cifar10.FLAGS.learning_rate_decay_factor = 0.5
+    rate = cifar10.decayed_learning_rate(tf.constant(step), examples_per_step=500)
+    with tf.Session() as session:
+        assert session.run(rate) == pytest.approx(expected)
+
+
+def test_a_learning_rate_that_decays_within_a_step_does_so_at_each():
+    cifar10.FLAGS.num_epochs_per_decay = 1e-6
+    rate = cifar10.decayed_learning_rate(tf.constant(3), examples_per_step=128)
+    with tf.Session() as session:
+        assert session.run(rate) == pytest.approx(0.1**4)
+
+
+def test_the_moving_average_keeps_as_much_as_the_flag_says():
+    cifar10.FLAGS.moving_average_decay = 0.01
+    variable = tf.get_variable("x", initializer=1.0)
+    global_step = tf.train.get_or_create_global_step()
+    update = cifar10.update_variables(
+        cifar10.make_optimizer(1.0), [(tf.constant(-1.0), variable)], global_step
+    )
+    (average,) = [v for v in tf.global_variables() if v.op.name == "x/ExponentialMovingAverage"]
+    with started_session() as session:
+        session.run(update)
+        assert session.run(average) == pytest.approx(0.01 * 1.0 + 0.99 * 2.0)
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.25])
+def test_weights_decay_as_much_as_the_flag_says(weight_decay):
+    cifar10.FLAGS.weight_decay = weight_decay
+    logits = cifar10.inference(tf.zeros([2, 24, 24, 3]))
+    total_loss = cifar10.loss(logits, tf.constant([0, 1]))
+    weights = [v for v in tf.trainable_variables() if re.match("local[34]/weights", v.op.name)]
+    with started_session() as session:
+        session.run([variable.assign(tf.zeros_like(variable)) for variable in weights])
+        without = session.run(total_loss)
+        session.run([v.assign(tf.fill(v.shape, 2.0)) for v in weights])
+        logits_and_loss = session.run(["cross_entropy:0", total_loss])
+    decay = weight_decay * (2304 * 384 + 384 * 192) * 2.0**2 / 2
+    assert without == pytest.approx(np.log(10), abs=0.01)
+    assert logits_and_loss[1] - logits_and_loss[0] == pytest.approx(decay, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("initial_learning_rate", [0.0, -0.1, math.inf, math.nan]),
+        ("num_epochs_per_decay", [0.0, -1.0, math.inf, math.nan]),
+        ("learning_rate_decay_factor", [0.0, -0.1, 1.1, math.nan]),
+        ("moving_average_decay", [-0.1, 1.0, math.nan]),
+        ("weight_decay", [-0.1, math.inf, math.nan]),
+        ("max_brightness_delta", [-1.0, math.inf, math.nan]),
+        ("min_contrast_factor", [-1.0, 1.9, math.nan]),
+        ("max_contrast_factor", [-1.0, 0.1, math.inf, math.nan]),
+        ("min_fraction_of_examples_in_queue", [-0.1, 1.1, math.nan]),
+        ("num_preprocess_threads", [0]),
+        ("batch_size", [0]),
+    ],
+)
+def test_values_that_make_no_sense_are_refused(name, values):
+    for value in values:
+        with pytest.raises(flags.IllegalFlagValueError):
+            setattr(cifar10.FLAGS, name, value)
 
 
 def test_an_update_moves_a_variable_against_its_gradient_and_then_its_average():
@@ -375,6 +447,20 @@ def test_the_functions_without_arguments_read_the_flags(tmp_path, capsys):
     assert "Filling queue with 100 CIFAR images" in capsys.readouterr().out
     images, labels = cifar10.inputs(eval_data=True)
     assert (images.shape, labels.shape) == ([6, 24, 24, 3], [6])
+
+
+def test_the_distortions_are_as_far_as_the_flags_say(monkeypatch):
+    calls = []
+    monkeypatch.setattr(
+        cifar10_input, "distorted_inputs", lambda *arguments: calls.append(arguments)
+    )
+    cifar10.FLAGS.num_preprocess_threads = 3
+    cifar10.FLAGS.max_brightness_delta = 1.5
+    cifar10.FLAGS.min_contrast_factor = 0.7
+    cifar10.FLAGS.max_contrast_factor = 0.9
+    cifar10.distorted_inputs(2)
+    ((_, batch_size, fraction, threads, distortion),) = calls
+    assert (batch_size, fraction, threads, distortion) == (2, 0.4, 3, (1.5, 0.7, 0.9))
 
 
 def test_real_or_synthetic_data_is_as_the_flag_says_and_is_checked(tmp_path):

@@ -1,6 +1,7 @@
 """Bytes in, exact pixels out; and what the random distortions may and may not do."""
 
 import collections
+import io
 import os
 
 import numpy as np
@@ -13,6 +14,7 @@ from conftest import (
     standardized_centers,
     write_data_set,
 )
+from PIL import Image
 
 import cifar10_input
 from cifar10_runtime import tf
@@ -198,18 +200,39 @@ def test_a_missing_file_is_an_error_when_the_input_is_built(tmp_path):
         cifar10_input.inputs(True, str(tmp_path), 8)
 
 
+@pytest.mark.parametrize("batch_size", [8, 16, 37])
 @pytest.mark.parametrize("training", [True, False])
-def test_an_image_summary_shows_the_batch(tmp_path, training):
+def test_an_image_summary_shows_the_batch_as_it_is_fed(tmp_path, training, batch_size):
     write_data_set(tmp_path)
     if training:
-        cifar10_input.distorted_inputs(str(tmp_path), 8, 0.001)
+        images, _ = cifar10_input.distorted_inputs(str(tmp_path), batch_size, 0.001)
     else:
-        cifar10_input.inputs(True, str(tmp_path), 8)
+        images, _ = cifar10_input.inputs(True, str(tmp_path), batch_size)
     with running_queues() as session:
+        images, summary = session.run([images, tf.summary.merge_all()])
+    (tensor,) = [
+        value.tensor.string_val
+        for value in tf.Summary.FromString(summary).value
+        if value.tag == "input" and value.metadata.plugin_data.plugin_name == "images"
+    ]
+    width, height, png = tensor
+    sheet = np.asarray(Image.open(io.BytesIO(png)), float)
+    rows = -(-batch_size // 16)
+    assert (int(width), int(height)) == (16 * 26, rows * 26)
+    assert sheet.shape == (rows * 26, 16 * 26, 3)
+    cells = sheet.reshape(rows, 26, 16, 26, 3).swapaxes(1, 2).reshape(-1, 26, 26, 3)
+    low, high = (f(images, axis=(1, 2, 3), keepdims=True) for f in (np.min, np.max))
+    expected = 255 * (images - low) / (high - low)
+    np.testing.assert_allclose(cells[:batch_size, 1:25, 1:25], expected, atol=1.01)
+    cells[:batch_size, 1:25, 1:25] = 255
+    assert (cells == 255).all()
+
+
+def test_images_of_one_colour_can_be_shown():
+    cifar10_input._summarize_images("input", tf.ones([3, 24, 24, 3]))
+    with tf.Session() as session:
         summary = tf.Summary.FromString(session.run(tf.summary.merge_all()))
-    images = {value.tag: value.image for value in summary.value if value.HasField("image")}
-    assert set(images) == {"input/image/0", "input/image/1", "input/image/2"}
-    assert {(image.height, image.width) for image in images.values()} == {(24, 24)}
+    assert [value.tag for value in summary.value] == ["input"]
 
 
 def draw_crops_and_flips(count):
@@ -278,20 +301,63 @@ def test_contrast_scales_each_image_by_one_uniform_factor_around_its_channels_me
     np.testing.assert_allclose(results[chosen], expected, atol=0.01)
 
 
+def distort(planes):
+    return cifar10_input._distort(planes, cifar10_input.DISTORTION)
+
+
+@pytest.mark.parametrize(
+    ("distortion", "mean_range", "contrast_range"),
+    [
+        ((0.0, 1.0, 1.0), (0, 0), (1, 1)),
+        ((5.0, 1.0, 1.0), (-5, 5), (1, 1)),
+        ((0.0, 0.5, 1.0), (0, 0), (0.5, 1)),
+        ((0.0, 1.0, 3.0), (0, 0), (1, 3)),
+    ],
+)
+def test_the_training_input_is_distorted_as_far_as_asked(
+    tmp_path, monkeypatch, distortion, mean_range, contrast_range
+):
+    # Without standardization and crops, which would hide it; the image is half 80, half 120.
+    monkeypatch.setattr(cifar10_input, "_standardize", lambda pixels: pixels)
+    monkeypatch.setattr(
+        cifar10_input,
+        "_random_crop_and_flip",
+        lambda planes: tf.cast(planes[:, :, 4:28, 4:28], tf.float32),
+    )
+    records = np.full([500, 3073], 80, np.uint8)
+    records[:, 1::2] = 120
+    records[:, 0] = 0
+    write_data_set(tmp_path)
+    for number in range(1, 6):
+        records.tofile(tmp_path / f"data_batch_{number}.bin")
+    images, _ = cifar10_input.distorted_inputs(
+        str(tmp_path), 500, 0.01, distortion=cifar10_input.Distortion(*distortion)
+    )
+    with running_queues() as session:
+        images = session.run(images)
+    middles = (images.max(axis=(1, 2, 3)) + images.min(axis=(1, 2, 3))) / 2 - 100
+    contrasts = np.ptp(images, axis=(1, 2, 3)) / 40
+    for values, (low, high) in ((middles, mean_range), (contrasts, contrast_range)):
+        if low == high:
+            np.testing.assert_allclose(values, low, atol=1e-4)
+        else:
+            assert_uniform(values, low - 1e-4, high + 1e-4)
+
+
 @pytest.mark.parametrize(
     "name", ["_random_crop_and_flip", "_random_brightness", "_random_contrast"]
 )
 def test_each_distortion_has_its_part_in_the_training_images(monkeypatch, name):
     neutral = {
         "_random_crop_and_flip": lambda planes: tf.cast(planes[:, :, 4:28, 4:28], tf.float32),
-        "_random_brightness": lambda pixels: pixels,
-        "_random_contrast": lambda pixels: pixels,
+        "_random_brightness": lambda pixels, *bounds: pixels,
+        "_random_contrast": lambda pixels, *bounds: pixels,
         "_standardize": lambda pixels: pixels,
     }
     for other in neutral.keys() - {name}:
         monkeypatch.setattr(cifar10_input, other, neutral[other])
     images = np.tile(pixels(make_records(1)), [8, 1, 1, 1])
-    results = evaluate(cifar10_input._distort, depth_major(images))
+    results = evaluate(distort, depth_major(images))
     assert results.dtype == np.float32
     assert (np.abs(results - images[:, 4:28, 4:28]).max(axis=(1, 2, 3)) > 0.01).sum() >= 6
 
@@ -306,7 +372,7 @@ def test_every_run_draws_anew(name):
 def test_an_image_of_one_colour_is_standardized_to_zeros():
     images = np.full([1, 3, 32, 32], 200, np.uint8)
     np.testing.assert_array_equal(evaluate(cifar10_input._crop, images), np.zeros([1, 24, 24, 3]))
-    np.testing.assert_allclose(evaluate(cifar10_input._distort, images), 0, atol=1e-2)
+    np.testing.assert_allclose(evaluate(distort, images), 0, atol=1e-2)
 
 
 def test_standardization_is_the_stock_ops():

@@ -334,6 +334,43 @@ def test_checkpoints_come_after_as_many_seconds_as_asked(tmp_path, seconds, is_s
     assert bool(steps - {0, 8}) is is_saved_between
 
 
+def test_summaries_are_of_the_batch_that_is_trained_on(tmp_path):
+    # As many batches as steps: one more, for a summary, would be the end of the input.
+    queue = tf.FIFOQueue(20, tf.float32, [])
+    batch = queue.dequeue()
+    tf.summary.scalar("batch", batch)
+    fill = tf.group(queue.enqueue_many(tf.range(20.0)))
+    close = tf.train.QueueRunner(queue, [fill])
+    tf.train.add_queue_runner(close)
+    global_step = tf.train.get_or_create_global_step()
+    with tf.control_dependencies([batch]):
+        train_op = tf.assign_add(global_step, 1)
+    cifar10_session.run_training(
+        train_op,
+        batch,
+        8,
+        str(tmp_path),
+        20,
+        10,
+        session_config(),
+        save_summaries_steps=3,
+    )
+    found = [(step, value) for step, tag, value in recorded(tmp_path) if tag == "batch"]
+    assert found == [(step, step) for step in range(0, 20, 3)]
+
+
+def test_summaries_of_steps_that_are_trained_again_replace_the_first_ones(tmp_path):
+    train(tmp_path, max_steps=4)
+    train(tmp_path, max_steps=6)
+    starts = [
+        event.step
+        for path in sorted(tmp_path.glob("events.out.tfevents.*"))
+        for event in tf.train.summary_iterator(str(path))
+        if event.session_log.status == tf.SessionLog.START
+    ]
+    assert starts == [0, 4]
+
+
 def recorded(train_dir):
     """Returns (step, tag, value) of each scalar in the event files."""
     return [
@@ -352,7 +389,7 @@ def test_summaries_come_as_often_as_asked_with_the_speed_in_examples(tmp_path):
         train_op = tf.assign_add(global_step, 1)
     run(train_op, tmp_path, max_steps=9, save_summaries_steps=4)
     found = recorded(tmp_path)
-    assert [step for step, tag, _ in found if tag == "of_the_graph"] == [1, 5, 9]
+    assert [step for step, tag, _ in found if tag == "of_the_graph"] == [0, 4, 8]
     speeds = [value for _, tag, value in found if tag == "examples_per_sec"]
     assert len(speeds) == 2
     assert all(0 < speed < 8 / 0.05 for speed in speeds)

@@ -113,11 +113,11 @@ def small_run(tmp_path):
     FLAGS.min_fraction_of_examples_in_queue = 0.001
     FLAGS.num_preprocess_threads = 1
 
-    def train(name, seed, max_steps=6):
+    def train(name, seed, max_steps=6, trainer=cifar10_train):
         FLAGS.train_dir = str(tmp_path / name)
         FLAGS.seed = seed
         FLAGS.max_steps = max_steps
-        cifar10_train.train()
+        trainer.train()
         lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
         return [json.loads(line) for line in lines]
 
@@ -164,6 +164,8 @@ def test_each_start_is_noted_beside_the_earlier_ones(small_run, tmp_path):
     assert first["flags"]["batch_size"] == 4
     assert second["flags"]["max_steps"] == 8
     assert {"data_dir", "use_fp16", "train_dir", "num_preprocess_threads"} < first["flags"].keys()
+    assert {"weight_decay", "max_brightness_delta", "log_frequency"} < first["flags"].keys()
+    assert "verbosity" not in first["flags"]  # of a library
     assert first["tensorflow"] == "2.21.0"
     assert first["python"] == platform.python_version()
     assert first["gpus"] == []
@@ -172,6 +174,46 @@ def test_each_start_is_noted_beside_the_earlier_ones(small_run, tmp_path):
         ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
     ).stdout.strip()
     assert (first["commit"] or "").removesuffix("-dirty") == commit
+
+
+LAYERS = ("conv1", "conv2", "local3", "local4", "softmax_linear")
+LOSSES = ("total_loss", "cross_entropy", "weight_decay/local3", "weight_decay/local4")
+SCALARS = {
+    *LOSSES,
+    *(f"{loss}_raw" for loss in LOSSES),
+    *(f"sparsity/{layer}" for layer in LAYERS),
+    "learning_rate",
+    "examples_per_sec",
+    "queue/fraction_full",
+}
+HISTOGRAMS = {
+    f"{kind}/{layer}{rest}"
+    for layer in LAYERS
+    for kind, rest in (
+        ("activations", ""),
+        ("weights", ""),
+        ("biases", ""),
+        ("gradients", "/weights"),
+        ("gradients", "/biases"),
+    )
+}
+
+
+@pytest.mark.parametrize("num_gpus", [None, 1, 2])
+def test_tensorboard_gets_these_tags_and_no_others(small_run, tmp_path, num_gpus):
+    FLAGS.save_summaries_steps = 1
+    trainer = cifar10_train
+    if num_gpus:
+        trainer = cifar10_multi_gpu_train
+        FLAGS.num_gpus = num_gpus
+    small_run("run", seed=1, max_steps=3, trainer=trainer)
+    found = {"simple_value": set(), "histo": set(), "tensor": set()}
+    for path in (tmp_path / "run").glob("events.out.tfevents.*"):
+        for event in tf.train.summary_iterator(str(path)):
+            assert event.step <= 3
+            for value in event.summary.value:
+                found[value.WhichOneof("value")].add(value.tag)
+    assert found == {"simple_value": SCALARS, "histo": HISTOGRAMS, "tensor": {"input"}}
 
 
 @pytest.mark.parametrize("content", ["{}", "[{", ""])

@@ -152,6 +152,8 @@ def test_a_download_that_fails_offers_the_ways_on_and_chooses_none(tmp_path):
         (["cifar10_train.py", "--unknown=1"], "Unknown command line flag 'unknown'"),
         (["cifar10_train.py", "--min_fraction_of_examples_in_queue=nan"], "must be a number"),
         (["cifar10_train.py", "--train_dir="], "must name a folder"),
+        (["cifar10_train.py", "--moving_average_decay=1"], "0 or more, and less than 1"),
+        (["cifar10_train.py", "--max_contrast_factor=0.1"], "least contrast must not be more"),
         (["cifar10_multi_gpu_train.py", "--num_gpus=none"], "--num_gpus=none"),
         (["cifar10_eval.py", "--eval_data=validation"], "<test|train_eval>"),
         (["cifar10_eval.py", "--run_once", "false"], "not a flag: 'false'"),
@@ -192,9 +194,34 @@ def test_without_a_checkpoint_evaluation_fails_once_or_waits(
 
 
 @pytest.mark.parametrize("script", ["cifar10_train.py", "cifar10_eval.py"])
-def test_help_is_not_an_error(script):
+def test_help_tells_each_modules_flags_and_is_not_an_error(script):
     process = run_script(script, "--help")
-    assert "--batch_size" in process.stdout
+    assert process.stderr == ""
+    groups = re.split(r"^(\S+):\n", process.stdout, flags=re.MULTILINE)[1:]
+    flags_of = {
+        name: re.findall(r"^  --(?:\[no\])?(\w+):", text, re.MULTILINE)
+        for name, text in zip(groups[::2], groups[1::2], strict=True)
+    }
+    assert next(iter(flags_of)) == script or script == "cifar10_train.py"
+    assert {"batch_size", "initial_learning_rate", "weight_decay"} < set(flags_of["cifar10"])
+    assert set(flags_of["cifar10_input"]) == {
+        "max_brightness_delta",
+        "min_contrast_factor",
+        "max_contrast_factor",
+        "min_fraction_of_examples_in_queue",
+        "num_preprocess_threads",
+    }
+    assert ("cifar10_session" in flags_of) == (script != "cifar10_eval.py")
+    assert process.stdout.startswith(("Trains", "Evaluates"))
+
+
+@pytest.mark.parametrize("option", ["--help", "--helpfull"])
+def test_help_may_be_left_early(option):
+    command = f"{sys.executable} cifar10_train.py {option} | head -1; exit ${{PIPESTATUS[0]}}"
+    process = subprocess.run(
+        ["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert (process.returncode, process.stderr) == (0, "")
 
 
 def test_a_reader_that_leaves_ends_training_without_a_traceback(tmp_path, synthetic_data_dir):
