@@ -22,7 +22,8 @@ import urllib.request
 import zlib
 
 import numpy as np
-from tqdm import tqdm
+
+from cifar10_progress import show_progress
 
 # The record layout, stated here once: a label byte, then the pixels, depth-major (all of red, row
 # by row, then all of green, then all of blue).
@@ -429,14 +430,8 @@ def _fetch(url, part, offset, size):
 
 
 def _copy(response, output, offset, total, url, size):
-    """Copies a response, with a progress bar on stderr; `total` and `size` may be None."""
-    with tqdm(
-        initial=offset,
-        total=total,
-        desc=f"Downloading {ARCHIVE_NAME}",
-        unit="B",
-        unit_scale=True,
-    ) as bar:
+    """Copies a response, and shows the progress; `total` and `size` may be None."""
+    with show_progress(f"Downloading {ARCHIVE_NAME}", total, "B", offset, unit_scale=True) as bar:
         while True:
             try:
                 chunk = response.read1(CHUNK_BYTES)

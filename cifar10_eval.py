@@ -19,6 +19,7 @@ from absl import flags
 import cifar10
 import cifar10_data
 import cifar10_pictures
+from cifar10_progress import show_progress
 from cifar10_runtime import (
     STOP_REQUEST,
     UserError,
@@ -103,12 +104,16 @@ def _count(session, top_k_op, outputs, summary_op, num_examples):
     coordinator = tf.train.Coordinator()
     threads = tf.train.start_queue_runners(session, coordinator)
     try:
-        while tally.total < num_examples:
-            STOP_REQUEST.raise_if_made()
-            of_first_batch = [summary_op] if tally.total == 0 and summary_op is not None else []
-            is_correct, values, summaries = session.run([top_k_op, outputs or {}, of_first_batch])
-            tally.summary = summaries[0] if summaries else tally.summary
-            tally.add(is_correct[: num_examples - tally.total], values or None)
+        with show_progress("Evaluating", num_examples, " images") as bar:
+            while tally.total < num_examples:
+                STOP_REQUEST.raise_if_made()
+                fetches = [top_k_op, outputs or {}]
+                if tally.total == 0 and summary_op is not None:
+                    fetches.append(summary_op)
+                is_correct, values, *summaries = session.run(fetches)
+                tally.summary = summaries[0] if summaries else tally.summary
+                tally.add(is_correct[: num_examples - tally.total], values or None)
+                bar.update(tally.total - bar.n)
     except tf.errors.OutOfRangeError:
         pass  # the epoch is over; if a thread's error was the cause, join raises that
     finally:

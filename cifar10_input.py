@@ -28,6 +28,10 @@ MIN_FRACTION_OF_EXAMPLES_IN_QUEUE = 0.4
 NUM_PREPROCESS_THREADS = 16
 RECORDS_PER_READ = 128  # per thread and call
 
+# A collection of two int32 []: how many images wait in the training queue, and how many have to
+# before the first batch leaves it.
+QUEUE_LEVEL = "queue_level"
+
 # Of the picture of a batch in TensorBoard.
 SHEET_COLUMNS = 16
 SHEET_IMAGES = 128
@@ -373,6 +377,9 @@ def distorted_inputs(
             min_after_dequeue=min_queue_examples,
             enqueue_many=True,
         )
+        queue = tf.get_collection(tf.GraphKeys.QUEUE_RUNNERS)[-1].queue
+        tf.add_to_collection(QUEUE_LEVEL, queue.size())
+        tf.add_to_collection(QUEUE_LEVEL, tf.constant(min_queue_examples))
         return _as_batch(images, labels, scope)
 
 

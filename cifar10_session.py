@@ -14,6 +14,8 @@ from absl import flags
 
 import cifar10
 import cifar10_data
+import cifar10_input
+from cifar10_progress import show_progress
 from cifar10_runtime import (
     STOP_REQUEST,
     Interrupted,
@@ -216,6 +218,34 @@ class _SummaryHook(tf.train.SessionRunHook):
 
     def end(self, session):
         self._writer.flush()
+
+
+class _FillingHook(tf.train.SessionRunHook):
+    """Shows how the training queue fills, until the first step has got its batch."""
+
+    def __init__(self):
+        self._level = tf.get_collection(cifar10_input.QUEUE_LEVEL)
+        self._has_batch = threading.Event()
+        self._thread = None
+
+    def after_create_session(self, session, coord):
+        if self._level:
+            self._thread = threading.Thread(target=self._show, args=(session, coord), daemon=True)
+            coord.register_thread(self._thread)
+            self._thread.start()
+
+    def after_run(self, run_context, run_values):
+        self._has_batch.set()
+        if self._thread is not None:  # the first line of progress is to come after the bar
+            self._thread.join()
+            self._thread = None
+
+    def _show(self, session, coord):
+        _, minimum = session.run(self._level)
+        with show_progress("Filling queue", int(minimum), " images") as bar:
+            while not self._has_batch.wait(0.1) and not coord.should_stop():
+                examples, _ = session.run(self._level)
+                bar.update(min(examples, minimum) - bar.n)
 
 
 class _FiniteCheck(tf.train.CheckpointSaverListener):
@@ -510,7 +540,13 @@ def run_training(
             train_dir,
             saver,
             # In this order: what is not finite is found before it is saved.
-            [progress, saver_hook, _WatchHook(progress, check_input), *summary_hooks],
+            [
+                _FillingHook(),
+                progress,
+                saver_hook,
+                _WatchHook(progress, check_input),
+                *summary_hooks,
+            ],
             tf.train.StopAtStepHook(last_step=max_steps),
             config,
         )

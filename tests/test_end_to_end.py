@@ -1,9 +1,15 @@
 """The scripts as their users run them: real processes, real files, all that they print."""
 
+import contextlib
+import fcntl
 import os
+import pty
 import re
+import shutil
+import struct
 import subprocess
 import sys
+import termios
 
 import pytest
 from conftest import ROOT, make_records, run_script, write_data_set
@@ -17,6 +23,8 @@ MODULES = (
     "cifar10_eval",
     "cifar10_input",
     "cifar10_multi_gpu_train",
+    "cifar10_pictures",
+    "cifar10_progress",
     "cifar10_runtime",
     "cifar10_session",
     "cifar10_train",
@@ -191,6 +199,63 @@ def test_without_a_checkpoint_evaluation_fails_once_or_waits(
         assert re.fullmatch(
             "cifar10_eval.py: ended by SIGINT: nothing is lost; .*\n", process.stderr.read()
         )
+
+
+def run_on_terminal(*arguments):
+    """Runs a script on a terminal of 100 columns; returns what it writes there."""
+    ours, its = pty.openpty()
+    fcntl.ioctl(its, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 100, 0, 0))
+    with subprocess.Popen(
+        [sys.executable, *arguments], cwd=ROOT, stdin=its, stdout=its, stderr=its
+    ) as process:
+        os.close(its)
+        written = b""
+        with contextlib.suppress(OSError):  # how Linux tells that the other end is closed
+            while chunk := os.read(ours, 65536):
+                written += chunk
+        os.close(ours)
+        assert process.wait(timeout=60) == 0, written
+    return written.decode()
+
+
+def test_the_filling_queue_and_the_evaluation_show_their_progress_on_a_terminal_only(
+    tmp_path, synthetic_data_dir
+):
+    train = (
+        "cifar10_train.py",
+        "--synthetic_data",
+        f"--data_dir={synthetic_data_dir}",
+        "--batch_size=8",
+        "--max_steps=1",
+        f"--train_dir={tmp_path / 'train'}",
+    )
+    evaluate = (
+        "cifar10_eval.py",
+        "--synthetic_data",
+        f"--data_dir={synthetic_data_dir}",
+        "--run_once",
+        "--num_examples=1500",
+        f"--checkpoint_dir={tmp_path / 'train'}",
+        f"--eval_dir={tmp_path / 'eval'}",
+    )
+    written = run_on_terminal(*train)
+    levels = [
+        int(n) for n in re.findall(r"Filling queue: .*? (\d+)/20000 \[.*?images/s\]", written)
+    ]
+    assert levels == sorted(levels)
+    assert levels[-1] > 0
+    # The bar is gone before the first line is written.
+    assert re.search(r"\r +\r\d{4}-.*: step 0, loss = .*\r\n$", written)
+    written = run_on_terminal(*evaluate)
+    counts = [int(n) for n in re.findall(r"Evaluating: .*? (\d+)/1500 \[.*?images/s\]", written)]
+    assert counts == sorted(counts)
+    assert counts[-1] > 0
+    assert re.search(r"\r +\r\d{4}-.*: precision @ 1 = 0\.\d{3}\r\n$", written)
+    shutil.rmtree(tmp_path / "train")
+    for arguments in (train, evaluate):
+        process = run_script(*arguments)
+        assert process.stderr == ""
+        assert "\r" not in process.stdout
 
 
 @pytest.mark.parametrize("script", ["cifar10_train.py", "cifar10_eval.py"])
