@@ -20,18 +20,23 @@ import cifar10
 import cifar10_data
 import cifar10_pictures
 from cifar10_progress import show_progress
+from cifar10_restore import (
+    CheckpointError,
+    check_fits,
+    read_step,
+    require_checkpoint,
+    restore,
+    variables_to_restore,
+)
 from cifar10_runtime import (
     STOP_REQUEST,
     UserError,
     append_json_line,
-    explain_missing_checkpoint,
-    find_differences,
     find_latest_checkpoint,
     find_reason,
     format_now,
     is_histogram_of_nonfinite,
     quiet_cancellation,
-    read_global_step,
     run,
     session_config,
     tf,
@@ -43,20 +48,12 @@ flags.DEFINE_string("eval_dir", "/tmp/cifar10_eval", "Folder for summaries.")
 flags.DEFINE_enum(
     "eval_data", "test", ["test", "train_eval"], "Images: the test file's or the training files'."
 )
-flags.DEFINE_string("checkpoint_dir", "/tmp/cifar10_train", "Folder to read checkpoints from.")
 flags.DEFINE_integer(
     "eval_interval_secs", 300, "Seconds between two evaluations, at least.", lower_bound=0
 )
-for name in ("eval_dir", "checkpoint_dir"):
-    flags.register_validator(name, bool, "it must name a folder")
+flags.register_validator("eval_dir", bool, "it must name a folder")
 flags.DEFINE_integer("num_examples", 10000, "Images to evaluate, at most.", lower_bound=1)
 flags.DEFINE_boolean("run_once", False, "Evaluate the newest checkpoint, then exit.")
-flags.DEFINE_boolean(
-    "use_moving_averages",
-    True,
-    "Evaluate the variables' moving averages; false: the variables themselves.",
-)
-
 
 RESULTS_FILE = "results.jsonl"
 MAX_MISTAKES = 36  # images on the sheet of mistakes
@@ -123,49 +120,6 @@ def _count(session, top_k_op, outputs, summary_op, num_examples):
     return tally
 
 
-class CheckpointError(UserError):
-    """A checkpoint cannot be evaluated: it is damaged, not of this model, not finite, or gone."""
-
-
-def require_checkpoint(checkpoint_dir):
-    """Returns the path of the newest checkpoint. Raises UserError where there is none."""
-    checkpoint = find_latest_checkpoint(checkpoint_dir)
-    if checkpoint is None and (reason := explain_missing_checkpoint(checkpoint_dir)):
-        raise UserError(f"{reason}; go on training there, which says how to mend it")
-    if checkpoint is None:
-        raise UserError(
-            f"there is no checkpoint in {checkpoint_dir}; train first, or name another folder "
-            "with --checkpoint_dir"
-        )
-    return checkpoint
-
-
-def _restore(session, saver, checkpoint):
-    """Restores the variables, and returns the global step of the checkpoint."""
-    try:
-        saver.restore(session, checkpoint)
-    # ValueError is the Saver's own check that the files exist.
-    except (tf.errors.OpError, ValueError) as error:
-        raise CheckpointError(f"{checkpoint} cannot be restored: {find_reason(error)}") from error
-    return _read_step(checkpoint)
-
-
-def _read_step(checkpoint):
-    try:
-        return read_global_step(checkpoint)
-    except UserError as error:
-        raise CheckpointError(str(error)) from error
-
-
-def _check_fits(checkpoint, variables):
-    try:
-        differences = find_differences(checkpoint, variables)
-    except (tf.errors.OpError, ValueError) as error:
-        raise CheckpointError(f"{checkpoint} cannot be read: {find_reason(error)}") from error
-    if differences:
-        raise CheckpointError(f"{checkpoint} is of another model: in it {differences}")
-
-
 def eval_once(
     saver,
     summary_writer,
@@ -204,7 +158,7 @@ def eval_once(
         # Once per graph, and before a session runs it: the next evaluation uses it again.
         tf.add_to_collection(tf.GraphKeys.LOCAL_INIT_OP, tf.local_variables_initializer())
     with tf.Session(config=session_config(FLAGS.use_fp16)) as session:
-        step = _restore(session, saver, checkpoint)
+        step = restore(session, saver, checkpoint)
         session.run(tf.get_collection(tf.GraphKeys.LOCAL_INIT_OP))
         try:
             tally = _count(
@@ -319,11 +273,7 @@ def evaluate():
         images, labels = cifar10.inputs(eval_test, num_epochs=1)
         logits = cifar10.inference(images)
         top_k_op = tf.nn.in_top_k(logits, labels, 1)
-        if FLAGS.use_moving_averages:
-            averages = tf.train.ExponentialMovingAverage(cifar10.MOVING_AVERAGE_DECAY)
-            variables = averages.variables_to_restore()
-        else:
-            variables = {variable.op.name: variable for variable in tf.trainable_variables()}
+        variables = variables_to_restore(FLAGS.use_moving_averages)
         saver = tf.train.Saver(variables)
         # How many zeros a layer puts out is a matter of the training, and shown there.
         summaries = tf.get_collection(tf.GraphKeys.SUMMARIES)
@@ -346,8 +296,8 @@ def evaluate():
                 start = time.monotonic()
                 done = checkpoint
                 try:
-                    step = _read_step(checkpoint)
-                    _check_fits(checkpoint, variables)
+                    step = read_step(checkpoint)
+                    check_fits(checkpoint, variables)
                     if step < last_step:
                         raise CheckpointError(
                             f"{checkpoint} is of step {step}, before step {last_step}, which has "

@@ -268,6 +268,19 @@ def _crop(planes):
     return _finish(_Pixels.take_apart(tf.cast(planes, tf.float32)))
 
 
+def standardized_crops(pictures):
+    """Makes of pictures what `inputs` makes of the same pixels in records.
+
+    Args:
+      pictures: uint8 [n, 32, 32, 3].
+
+    Returns:
+      float32 [n, 24, 24, 3], each with mean 0 and variance 1.
+    """
+    # A transpose in effect; see `read_cifar10`. (A cast before it would be moved behind it.)
+    return _crop(tf.stack(tf.unstack(pictures, axis=3), axis=1))
+
+
 def _finish(pixels):
     """Standardizes, and puts the channels last: to float32 [n, 24, 24, 3]."""
     images = tf.transpose(_standardize(pixels).put_together(), [0, 2, 3, 1])

@@ -1,12 +1,20 @@
-"""Pictures of what a model got wrong, as PNG: a confusion matrix, a sheet of images.
+"""Pictures: files of any size as pixels for the model, and what it got wrong, drawn as PNG.
 
 NumPy and Pillow only; TensorFlow is not needed here.
 """
 
 import io
+import os
+import struct
+import warnings
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+import cifar10_data
+
+FORMATS = ("PNG", "JPEG", "GIF", "BMP", "WEBP")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".gif", ".bmp", ".webp")
 
 CELL = 44  # pixels; a side of the confusion matrix's cells
 MARGIN = 96  # pixels; for the names beside it
@@ -15,6 +23,84 @@ CAPTION = 34  # pixels; two lines under a mistake
 COLUMNS = 6  # mistakes side by side
 INK = (20, 20, 20)
 PAPER = (255, 255, 255)
+
+
+class PictureError(Exception):
+    """A file is not a picture that can be read; the message is one line and names it."""
+
+
+def find_pictures(paths):
+    """Gives the paths of pictures: files as they are named, folders with all that is in them.
+
+    Args:
+      paths: iterable of paths. In folders, and the folders within, the files count whose names end
+        as those of pictures do; in alphabetical order.
+
+    Returns:
+      Iterator of paths; a folder without pictures is given itself.
+    """
+    for path in paths:
+        is_empty = True
+        for folder, folders, names in os.walk(path):
+            folders.sort()
+            for name in sorted(names):
+                if name.lower().endswith(SUFFIXES) and not name.startswith("."):
+                    is_empty = False
+                    yield os.path.join(folder, name)
+        if is_empty:
+            yield path
+
+
+def read_picture(path):
+    """Reads a picture as a record has it: scaled to cover 32 x 32 pixels, and cropped centrally.
+
+    It is turned upright where its EXIF data say so; of several frames the first is taken; what is
+    transparent is shown on white. One of 32 x 32 pixels is taken as it is.
+
+    Args:
+      path: a PNG, JPEG, GIF, BMP or WebP file.
+
+    Returns:
+      uint8 [32, 32, 3].
+
+    Raises:
+      PictureError: it is none of these, damaged, or a folder.
+    """
+    if os.path.isdir(path):
+        raise PictureError(f"{path}: this folder holds no pictures ({', '.join(SUFFIXES)})")
+    try:
+        # A large picture, or a damaged comment in it, is nothing to warn of.
+        with warnings.catch_warnings(action="ignore"), Image.open(path, formats=FORMATS) as picture:
+            picture = _make_rgb(ImageOps.exif_transpose(picture))
+            size = (cifar10_data.WIDTH, cifar10_data.HEIGHT)
+            # Bicubic; for making smaller it takes all pixels into account, so nothing is aliased.
+            return np.asarray(ImageOps.fit(picture, size, Image.Resampling.BICUBIC))
+    except FileNotFoundError as error:
+        raise PictureError(f"{path}: there is no such file") from error
+    except Image.UnidentifiedImageError as error:
+        raise PictureError(f"{path}: it is not a {', '.join(FORMATS)} picture") from error
+    # What Pillow's decoders raise on damaged files.
+    except (
+        OSError,
+        ValueError,
+        SyntaxError,
+        EOFError,
+        IndexError,
+        struct.error,
+        Image.DecompressionBombError,
+    ) as error:
+        raise PictureError(f"{path}: it cannot be read ({error})") from error
+
+
+def _make_rgb(picture):
+    if picture.mode.startswith("I"):  # grey with 16 bits; Pillow would clip it
+        picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert(
+            "RGB"
+        )
+    return picture.convert("RGB")
 
 
 def _to_png(picture):

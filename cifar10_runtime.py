@@ -236,6 +236,29 @@ def append_json_line(path, value):
         file.write(json.dumps({"time": time.time(), **value}) + "\n")
 
 
+STARTS_FILE = "run.json"  # in train_dir: what each start of training there was
+
+
+def read_starts(path):
+    """Returns the list that a file of starts holds; empty where there is no file.
+
+    Raises:
+      UserError: it is there and is not such a list.
+    """
+    try:
+        with open(path) as file:
+            starts = json.load(file)
+        if not (isinstance(starts, list) and all(isinstance(start, dict) for start in starts)):
+            raise ValueError("it is not a list of objects")
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{path} does not hold the list of this folder's starts ({error}); move it away"
+        ) from error
+    return starts
+
+
 def describe_software_and_hardware():
     """Returns the versions of Python, TensorFlow and the project, the processor and the GPUs."""
     folder = os.path.dirname(os.path.abspath(__file__))
@@ -339,8 +362,10 @@ def read_global_step(checkpoint):
         raise UserError(f"{checkpoint} cannot be read: {find_reason(error)}") from error
 
 
-def run(main):
+def run(main, takes_arguments=False):
     """Runs a script's `main()`: parses flags strictly, and tells errors in one line.
+
+    With `takes_arguments`, what is not a flag is given to `main` as a list.
 
     Unknown flags, bad values and stray arguments end the script with a usage message and exit
     code 1; so does an error that the user can mend (`UserError`, `DataError`), without a traceback.
@@ -349,7 +374,7 @@ def run(main):
     """
 
     def checked_main(arguments):
-        if len(arguments) > 1:
+        if len(arguments) > 1 and not takes_arguments:
             raise app.UsageError(f"this argument is not a flag: {arguments[1]!r}")
         # TensorFlow's messages have a handler of their own; absl's would print them once more.
         tf.get_logger().propagate = False
@@ -360,7 +385,7 @@ def run(main):
         script = os.path.basename(arguments[0])
         STOP_REQUEST.listen()
         try:
-            main()
+            main(*[arguments[1:]] if takes_arguments else [])
         except (DataError, UserError) as error:
             print(f"{script}: error: {error}", file=sys.stderr)
             return 1

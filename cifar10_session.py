@@ -17,6 +17,7 @@ import cifar10_data
 import cifar10_input
 from cifar10_progress import show_progress
 from cifar10_runtime import (
+    STARTS_FILE,
     STOP_REQUEST,
     Interrupted,
     UserError,
@@ -31,6 +32,7 @@ from cifar10_runtime import (
     list_modules_with_flags,
     quiet_cancellation,
     read_global_step,
+    read_starts,
     session_config,
     tf,
 )
@@ -80,7 +82,6 @@ flags.DEFINE_boolean(
 
 
 LOCK_FILE = ".trainer.lock"
-STARTS_FILE = "run.json"
 METRICS_FILE = "metrics.jsonl"
 # Seconds that a step may take to end after a signal, before its input is closed; and that the
 # input's threads may take to end. Together with a save they stay within half a minute.
@@ -385,17 +386,7 @@ def _note_start(path):
     Raises:
       UserError: the file is there and is not such a list.
     """
-    starts = []
-    if os.path.exists(path):
-        try:
-            with open(path) as file:
-                starts = json.load(file)
-            if not isinstance(starts, list):
-                raise ValueError("it is not a list")
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"{path} does not hold the list of this folder's starts ({error}); move it away"
-            ) from error
+    starts = read_starts(path)
     starts.append(
         {
             "time": time.time(),
@@ -406,6 +397,7 @@ def _note_start(path):
                 for flag in FLAGS.flags_by_module_dict()[module]
             },
             "seed": tf.get_default_graph().seed,
+            "class_names": cifar10_data.read_class_names(cifar10.find_data_folder()),
             **describe_software_and_hardware(),
         }
     )

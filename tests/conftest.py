@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import numpy as np
+import numpy_model
 import pytest
 from absl.testing import flagsaver
 
@@ -20,6 +21,12 @@ def make_records(count, seed=0):
     records = np.random.default_rng(seed).integers(0, 256, [count, 3073]).astype(np.uint8)
     records[:, 0] = np.arange(count) % 10
     return records
+
+
+def draw_patches(records, generator):
+    """Replaces noise, which averages out in the layers, by patches that tell images apart."""
+    patches = generator.integers(0, 256, [len(records), 3, 4, 4])
+    records[:, 1:] = patches.repeat(8, axis=2).repeat(8, axis=3).reshape(len(records), -1)
 
 
 def write_data_set(folder, train_counts=(3, 4, 5, 6, 7), test_count=11):
@@ -77,6 +84,26 @@ def all_batches(session, fetches):
         while True:
             results.append(session.run(fetches))
     return results
+
+
+RAW, AVERAGED = 14, 12  # seeds of the variables and of their moving averages
+
+
+def save_checkpoint(checkpoint_dir, step):
+    """Saves a checkpoint with different values in the variables and in their averages."""
+    from cifar10_runtime import tf
+
+    checkpoint_dir = pathlib.Path(checkpoint_dir)
+    checkpoint_dir.mkdir(exist_ok=True)
+    with tf.Graph().as_default(), tf.Session() as session:
+        tf.get_variable("global_step", initializer=np.int64(step))
+        raw = numpy_model.random_variables(RAW)
+        averaged = numpy_model.random_variables(AVERAGED)
+        for name in raw:
+            tf.get_variable(name, initializer=raw[name])
+            tf.get_variable(f"{name}/ExponentialMovingAverage", initializer=averaged[name])
+        session.run(tf.global_variables_initializer())
+        return tf.train.Saver().save(session, str(checkpoint_dir / "model.ckpt"), step)
 
 
 def run_script(*arguments, check=True, timeout=120):

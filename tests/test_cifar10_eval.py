@@ -12,7 +12,14 @@ import types
 import numpy as np
 import numpy_model
 import pytest
-from conftest import standardized_centers, write_data_set
+from conftest import (
+    AVERAGED,
+    RAW,
+    draw_patches,
+    save_checkpoint,
+    standardized_centers,
+    write_data_set,
+)
 
 import cifar10
 import cifar10_data
@@ -21,22 +28,6 @@ from cifar10_data import DataError
 from cifar10_runtime import UserError, session_config, tf
 
 FLAGS = cifar10_eval.FLAGS
-RAW, AVERAGED = 14, 12  # seeds of the variables and of their moving averages
-
-
-def save_checkpoint(checkpoint_dir, step):
-    """Saves a checkpoint with different values in the variables and in their averages."""
-    checkpoint_dir = pathlib.Path(checkpoint_dir)
-    checkpoint_dir.mkdir(exist_ok=True)
-    with tf.Graph().as_default(), tf.Session() as session:
-        tf.get_variable("global_step", initializer=np.int64(step))
-        raw = numpy_model.random_variables(RAW)
-        averaged = numpy_model.random_variables(AVERAGED)
-        for name in raw:
-            tf.get_variable(name, initializer=raw[name])
-            tf.get_variable(f"{name}/ExponentialMovingAverage", initializer=averaged[name])
-        session.run(tf.global_variables_initializer())
-        return tf.train.Saver().save(session, str(checkpoint_dir / "model.ckpt"), step)
 
 
 def correct_predictions(records, seed):
@@ -53,11 +44,9 @@ def records(tmp_path):
     FLAGS.run_once = True
     folder = tmp_path / cifar10_data.EXTRACTED_FOLDER
     data_set = write_data_set(folder, train_counts=(20, 1, 30, 8, 5), test_count=131)
-    # Noise averages out on its way through the layers; patches of colour tell images apart.
     generator = np.random.default_rng(13)
     for records in data_set:
-        patches = generator.integers(0, 256, [len(records), 3, 4, 4])
-        records[:, 1:] = patches.repeat(8, axis=2).repeat(8, axis=3).reshape(len(records), -1)
+        draw_patches(records, generator)
     train, test = data_set
     starts = (0, 20, 21, 51, 59, 64)
     for number, (start, end) in enumerate(itertools.pairwise(starts), start=1):
@@ -421,13 +410,13 @@ def test_summaries_do_not_go_among_the_checkpoints(records):
 def test_test_data_that_is_cut_while_it_is_evaluated_is_told(records, monkeypatch):
     save_checkpoint(FLAGS.checkpoint_dir, 7)
     test_file = pathlib.Path(cifar10.find_data_folder()) / "test_batch.bin"
-    restore = cifar10_eval._restore
+    restore = cifar10_eval.restore
 
     def restore_then_cut(*arguments):
         os.truncate(test_file, 3073)
         return restore(*arguments)
 
-    monkeypatch.setattr(cifar10_eval, "_restore", restore_then_cut)
+    monkeypatch.setattr(cifar10_eval, "restore", restore_then_cut)
     with pytest.raises(DataError, match=r"test_batch.bin has 3073 bytes now; it had \d+ when"):
         cifar10_eval.evaluate()
     assert recorded(FLAGS.eval_dir)[0] == []
