@@ -16,6 +16,7 @@ from absl import flags
 
 import cifar10_data
 import cifar10_input
+import cifar10_summaries
 from cifar10_runtime import GPUS, tf
 
 FLAGS = flags.FLAGS
@@ -204,21 +205,9 @@ def _summarize_activation(activation, layer):
     # A model that is built again over the same variables, as a later tower is, would only repeat
     # the summaries of the first.
     if not tf.get_variable_scope().reuse:
-        sparsity = tf.nn.zero_fraction(activation)
-        with tf.name_scope(None):
-            tf.summary.histogram(f"activations/{layer}", activation)
-            tf.summary.scalar(f"sparsity/{layer}", sparsity)
+        cifar10_summaries.histogram(f"activations/{layer}", activation)
+        cifar10_summaries.sparsity(f"sparsity/{layer}", activation)
     return activation
-
-
-def _scalar_summary(tag, value):
-    """Adds a scalar under exactly that tag.
-
-    `tf.summary.scalar` makes the tag from the operation's name, and `cross_entropy` is taken by
-    the operation that computes it: the tag would be `cross_entropy_1`.
-    """
-    summary = tf.raw_ops.ScalarSummary(tags=tag, values=value)
-    tf.add_to_collection(tf.GraphKeys.SUMMARIES, summary)
 
 
 def _convolution(images, layer, channels, bias):
@@ -344,7 +333,8 @@ def inference(images):
     )  # this time before the pool, as in cuda-convnet
     pool2 = _pool(norm2, "pool2")  # [batch, 6, 6, 64]
 
-    features = tf.reshape(pool2, [-1, math.prod(pool2.shape.as_list()[1:])])  # [batch, 2304]
+    size = math.prod(pool2.shape.as_list()[1:])
+    features = tf.reshape(pool2, [-1, size], name="features")  # [batch, 2304]
     local3 = _fully_connected(
         features, "local3", units=384, stddev=0.04, bias=0.1, weight_decay=FLAGS.weight_decay
     )  # [batch, 384]
@@ -403,8 +393,9 @@ def decayed_learning_rate(global_step, examples_per_step):
         decay_steps=max(1, int(steps_per_epoch * FLAGS.num_epochs_per_decay)),
         decay_rate=FLAGS.learning_rate_decay_factor,
         staircase=True,
+        name="learning_rate",
     )
-    tf.summary.scalar("learning_rate", learning_rate)
+    cifar10_summaries.scalar("learning_rate", learning_rate)
     tf.add_to_collection(LEARNING_RATE, learning_rate)
     return learning_rate
 
@@ -455,9 +446,10 @@ def average_losses(tower_losses):
             name="avg",
         )
         averages_op = averages.apply(list(means.values()))
-        for tag, mean in means.items():
-            _scalar_summary(f"{tag}_raw", mean)
-            _scalar_summary(tag, averages.average(mean))
+        with tf.control_dependencies([averages_op]):  # shown are the averages with this step's loss
+            for tag, mean in means.items():
+                cifar10_summaries.scalar(f"{tag}_raw", mean)
+                cifar10_summaries.scalar(tag, averages.average(mean))
     return averages_op
 
 
@@ -480,15 +472,16 @@ def update_variables(optimizer, gradients, global_step):
             with tf.name_scope(FINITE_SCOPE):  # a sum has no infinity or NaN but from its terms
                 total = tf.reduce_sum(gradient, name=f"gradients/{variable.op.name}")
             tf.add_to_collection(MUST_BE_FINITE, total)
-        tf.summary.histogram(f"gradients/{variable.op.name}", gradient)
-        tf.summary.histogram(_tag(variable.op), variable)
-    # Counted here, because loss scaling skips updates, and a step that is skipped is a step.
-    apply_gradients_op = optimizer.apply_gradients(gradients)
-    with tf.control_dependencies([apply_gradients_op]):
-        count_op = tf.assign_add(global_step, 1)
-    averages = tf.train.ExponentialMovingAverage(FLAGS.moving_average_decay, global_step)
-    with tf.control_dependencies([count_op]):
-        return averages.apply(tf.trainable_variables())
+        cifar10_summaries.histogram(f"gradients/{variable.op.name}", gradient)
+        cifar10_summaries.histogram(_tag(variable.op), variable)
+    with tf.name_scope("update"):
+        # Counted here, because loss scaling skips updates, and a step that is skipped is a step.
+        apply_gradients_op = optimizer.apply_gradients(gradients)
+        with tf.control_dependencies([apply_gradients_op]):
+            count_op = tf.assign_add(global_step, 1)
+        averages = tf.train.ExponentialMovingAverage(FLAGS.moving_average_decay, global_step)
+        with tf.control_dependencies([count_op]):
+            return averages.apply(tf.trainable_variables())
 
 
 def train(total_loss, global_step, examples_per_step=None):

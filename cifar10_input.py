@@ -14,6 +14,7 @@ from typing import NamedTuple
 from absl import flags
 
 import cifar10_data
+import cifar10_summaries
 from cifar10_runtime import tf
 
 IMAGE_SIZE = 24  # pixels; the crop that the model sees, of the 32 in a record
@@ -31,10 +32,6 @@ RECORDS_PER_READ = 128  # per thread and call
 # A collection of two int32 []: how many images wait in the training queue, and how many have to
 # before the first batch leaves it.
 QUEUE_LEVEL = "queue_level"
-
-# Of the picture of a batch in TensorBoard.
-SHEET_COLUMNS = 16
-SHEET_IMAGES = 128
 
 # The bounds of the tutorial's distortions.
 MAX_BRIGHTNESS_DELTA = 63.0  # of pixel values 0 to 255
@@ -304,45 +301,11 @@ def _as_batch(images, labels, scope):
     summaries = tf.get_collection_ref(tf.GraphKeys.SUMMARIES)
     of_queues = [summary for summary in summaries if summary.op.name.startswith(scope)]
     summaries[:] = [summary for summary in summaries if not summary.op.name.startswith(scope)]
-    with tf.name_scope(None):  # so that the tags are not prefixed with the scope
-        for summary in of_queues:
-            if "shuffle_batch" in summary.op.name:
-                tf.summary.scalar("queue/fraction_full", summary.op.inputs[1])
-        _summarize_images("input", images)
+    for summary in of_queues:
+        if "shuffle_batch" in summary.op.name:
+            cifar10_summaries.scalar("queue/fraction_full", summary.op.inputs[1])
+    cifar10_summaries.images("input", images)
     return images, tf.reshape(labels, [-1])
-
-
-def _summarize_images(tag, images):
-    """Shows a batch in TensorBoard as one sheet, each image scaled to its own range.
-
-    `tf.summary.image` would show three of them, under tags like `input/image/0`.
-
-    Args:
-      tag: string.
-      images: float32 [batch, height, width, 3]; the first SHEET_IMAGES are shown.
-    """
-    with tf.name_scope(f"{tag}_sheet"):
-        images = images[:SHEET_IMAGES]
-        low = tf.reduce_min(images, [1, 2, 3], keepdims=True)
-        high = tf.reduce_max(images, [1, 2, 3], keepdims=True)
-        images = tf.math.divide_no_nan(images - low, high - low)
-        # White lines between them, and white images up to the end of the last row.
-        missing = -tf.shape(images)[0] % SHEET_COLUMNS
-        images = tf.pad(images, [[0, missing], [1, 1], [1, 1], [0, 0]], constant_values=1.0)
-        height, width, depth = images.shape.as_list()[1:]
-        grid = tf.reshape(images, [-1, SHEET_COLUMNS, height, width, depth])
-        rows = tf.transpose(grid, [0, 2, 1, 3, 4])
-        sheet = tf.reshape(rows, [-1, SHEET_COLUMNS * width, depth])
-        png = tf.image.encode_png(tf.cast(255.0 * sheet, tf.uint8))
-        # TensorBoard's form of pictures in tensors: width, height, then the pictures.
-        size = [tf.as_string(tf.shape(sheet)[1]), tf.as_string(tf.shape(sheet)[0])]
-        plugin = tf.SummaryMetadata.PluginData(plugin_name="images")
-        summary = tf.raw_ops.TensorSummaryV2(
-            tag=tag,
-            tensor=tf.stack([*size, png]),
-            serialized_summary_metadata=tf.SummaryMetadata(plugin_data=plugin).SerializeToString(),
-        )
-    tf.add_to_collection(tf.GraphKeys.SUMMARIES, summary)
 
 
 def distorted_inputs(

@@ -15,6 +15,7 @@ from absl import flags
 import cifar10
 import cifar10_data
 import cifar10_input
+import cifar10_summaries
 from cifar10_progress import show_progress
 from cifar10_runtime import (
     STARTS_FILE,
@@ -189,7 +190,7 @@ class _SummaryHook(tf.train.SessionRunHook):
         self._examples_per_step = examples_per_step
         self._every_steps = every_steps
         self._writer = tf.summary.FileWriterCache.get(train_dir)
-        self._summary_op = tf.summary.merge_all()
+        self._summary_op = tf.summary.merge_all(name=f"{cifar10_summaries.SCOPE}merged")
 
     def after_create_session(self, session, coord):
         # Entries of later steps, of a run that was killed, are no longer true.
@@ -255,7 +256,8 @@ class _FiniteCheck(tf.train.CheckpointSaverListener):
     def __init__(self, progress):
         self._progress = progress
         self._variables = [v for v in tf.global_variables() if v.dtype.base_dtype.is_floating]
-        self._sums = [tf.reduce_sum(variable) for variable in self._variables]
+        with tf.name_scope(cifar10.FINITE_SCOPE):
+            self._sums = [tf.reduce_sum(variable) for variable in self._variables]
 
     def before_save(self, session, global_step_value):
         for variable, value in zip(self._variables, session.run(self._sums), strict=True):
@@ -548,7 +550,7 @@ def run_training(
             pass  # the input has ended, by itself or because it was closed
         except tf.errors.OpError as error:
             if is_histogram_of_nonfinite(error):
-                name = find_reason(error).rpartition(": ")[2]
+                name = find_reason(error).rpartition(": ")[2].removeprefix(cifar10_summaries.SCOPE)
                 raise progress.error_of(name, "is not finite") from error
             check_input()  # the data may explain it
             raise

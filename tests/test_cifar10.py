@@ -409,10 +409,11 @@ def test_the_moving_average_of_a_loss_follows_the_losses():
     with started_session() as session:
         biased, weight = 0.0, 0.0
         for value in (5.0, 1.0, 3.0):
-            session.run(average_op, {loss: value})
+            # Both at once, as a step does it: the average that is shown is the one with this loss.
+            _, summary = session.run([average_op, summaries], {loss: value})
             # Decay 0.9, corrected for the start from nothing.
             biased, weight = 0.9 * biased + 0.1 * value, 0.9 * weight + 0.1
-            summary = tf.Summary.FromString(session.run(summaries, {loss: value}))
+            summary = tf.Summary.FromString(summary)
             found = {entry.tag: entry.simple_value for entry in summary.value}
             assert found == pytest.approx(
                 {"cross_entropy": biased / weight, "cross_entropy_raw": value}, rel=1e-5

@@ -210,10 +210,17 @@ def test_tensorboard_gets_these_tags_and_no_others(small_run, tmp_path, num_gpus
     found = {"simple_value": set(), "histo": set(), "tensor": set()}
     for path in (tmp_path / "run").glob("events.out.tfevents.*"):
         for event in tf.train.summary_iterator(str(path)):
-            assert event.step <= 3
+            if event.HasField("graph_def"):
+                graph = tf.GraphDef.FromString(event.graph_def)
+                scopes = {node.name.split("/")[0] for node in graph.node}
             for value in event.summary.value:
                 found[value.WhichOneof("value")].add(value.tag)
     assert found == {"simple_value": SCALARS, "histo": HISTOGRAMS, "tensor": {"input"}}
+    # The picture of the graph: the layers, and a few scopes for all the rest.
+    assert {"distorted_inputs", *LAYERS} <= scopes
+    if not num_gpus:
+        assert {"pool1", "norm1", "norm2", "pool2", "total_loss"} <= scopes
+        assert len(scopes) < 40
 
 
 @pytest.mark.parametrize("content", ["{}", "[{", ""])

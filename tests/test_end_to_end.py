@@ -24,9 +24,12 @@ MODULES = (
     "cifar10_input",
     "cifar10_multi_gpu_train",
     "cifar10_pictures",
+    "cifar10_predict",
     "cifar10_progress",
+    "cifar10_restore",
     "cifar10_runtime",
     "cifar10_session",
+    "cifar10_summaries",
     "cifar10_train",
 )
 TIME = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d{6}"
