@@ -261,7 +261,7 @@ def test_the_filling_queue_and_the_evaluation_show_their_progress_on_a_terminal_
         assert "\r" not in process.stdout
 
 
-@pytest.mark.parametrize("script", ["cifar10_train.py", "cifar10_eval.py"])
+@pytest.mark.parametrize("script", ["cifar10_train.py", "cifar10_eval.py", "cifar10_predict.py"])
 def test_help_tells_each_modules_flags_and_is_not_an_error(script):
     process = run_script(script, "--help")
     assert process.stderr == ""
@@ -279,8 +279,9 @@ def test_help_tells_each_modules_flags_and_is_not_an_error(script):
         "min_fraction_of_examples_in_queue",
         "num_preprocess_threads",
     }
-    assert ("cifar10_session" in flags_of) == (script != "cifar10_eval.py")
-    assert process.stdout.startswith(("Trains", "Evaluates"))
+    assert ("cifar10_session" in flags_of) == (script == "cifar10_train.py")
+    assert ("cifar10_restore" in flags_of) == (script != "cifar10_train.py")
+    assert process.stdout.startswith(("Trains", "Evaluates", "Tells what is on pictures"))
 
 
 @pytest.mark.parametrize("option", ["--help", "--helpfull"])
