@@ -17,12 +17,16 @@ from absl import flags
 import cifar10_data
 import cifar10_input
 import cifar10_summaries
-from cifar10_runtime import GPUS, tf
+from cifar10_runtime import GPUS, check_flags, tf
 
 FLAGS = flags.FLAGS
 
 flags.DEFINE_integer(
-    "batch_size", 128, "Images per batch (in training: per tower and step).", lower_bound=1
+    "batch_size",
+    128,
+    "Images per batch (in training: per tower and step).",
+    lower_bound=1,
+    upper_bound=2**20,
 )
 flags.DEFINE_string("data_dir", "/tmp/cifar10_data", "Folder that holds the data sets.")
 flags.register_validator("data_dir", bool, "it must name a folder")
@@ -55,26 +59,28 @@ NUM_EPOCHS_PER_DECAY = 350.0  # epochs until the learning rate decays
 LEARNING_RATE_DECAY_FACTOR = 0.1
 INITIAL_LEARNING_RATE = 0.1
 WEIGHT_DECAY = 0.004  # of local3 and local4, times half the sum of the squared weights
-LOSS_AVERAGE_DECAY = 0.9  # per step, of the losses that TensorBoard shows
 
 flags.DEFINE_float(
-    "initial_learning_rate", INITIAL_LEARNING_RATE, "Learning rate of the first steps, per step."
+    "initial_learning_rate",
+    INITIAL_LEARNING_RATE,
+    "Learning rate, until it decays; what a step multiplies the gradients by. Over 0.",
 )
 flags.DEFINE_float(
     "num_epochs_per_decay",
     NUM_EPOCHS_PER_DECAY,
-    "Epochs (50,000 images each, over all towers) until the learning rate decays, and again.",
+    "Epochs (50,000 images each, over all towers) until the learning rate decays, and again. "
+    "Over 0.",
 )
 flags.DEFINE_float(
     "learning_rate_decay_factor",
     LEARNING_RATE_DECAY_FACTOR,
-    "What the learning rate is multiplied by when it decays; 1: it never does.",
+    "What the learning rate is multiplied by when it decays; over 0. 1: it never does.",
 )
 flags.DEFINE_float(
     "moving_average_decay",
     MOVING_AVERAGE_DECAY,
     "Share of a learned variable's moving average that a step leaves as it is; the rest is the "
-    "variable's new value.",
+    "variable's new value. 0 or more, and under 1.",
 )
 flags.DEFINE_float(
     "weight_decay",
@@ -82,17 +88,27 @@ flags.DEFINE_float(
     "What half the sum of the squared weights of local3 and of local4 is multiplied by in the "
     "loss; 0: no weight decay.",
 )
-for name in ("initial_learning_rate", "num_epochs_per_decay"):
-    flags.register_validator(name, lambda value: 0 < value < math.inf, "it must be more than 0")
-flags.register_validator(
-    "learning_rate_decay_factor", lambda value: 0 < value <= 1, "it must be more than 0, 1 at most"
+check_flags(
+    ["initial_learning_rate", "num_epochs_per_decay"],
+    lambda value: 0 < value <= 1e9,  # such that float32 and int64 hold what comes of it
+    "it must be more than 0, a thousand million at most",
 )
-flags.register_validator(
-    "moving_average_decay", lambda value: 0 <= value < 1, "it must be 0 or more, and less than 1"
+check_flags(
+    ["learning_rate_decay_factor"],
+    lambda value: 0 < value <= 1,
+    "it must be more than 0, 1 at most",
 )
-flags.register_validator(
-    "weight_decay", lambda value: 0 <= value < math.inf, "it must be 0 or more"
+check_flags(
+    ["moving_average_decay"], lambda value: 0 <= value < 1, "it must be 0 or more, and less than 1"
 )
+check_flags(
+    ["weight_decay"],
+    lambda value: 0 <= value <= 1e9,
+    "it must be 0 or more, a thousand million at most",
+)
+
+# Per step, of the losses that TensorBoard shows; not a part of the recipe.
+LOSS_AVERAGE_DECAY = 0.9
 
 # Collections of what a run looks at after each step: scalars that are finite if all is well, each
 # named for the tensor that it stands for within the scope; and the learning rate of that step.
@@ -454,7 +470,7 @@ def average_losses(tower_losses):
 
 
 def update_variables(optimizer, gradients, global_step):
-    """Applies the gradients, then, and only then, updates the moving averages of the variables.
+    """Shows the gradients, applies them, and then, and only then, updates the moving averages.
 
     Args:
       optimizer: from `make_optimizer`.
@@ -462,7 +478,21 @@ def update_variables(optimizer, gradients, global_step):
       global_step: int64 [] variable; counts this update.
 
     Returns:
-      The operation that does both.
+      The operation that does all of it.
+    """
+    watch_gradients(optimizer, gradients)
+    update_op = apply_gradients(optimizer, gradients, global_step)
+    with tf.control_dependencies([update_op]):  # shown is what the step has made of them
+        summarize_variables(gradients)
+    return update_op
+
+
+def watch_gradients(optimizer, gradients):
+    """Shows gradients in TensorBoard, and has them checked after each step.
+
+    Args:
+      optimizer: from `make_optimizer`.
+      gradients: list of (gradient, variable).
     """
     scales_loss = isinstance(optimizer, tf.mixed_precision.MixedPrecisionLossScaleOptimizer)
     for gradient, variable in gradients:
@@ -473,7 +503,25 @@ def update_variables(optimizer, gradients, global_step):
                 total = tf.reduce_sum(gradient, name=f"gradients/{variable.op.name}")
             tf.add_to_collection(MUST_BE_FINITE, total)
         cifar10_summaries.histogram(f"gradients/{variable.op.name}", gradient)
+
+
+def summarize_variables(gradients):
+    """Shows the variables of a list of (gradient, variable) in TensorBoard."""
+    for _, variable in gradients:
         cifar10_summaries.histogram(_tag(variable.op), variable)
+
+
+def apply_gradients(optimizer, gradients, global_step):
+    """Applies the gradients, then updates the moving averages of the variables.
+
+    Args:
+      optimizer: from `make_optimizer`.
+      gradients: list of (gradient, variable).
+      global_step: int64 [] variable; counts this update.
+
+    Returns:
+      The operation that does all of it.
+    """
     with tf.name_scope("update"):
         # Counted here, because loss scaling skips updates, and a step that is skipped is a step.
         apply_gradients_op = optimizer.apply_gradients(gradients)

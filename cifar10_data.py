@@ -457,7 +457,7 @@ def _hash(path):
 def _extract(archive, folder):
     """Extracts the known files of `archive`; `folder` appears with all of them or not at all."""
     wanted = {f"{EXTRACTED_FOLDER}/{name}": name for name in ARCHIVE_FILES}
-    with make_whole(folder) as staging:
+    with _make_whole(folder) as staging:
         try:
             with tarfile.open(archive, "r:gz") as members:
                 for member in members:
@@ -484,7 +484,7 @@ def _extract(archive, folder):
 
 
 @contextlib.contextmanager
-def make_whole(folder):
+def _make_whole(folder):
     """Gives a new folder to fill; it is renamed to `folder` when, and only when, that succeeds.
 
     One process at a time: see `_preparing`. What an earlier one left half done is thrown away.
@@ -522,7 +522,7 @@ def maybe_generate_synthetic(data_dir, seed=0):
     with _preparing(data_dir, folder):
         if os.path.isdir(folder):  # another process has made it meanwhile
             return folder
-        with make_whole(folder) as staging:
+        with _make_whole(folder) as staging:
             for number, path in enumerate(
                 record_files(staging, eval_data=False) + record_files(staging, eval_data=True)
             ):

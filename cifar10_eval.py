@@ -17,12 +17,13 @@ import numpy as np
 from absl import flags
 
 import cifar10
+import cifar10_charts
 import cifar10_data
-import cifar10_pictures
 from cifar10_progress import show_progress
 from cifar10_restore import (
     CheckpointError,
     check_fits,
+    find_class_names,
     read_step,
     require_checkpoint,
     restore,
@@ -49,10 +50,16 @@ flags.DEFINE_enum(
     "eval_data", "test", ["test", "train_eval"], "Images: the test file's or the training files'."
 )
 flags.DEFINE_integer(
-    "eval_interval_secs", 300, "Seconds between two evaluations, at least.", lower_bound=0
+    "eval_interval_secs",
+    300,
+    "Seconds between two evaluations, at least.",
+    lower_bound=0,
+    upper_bound=2**31 - 1,
 )
 flags.register_validator("eval_dir", bool, "it must name a folder")
-flags.DEFINE_integer("num_examples", 10000, "Images to evaluate, at most.", lower_bound=1)
+flags.DEFINE_integer(
+    "num_examples", 10000, "Images to evaluate, at most.", lower_bound=1, upper_bound=2**31 - 1
+)
 flags.DEFINE_boolean("run_once", False, "Evaluate the newest checkpoint, then exit.")
 
 RESULTS_FILE = "results.jsonl"
@@ -204,16 +211,17 @@ def _report(tally, summary, eval_dir, step, checkpoint):
             summary.value.add(tag=f"precision/{name}", simple_value=share)
     images, labels, predictions = zip(*tally.mistakes, strict=True) if tally.mistakes else [()] * 3
     for tag, png in (
-        ("confusion_matrix", cifar10_pictures.draw_confusion_matrix(tally.confusion, names)),
-        ("mistakes", cifar10_pictures.draw_mistakes(np.array(images), labels, predictions, names)),
+        ("confusion_matrix", cifar10_charts.draw_confusion_matrix(tally.confusion, names)),
+        ("mistakes", cifar10_charts.draw_mistakes(np.array(images), labels, predictions, names)),
     ):
         summary.value.add(tag=tag, image=tf.Summary.Image(encoded_image_string=png))
     append_json_line(
         os.path.join(eval_dir, RESULTS_FILE),
         {
-            "step": int(step),
+            "step": step,
             "checkpoint": checkpoint,
             "eval_data": FLAGS.eval_data,
+            "use_moving_averages": FLAGS.use_moving_averages,
             "count": tally.total,
             "precision": tally.precision,
             "cross_entropy": cross_entropy,
@@ -240,6 +248,17 @@ def _check_folders():
         raise UserError(
             f"--eval_dir and --checkpoint_dir are both {FLAGS.eval_dir}; summaries of evaluations "
             "need a folder of their own"
+        )
+
+
+def _check_classes():
+    """Raises UserError where the checkpoint was trained on other classes than the data has."""
+    trained = find_class_names()
+    names = cifar10_data.read_class_names(cifar10.find_data_folder())
+    if trained != names:
+        raise UserError(
+            f"{FLAGS.checkpoint_dir} has been trained on other classes ({', '.join(trained)}) than "
+            f"the data set has ({', '.join(names)}); name the data set that belongs to it"
         )
 
 
@@ -298,6 +317,7 @@ def evaluate():
                 try:
                     step = read_step(checkpoint)
                     check_fits(checkpoint, variables)
+                    _check_classes()
                     if step < last_step:
                         raise CheckpointError(
                             f"{checkpoint} is of step {step}, before step {last_step}, which has "

@@ -15,7 +15,7 @@ from absl import flags
 
 import cifar10_data
 import cifar10_summaries
-from cifar10_runtime import tf
+from cifar10_runtime import check_flags, tf
 
 IMAGE_SIZE = 24  # pixels; the crop that the model sees, of the 32 in a record
 
@@ -47,12 +47,13 @@ flags.DEFINE_float(
     lower_bound=0.0,
     upper_bound=1.0,
 )
-flags.register_validator("min_fraction_of_examples_in_queue", math.isfinite, "it must be a number")
+check_flags(["min_fraction_of_examples_in_queue"], math.isfinite, "it must be a number")
 flags.DEFINE_integer(
     "num_preprocess_threads",
     NUM_PREPROCESS_THREADS,
     "Threads that read and distort training images.",
     lower_bound=1,
+    upper_bound=1024,
 )
 flags.DEFINE_float(
     "max_brightness_delta",
@@ -60,21 +61,28 @@ flags.DEFINE_float(
     "The most that is added to, or taken from, all values (0 to 255) of a training image. "
     "Standardization takes it away again.",
     lower_bound=0.0,
+    upper_bound=255.0,
 )
 flags.DEFINE_float(
     "min_contrast_factor",
     MIN_CONTRAST_FACTOR,
     "The least that a training image's contrast is multiplied by.",
     lower_bound=0.0,
+    upper_bound=1000.0,
 )
 flags.DEFINE_float(
     "max_contrast_factor",
     MAX_CONTRAST_FACTOR,
-    "The most that a training image's contrast is multiplied by.",
+    "The most that a training image's contrast is multiplied by; over 0.",
     lower_bound=0.0,
+    upper_bound=1000.0,
 )
-for name in ("max_brightness_delta", "min_contrast_factor", "max_contrast_factor"):
-    flags.register_validator(name, math.isfinite, "it must be a number")
+check_flags(
+    ["max_brightness_delta", "min_contrast_factor", "max_contrast_factor"],
+    math.isfinite,
+    "it must be a number",
+)
+check_flags(["max_contrast_factor"], bool, "it must be more than 0, or nothing would be seen")
 flags.register_multi_flags_validator(
     ["min_contrast_factor", "max_contrast_factor"],
     lambda values: values["min_contrast_factor"] <= values["max_contrast_factor"],

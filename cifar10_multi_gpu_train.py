@@ -15,7 +15,9 @@ from cifar10_runtime import GPUS, run, tf
 
 FLAGS = flags.FLAGS
 
-flags.DEFINE_integer("num_gpus", 1, "Towers to train, one per GPU.", lower_bound=1)
+flags.DEFINE_integer(
+    "num_gpus", 1, "Towers to train, one per GPU.", lower_bound=1, upper_bound=1024
+)
 
 
 def tower_loss(scope, images, labels):

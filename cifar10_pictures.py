@@ -1,32 +1,44 @@
-"""Pictures: files of any size as pixels for the model, and what it got wrong, drawn as PNG.
+"""Picture files of any size and format, as pixels for the model.
 
 NumPy and Pillow only; TensorFlow is not needed here.
 """
 
-import io
 import os
-import struct
+import stat
 import warnings
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageOps
+from PIL.ExifTags import Base as Exif
 
 import cifar10_data
 
 FORMATS = ("PNG", "JPEG", "GIF", "BMP", "WEBP")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".gif", ".bmp", ".webp")
 
-CELL = 44  # pixels; a side of the confusion matrix's cells
-MARGIN = 96  # pixels; for the names beside it
-ZOOM = 3  # pixels that a pixel of a mistake is shown as, each way
-CAPTION = 34  # pixels; two lines under a mistake
-COLUMNS = 6  # mistakes side by side
-INK = (20, 20, 20)
-PAPER = (255, 255, 255)
+# What makes a picture upright, by the number that its EXIF data have for how it lies.
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 class PictureError(Exception):
     """A file is not a picture that can be read; the message is one line and names it."""
+
+    def __init__(self, path, reason):
+        super().__init__(f"{make_printable(path)}: {' '.join(str(reason).split())}")
+
+
+def make_printable(path):
+    """Returns a path in one line that can be printed, whatever characters or bytes are in it."""
+    text = os.fspath(path)
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text) or repr(text)
 
 
 def find_pictures(paths):
@@ -37,17 +49,20 @@ def find_pictures(paths):
         as those of pictures do; in alphabetical order.
 
     Returns:
-      Iterator of paths; a folder without pictures is given itself.
+      Iterator of paths; a folder without pictures, or that cannot be read, is given itself.
     """
     for path in paths:
         is_empty = True
-        for folder, folders, names in os.walk(path):
+        errors = []
+        for folder, folders, names in os.walk(path, onerror=errors.append):
             folders.sort()
             for name in sorted(names):
                 if name.lower().endswith(SUFFIXES) and not name.startswith("."):
                     is_empty = False
                     yield os.path.join(folder, name)
-        if is_empty:
+        unreadable = [error.filename for error in errors if os.path.isdir(error.filename)]
+        yield from unreadable
+        if is_empty and not unreadable:
             yield path
 
 
@@ -64,122 +79,64 @@ def read_picture(path):
       uint8 [32, 32, 3].
 
     Raises:
-      PictureError: it is none of these, damaged, or a folder.
+      PictureError: it is none of these, damaged, or not a file.
     """
-    if os.path.isdir(path):
-        raise PictureError(f"{path}: this folder holds no pictures ({', '.join(SUFFIXES)})")
+    try:
+        mode = os.stat(path).st_mode
+    except FileNotFoundError as error:
+        raise PictureError(path, "there is no such file") from error
+    except OSError as error:
+        raise PictureError(path, error.strerror) from error
+    if stat.S_ISDIR(mode):
+        if os.access(path, os.R_OK | os.X_OK):
+            raise PictureError(path, f"this folder holds no pictures ({', '.join(SUFFIXES)})")
+        raise PictureError(path, "this folder cannot be read")
+    if not stat.S_ISREG(mode):  # such as a pipe, which might keep us waiting for ever
+        raise PictureError(path, "it is not a file")
     try:
         # A large picture, or a damaged comment in it, is nothing to warn of.
         with warnings.catch_warnings(action="ignore"), Image.open(path, formats=FORMATS) as picture:
-            picture = _make_rgb(ImageOps.exif_transpose(picture))
-            size = (cifar10_data.WIDTH, cifar10_data.HEIGHT)
-            # Bicubic; for making smaller it takes all pixels into account, so nothing is aliased.
-            return np.asarray(ImageOps.fit(picture, size, Image.Resampling.BICUBIC))
-    except FileNotFoundError as error:
-        raise PictureError(f"{path}: there is no such file") from error
+            return _make_record(picture)
     except Image.UnidentifiedImageError as error:
-        raise PictureError(f"{path}: it is not a {', '.join(FORMATS)} picture") from error
-    # What Pillow's decoders raise on damaged files.
-    except (
-        OSError,
-        ValueError,
-        SyntaxError,
-        EOFError,
-        IndexError,
-        struct.error,
-        Image.DecompressionBombError,
-    ) as error:
-        raise PictureError(f"{path}: it cannot be read ({error})") from error
+        raise PictureError(path, "it is not a PNG, JPEG, GIF, BMP or WebP picture") from error
+    except Exception as error:  # of any kind, as Pillow's decoders raise on damaged files
+        reason = str(error) or type(error).__name__
+        raise PictureError(path, f"it cannot be read ({reason})") from error
 
 
-def _make_rgb(picture):
-    if picture.mode.startswith("I"):  # grey with 16 bits; Pillow would clip it
-        picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
+def _make_record(picture):
+    turn = _TURNS.get(_find_orientation(picture))
+    picture = _make_scalable(picture)
+    size = (cifar10_data.WIDTH, cifar10_data.HEIGHT)
+    # Bicubic; for making smaller it takes all pixels into account, so nothing is aliased. What is
+    # transparent has no part in it.
+    picture = ImageOps.fit(picture, size, Image.Resampling.BICUBIC)
+    if turn is not None:  # now, that it is small
+        picture = picture.transpose(turn)
     if picture.has_transparency_data:
-        picture = picture.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert(
-            "RGB"
-        )
-    return picture.convert("RGB")
+        paper = Image.new("RGBA", picture.size, "white")
+        picture = Image.alpha_composite(paper, picture.convert("RGBA"))
+    return np.asarray(picture.convert("RGB"))
 
 
-def _to_png(picture):
-    output = io.BytesIO()
-    picture.save(output, "PNG")
-    return output.getvalue()
+def _find_orientation(picture):
+    try:
+        return picture.getexif().get(Exif.Orientation)
+    except Exception:  # of any kind, from damaged data; the picture itself may be good
+        return None
 
 
-def draw_confusion_matrix(matrix, names):
-    """Draws how often each class was taken for which.
-
-    Args:
-      matrix: int [classes, classes]; row: the true class, column: the predicted one.
-      names: the classes' names.
-
-    Returns:
-      bytes; a PNG. A cell is the darker, the larger its share of the row.
-    """
-    count = len(names)
-    side = MARGIN + count * CELL
-    picture = Image.new("RGB", (side + 10, side + 24), PAPER)
-    draw = ImageDraw.Draw(picture)
-    font = ImageFont.load_default(size=13)
-    for column, name in enumerate(names):
-        # Upright: drawn on a strip of its own, which is then turned.
-        strip = Image.new("RGB", (MARGIN - 8, CELL), PAPER)
-        ImageDraw.Draw(strip).text((0, CELL // 2), name, INK, font, anchor="lm")
-        picture.paste(strip.rotate(90, expand=True), (MARGIN + column * CELL, 4))
-    for row, name in enumerate(names):
-        top = MARGIN + row * CELL
-        draw.text((MARGIN - 8, top + CELL // 2), name, INK, font, anchor="rm")
-        of_row = max(1, int(np.sum(matrix[row])))
-        for column in range(count):
-            share = matrix[row][column] / of_row
-            left = MARGIN + column * CELL
-            shade = tuple(round(255 - share * (255 - dark)) for dark in (8, 48, 107))
-            draw.rectangle([left, top, left + CELL, top + CELL], shade, outline=(200, 200, 200))
-            draw.text(
-                (left + CELL // 2, top + CELL // 2),
-                str(matrix[row][column]),
-                PAPER if share > 0.5 else INK,
-                font,
-                anchor="mm",
-            )
-    draw.text((MARGIN, side + 6), "row: true class; column: predicted class", INK, font)
-    return _to_png(picture)
-
-
-def draw_mistakes(images, labels, predictions, names):
-    """Draws a sheet of images with the class that each has, and the one it was taken for.
-
-    Args:
-      images: float [n, height, width, 3]; any range, each is scaled to its own.
-      labels: int [n]; true classes.
-      predictions: int [n]; predicted classes.
-      names: the classes' names.
-
-    Returns:
-      bytes; a PNG. With no images it says so.
-    """
-    font = ImageFont.load_default(size=12)
-    if not len(images):
-        picture = Image.new("RGB", (200, 40), PAPER)
-        ImageDraw.Draw(picture).text((100, 20), "no mistakes", INK, font, anchor="mm")
-        return _to_png(picture)
-    height, width = images.shape[1] * ZOOM, images.shape[2] * ZOOM
-    cell_width, cell_height = max(width, 96) + 8, height + CAPTION + 8
-    rows = -(-len(images) // COLUMNS)
-    picture = Image.new("RGB", (COLUMNS * cell_width, rows * cell_height), PAPER)
-    draw = ImageDraw.Draw(picture)
-    for number, (image, label, prediction) in enumerate(
-        zip(images, labels, predictions, strict=True)
-    ):
-        row, column = divmod(number, COLUMNS)
-        left, top = column * cell_width + 4, row * cell_height + 4
-        low, high = image.min(), image.max()
-        scaled = (image - low) / max(high - low, 1e-6) * 255
-        shown = Image.fromarray(scaled.astype(np.uint8)).resize((width, height), Image.NEAREST)
-        picture.paste(shown, (left, top))
-        draw.text((left, top + height + 2), names[label], INK, font)
-        draw.text((left, top + height + 17), f"not {names[prediction]}", (180, 30, 30), font)
-    return _to_png(picture)
+def _make_scalable(picture):
+    """Returns a picture in a mode in which neighbouring values can be mixed."""
+    if picture.mode.startswith("I"):  # grey with 16 bits; Pillow would clip it
+        values = np.asarray(picture)
+        grey = Image.fromarray((values >> 8).astype(np.uint8))
+        if "transparency" in picture.info:
+            opaque = np.where(values == picture.info["transparency"], 0, 255)
+            grey.putalpha(Image.fromarray(opaque.astype(np.uint8)))
+        return grey
+    if picture.mode in ("LA", "RGBA"):
+        return picture
+    if picture.has_transparency_data:
+        return picture.convert("RGBA")
+    return picture.convert("L" if picture.mode in ("1", "L") else "RGB")

@@ -13,6 +13,7 @@ import contextlib
 import json
 import os
 import sys
+import tempfile
 from typing import NamedTuple
 
 import numpy as np
@@ -23,7 +24,7 @@ import cifar10_data
 import cifar10_input
 import cifar10_pictures
 from cifar10_restore import CheckpointError, find_class_names, restore_newest
-from cifar10_runtime import UserError, run, session_config, tf
+from cifar10_runtime import UserError, find_reason, run, session_config, tf
 
 FLAGS = flags.FLAGS
 
@@ -33,6 +34,7 @@ flags.DEFINE_string(
     None,
     "Folder to write the model to, as a SavedModel; it must not hold anything yet.",
 )
+flags.register_validator("export_dir", lambda value: value != "", "it must name a folder")
 
 TOP = 3  # classes that are told of a picture
 
@@ -70,7 +72,7 @@ def open_model():
         logits = cifar10.inference(cifar10_input.standardized_crops(pictures))
         probabilities = tf.nn.softmax(logits, name="probabilities")
         checkpoint, step = restore_newest(session)
-        yield _Model(session, pictures, probabilities, find_class_names(), checkpoint, int(step))
+        yield _Model(session, pictures, probabilities, find_class_names(), checkpoint, step)
 
 
 def read_in_batches(paths, size):
@@ -132,21 +134,21 @@ def predict_files(model, paths, batch_size, as_json):
     """
     count = unreadable = 0
     for batch in read_in_batches(paths, batch_size):
-        pictures = [picture for _, picture in batch if isinstance(picture, np.ndarray)]
+        pictures = [result for _, result in batch if isinstance(result, np.ndarray)]
         predictions = iter(predict(model, np.stack(pictures)) if pictures else [])
-        for path, picture in batch:
+        for path, result in batch:
             count += 1
-            if isinstance(picture, cifar10_pictures.PictureError):
+            if isinstance(result, cifar10_pictures.PictureError):
                 unreadable += 1
-                print(picture, file=sys.stderr, flush=True)
-                found = {"error": str(picture)}
+                print(result, file=sys.stderr, flush=True)
+                found = {"error": str(result)}
             else:
                 found = {"predictions": next(predictions)}
             if as_json:
                 _print_json(model, path, **found)
             elif "predictions" in found:
                 shares = ", ".join(f"{name} {share:.3f}" for name, share in found["predictions"])
-                print(f"{path}: {shares}", flush=True)
+                print(f"{cifar10_pictures.make_printable(path)}: {shares}", flush=True)
     if unreadable:
         raise UserError(f"{unreadable} of {count} could not be read")
 
@@ -185,10 +187,13 @@ def export(model, export_dir):
             "class_names": tf.tile(names, [tf.shape(model.pictures)[0], 1]),
         },
     )
-    export_dir = os.path.abspath(export_dir)
+    parent, name = os.path.split(os.path.abspath(export_dir))
     try:
-        os.makedirs(os.path.dirname(export_dir), exist_ok=True)
-        with cifar10_data.make_whole(export_dir) as staging:
+        os.makedirs(parent, exist_ok=True)
+        # It gets its name when it is whole. A folder of that name that is not empty stays.
+        with tempfile.TemporaryDirectory(prefix=f".{name}.", dir=parent) as folder:
+            staging = os.path.join(folder, name)
+            os.mkdir(staging)
             builder = tf.saved_model.Builder(staging)
             builder.add_meta_graph_and_variables(
                 model.session,
@@ -198,8 +203,10 @@ def export(model, export_dir):
                 strip_default_attrs=True,
             )
             builder.save()
-    except (OSError, tf.errors.OpError) as error:
-        raise UserError(f"cannot write --export_dir={export_dir}: {error}") from error
+            os.rename(staging, export_dir)
+    # ValueError is the Saver's name for a folder that is gone.
+    except (OSError, ValueError, tf.errors.OpError) as error:
+        raise UserError(f"cannot write --export_dir={export_dir}: {find_reason(error)}") from error
 
 
 def check_export_dir(export_dir):
@@ -215,7 +222,6 @@ def main(paths):
         raise app.UsageError("name pictures, folders of pictures, or --export_dir")
     if FLAGS.export_dir is not None:
         check_export_dir(FLAGS.export_dir)  # before anything is done in vain
-    sys.stdout.reconfigure(errors="backslashreplace")  # file names may be any bytes
     with open_model() as model:
         if FLAGS.export_dir is not None:
             export(model, FLAGS.export_dir)

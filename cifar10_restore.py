@@ -132,5 +132,13 @@ def find_class_names():
     They are those that training noted beside it, or, where it has noted none, the data set's.
     """
     starts = read_starts(os.path.join(FLAGS.checkpoint_dir, STARTS_FILE))
-    noted = starts[-1].get("class_names") if starts else None
-    return tuple(noted or cifar10_data.read_class_names(cifar10.find_data_folder()))
+    if not starts or "class_names" not in starts[-1]:
+        return cifar10_data.read_class_names(cifar10.find_data_folder())
+    names = starts[-1]["class_names"]
+    is_list = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    if not is_list or len(names) != cifar10.NUM_CLASSES:
+        raise UserError(
+            f"the last `class_names` in {FLAGS.checkpoint_dir}/{STARTS_FILE} are not "
+            f"{cifar10.NUM_CLASSES} names"
+        )
+    return tuple(names)

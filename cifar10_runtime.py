@@ -230,6 +230,12 @@ def format_now():
     return f"{datetime.datetime.now():%Y-%m-%d %H:%M:%S.%f}"
 
 
+def check_flags(names, is_valid, rule):
+    """Has the values of flags refused unless `is_valid(value)`; `rule` tells what they must be."""
+    for name in names:
+        flags.register_validator(name, is_valid, rule)
+
+
 def append_json_line(path, value):
     """Adds a dict and the time (seconds since 1970) to a file with one JSON object a line."""
     with open(path, "a") as file:
@@ -356,7 +362,7 @@ def find_differences(checkpoint, variables):
 def read_global_step(checkpoint):
     """Returns the global step of a checkpoint. Raises UserError where it cannot be read."""
     try:
-        return tf.train.load_checkpoint(checkpoint).get_tensor(tf.GraphKeys.GLOBAL_STEP)
+        return int(tf.train.load_checkpoint(checkpoint).get_tensor(tf.GraphKeys.GLOBAL_STEP))
     # TensorFlow's reader turns statuses into exceptions of Python's own, of several kinds.
     except (tf.errors.OpError, ValueError, IndexError, RuntimeError) as error:
         raise UserError(f"{checkpoint} cannot be read: {find_reason(error)}") from error
@@ -432,7 +438,8 @@ def _is_ours(name):
     if name == sys.argv[0]:  # the script's module has the name that it was called by
         return True
     path = getattr(sys.modules.get(name), "__file__", None) or ""
-    return os.path.dirname(os.path.abspath(path)) == os.path.dirname(os.path.abspath(__file__))
+    here, of_script = os.path.abspath(__file__), os.path.abspath(sys.argv[0])
+    return os.path.dirname(os.path.abspath(path)) in map(os.path.dirname, (here, of_script))
 
 
 def _print_help():

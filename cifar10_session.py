@@ -47,27 +47,46 @@ flags.DEFINE_string(
 )
 flags.register_validator("train_dir", bool, "it must name a folder")
 flags.DEFINE_integer(
-    "max_steps", 1000000, "Steps to train, those of earlier runs included.", lower_bound=1
+    "max_steps",
+    1000000,
+    "Steps to train, those of earlier runs included.",
+    lower_bound=1,
+    upper_bound=2**31 - 1,
 )
-flags.DEFINE_integer("log_frequency", 10, "Steps between two lines of progress.", lower_bound=1)
-flags.DEFINE_integer("save_checkpoint_secs", 600, "Seconds between two checkpoints.", lower_bound=1)
+flags.DEFINE_integer(
+    "log_frequency",
+    10,
+    "Steps between two lines of progress.",
+    lower_bound=1,
+    upper_bound=2**31 - 1,
+)
+flags.DEFINE_integer(
+    "save_checkpoint_secs",
+    600,
+    "Seconds between two checkpoints.",
+    lower_bound=1,
+    upper_bound=2**31 - 1,
+)
 flags.DEFINE_integer(
     "save_checkpoint_steps",
     None,
     "Steps between two checkpoints, in place of --save_checkpoint_secs.",
     lower_bound=1,
+    upper_bound=2**31 - 1,
 )
 flags.DEFINE_integer(
     "max_checkpoints_to_keep",
     5,
     "Checkpoints of a run that are kept; older ones of that run are removed.",
     lower_bound=1,
+    upper_bound=2**31 - 1,
 )
 flags.DEFINE_integer(
     "save_summaries_steps",
     100,
     "Steps between two entries of TensorBoard's; 0: none.",
     lower_bound=0,
+    upper_bound=2**31 - 1,
 )
 flags.DEFINE_integer(
     "seed",
@@ -144,7 +163,8 @@ class _ProgressHook(tf.train.SessionRunHook):
         rates = [f", where the learning rate is {rate:g}" for rate in self._last_learning_rate]
         return UserError(
             f"{name} {how} at step {step}{''.join(rates)}; the step is not saved: to go on "
-            "from the checkpoint before it, start again"
+            "from the checkpoint before it, start again; if it comes to the same, with a smaller "
+            "--initial_learning_rate"
         )
 
     def _print_line(self, loss):
@@ -158,15 +178,15 @@ class _ProgressHook(tf.train.SessionRunHook):
             f"{sec_per_batch:.3f} sec/batch)",
             flush=True,
         )
-        append_json_line(
-            self._metrics_path,
-            {
-                "step": self.step,
-                "loss": float(loss),
-                "examples_per_sec": examples_per_sec,
-                "sec_per_batch": sec_per_batch,
-            },
-        )
+        metrics = {
+            "step": self.step,
+            "loss": float(loss),
+            "examples_per_sec": examples_per_sec,
+            "sec_per_batch": sec_per_batch,
+        }
+        for rate in self._last_learning_rate:
+            metrics["learning_rate"] = float(rate)
+        append_json_line(self._metrics_path, metrics)
         self._start_time = now
         self._first_step_since_line = self.step + 1
         self._line_is_due = False
@@ -237,8 +257,12 @@ class _FillingHook(tf.train.SessionRunHook):
             self._thread.start()
 
     def after_run(self, run_context, run_values):
+        self.close()
+
+    def close(self):
+        """Ends what is shown, before something else is."""
         self._has_batch.set()
-        if self._thread is not None:  # the first line of progress is to come after the bar
+        if self._thread is not None:
             self._thread.join()
             self._thread = None
 
@@ -285,11 +309,13 @@ class _WatchHook(tf.train.SessionRunHook):
     Args:
       progress: the `_ProgressHook`.
       check_input: called every second; raises `DataError` when the input cannot be used any more.
+      filling: the `_FillingHook`.
     """
 
-    def __init__(self, progress, check_input):
+    def __init__(self, progress, check_input, filling):
         self._progress = progress
         self._check_input = check_input
+        self._filling = filling
 
     def after_create_session(self, session, coord):
         thread = threading.Thread(target=self._watch, args=(coord,), daemon=True)
@@ -317,6 +343,7 @@ class _WatchHook(tf.train.SessionRunHook):
                 next_check = now + 1.0
 
     def _stop(self, coord, error=None):
+        self._filling.close()
         with quiet_cancellation():
             coord.request_stop(error)
             time.sleep(0.5)  # threads of TensorFlow's close the queues meanwhile
@@ -389,6 +416,12 @@ def _note_start(path):
       UserError: the file is there and is not such a list.
     """
     starts = read_starts(path)
+    names = list(cifar10_data.read_class_names(cifar10.find_data_folder()))
+    if starts and starts[-1].get("class_names", names) != names:
+        raise UserError(
+            f"{path} tells of training on other classes ({', '.join(starts[-1]['class_names'])}) "
+            f"than the data set has ({', '.join(names)}); name another folder with --train_dir"
+        )
     starts.append(
         {
             "time": time.time(),
@@ -399,7 +432,7 @@ def _note_start(path):
                 for flag in FLAGS.flags_by_module_dict()[module]
             },
             "seed": tf.get_default_graph().seed,
-            "class_names": cifar10_data.read_class_names(cifar10.find_data_folder()),
+            "class_names": names,
             **describe_software_and_hardware(),
         }
     )
@@ -529,16 +562,17 @@ def run_training(
         summary_hooks.append(
             _SummaryHook(progress, examples_per_step, save_summaries_steps, train_dir)
         )
+    filling = _FillingHook()
     with STOP_REQUEST.deferred():
         session = _start(
             train_dir,
             saver,
             # In this order: what is not finite is found before it is saved.
             [
-                _FillingHook(),
+                filling,
                 progress,
                 saver_hook,
-                _WatchHook(progress, check_input),
+                _WatchHook(progress, check_input, filling),
                 *summary_hooks,
             ],
             tf.train.StopAtStepHook(last_step=max_steps),

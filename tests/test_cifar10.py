@@ -12,6 +12,7 @@ from conftest import write_data_set
 import cifar10
 import cifar10_data
 import cifar10_input
+import cifar10_session  # noqa: F401, its flags
 from cifar10_runtime import tf
 
 pytestmark = pytest.mark.usefixtures("graph")
@@ -238,23 +239,36 @@ def test_weights_decay_as_much_as_the_flag_says(weight_decay):
 @pytest.mark.parametrize(
     ("name", "values"),
     [
-        ("initial_learning_rate", [0.0, -0.1, math.inf, math.nan]),
-        ("num_epochs_per_decay", [0.0, -1.0, math.inf, math.nan]),
+        ("initial_learning_rate", [0.0, -0.1, 1e39, math.inf, math.nan]),
+        ("num_epochs_per_decay", [0.0, -1.0, 1e20, math.inf, math.nan]),
         ("learning_rate_decay_factor", [0.0, -0.1, 1.1, math.nan]),
         ("moving_average_decay", [-0.1, 1.0, math.nan]),
-        ("weight_decay", [-0.1, math.inf, math.nan]),
-        ("max_brightness_delta", [-1.0, math.inf, math.nan]),
+        ("weight_decay", [-0.1, 1e39, math.inf, math.nan]),
+        ("max_brightness_delta", [-1.0, 256.0, math.inf, math.nan]),
         ("min_contrast_factor", [-1.0, 1.9, math.nan]),
         ("max_contrast_factor", [-1.0, 0.1, math.inf, math.nan]),
         ("min_fraction_of_examples_in_queue", [-0.1, 1.1, math.nan]),
         ("num_preprocess_threads", [0]),
-        ("batch_size", [0]),
+        ("batch_size", [0, 99999999999]),
+        ("log_frequency", [0, 2**31]),
+        ("save_checkpoint_secs", [0, 2**31]),
+        ("save_checkpoint_steps", [0, 10**23]),
+        ("max_checkpoints_to_keep", [0, 10**20]),
+        ("save_summaries_steps", [-1, 2**31]),
+        ("max_steps", [0, 2**31]),
+        ("seed", [-1, 2**31]),
     ],
 )
 def test_values_that_make_no_sense_are_refused(name, values):
     for value in values:
         with pytest.raises(flags.IllegalFlagValueError):
             setattr(cifar10.FLAGS, name, value)
+
+
+def test_training_without_any_contrast_is_refused():
+    cifar10.FLAGS.min_contrast_factor = 0.0
+    with pytest.raises(flags.IllegalFlagValueError):
+        cifar10.FLAGS.max_contrast_factor = 0.0
 
 
 def test_an_update_moves_a_variable_against_its_gradient_and_then_its_average():

@@ -137,6 +137,7 @@ def test_results_are_those_of_a_recount_in_numpy(records, batch_size):
         "eval_data": "test",
         "count": 100,
         "precision": pytest.approx((predictions == labels).mean()),
+        "use_moving_averages": True,
         "class_names": list(cifar10_data.CLASS_NAMES),
         "confusion_matrix": confusion.tolist(),
     }
@@ -156,6 +157,14 @@ def test_tensorboard_gets_what_was_counted_and_nothing_else(records):
         *(f"precision/{name}" for name in cifar10_data.CLASS_NAMES),
         *(f"activations/{layer}" for layer in layers),
     }
+
+
+def test_a_data_set_of_other_classes_than_the_checkpoints_is_refused(records):
+    save_checkpoint(FLAGS.checkpoint_dir, 7)
+    starts = [{"class_names": [f"own{number}" for number in range(10)]}]
+    (pathlib.Path(FLAGS.checkpoint_dir) / "run.json").write_text(json.dumps(starts))
+    with pytest.raises(UserError, match=r"other classes \(own0, .* set has \(airplane, "):
+        cifar10_eval.evaluate()
 
 
 def test_a_class_without_images_has_no_precision(records):

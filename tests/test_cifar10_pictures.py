@@ -1,15 +1,14 @@
-"""Files of known pixels are read; what is drawn is read back from the PNG, pixel by pixel."""
+"""Files of known pixels are read, and damaged ones refused."""
 
-import io
+import os
 import struct
 import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 import cifar10_pictures
-from cifar10_data import CLASS_NAMES as NAMES
 from cifar10_pictures import PictureError, find_pictures, read_picture
 
 RED, BLUE = (255, 0, 0), (0, 0, 255)
@@ -95,6 +94,10 @@ def test_what_is_transparent_is_shown_on_white(tmp_path):
     assert (read[:16] == RED).all()
     np.testing.assert_allclose(read[16:24].astype(int), [[(255, 127, 127)] * 32] * 8, atol=1)
     assert (read[24:] == 255).all()
+    grey = Image.fromarray(np.where(np.indices((32, 32))[0] < 16, 0x1234, 0x8000).astype(np.uint16))
+    read = saved(tmp_path / "grey.png", grey, transparency=0x1234)
+    assert (read[:16] == 255).all()
+    assert (read[16:] == 0x80).all()
     palette = Image.fromarray(np.array([[0, 1] * 16] * 32, np.uint8), "P")
     palette.putpalette([*RED, *BLUE])
     read = saved(tmp_path / "palette.png", palette, transparency=1)
@@ -125,8 +128,12 @@ def test_what_is_not_a_picture_is_named_with_the_reason(tmp_path):
     (tmp_path / "text.png").write_text("This is not a picture.")
     (tmp_path / "folder").mkdir()
     Image.new("RGB", (8, 8)).save(tmp_path / "image.tiff")
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "two\nlines.png").write_text("This is not a picture.")
     reasons = {
         "gone.png": "there is no such file",
+        "pipe.png": "it is not a file",
+        r"two\\nlines.png": "it is not a PNG",
         "empty.png": "it is not a PNG, JPEG, .* picture",
         "text.png": "it is not a PNG, JPEG, .* picture",
         "image.tiff": "it is not a PNG, JPEG, .* picture",
@@ -149,10 +156,68 @@ def test_a_picture_too_large_to_be_meant_is_refused_before_it_fills_the_memory(t
         read_picture(tmp_path / "bomb.png")
 
 
+@pytest.mark.parametrize("error", [OSError, TypeError, MemoryError, RuntimeError])
+def test_whatever_a_decoder_raises_is_the_pictures_error(tmp_path, monkeypatch, error):
+    def fail(picture):
+        raise error
+
+    Image.new("RGB", (9, 9)).save(tmp_path / "picture.png")
+    monkeypatch.setattr(cifar10_pictures, "_make_record", fail)
+    with pytest.raises(PictureError, match=f"picture.png: it cannot be read .{error.__name__}"):
+        read_picture(tmp_path / "picture.png")
+
+
+def test_a_picture_with_damaged_exif_data_is_read_as_it_lies(tmp_path, monkeypatch):
+    def fail(picture):
+        raise TypeError("damaged")
+
+    Image.new("RGB", (9, 9), RED).save(tmp_path / "picture.jpg")
+    monkeypatch.setattr(Image.Image, "getexif", fail)
+    assert np.abs(read_picture(tmp_path / "picture.jpg") - np.array(RED)).max() < 5
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="nothing is forbidden to root")
+def test_a_folder_that_must_not_be_read_is_named(tmp_path):
+    (tmp_path / "closed").mkdir(mode=0)
+    assert list(find_pictures([tmp_path])) == [str(tmp_path / "closed")]
+    with pytest.raises(PictureError, match="closed: this folder cannot be read"):
+        read_picture(tmp_path / "closed")
+
+
+def test_a_folder_that_cannot_be_listed_is_given_itself(tmp_path, monkeypatch):
+    (tmp_path / "closed").mkdir()
+    scandir = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    assert list(find_pictures([tmp_path])) == [str(tmp_path / "closed")]
+    with pytest.raises(PictureError, match="closed: this folder cannot be read"):
+        read_picture(tmp_path / "closed")
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_photos_are_turned_upright_however_they_lie(tmp_path, orientation):
+    pixels = draw_scene(32)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(pixels).save(tmp_path / "photo.png", exif=exif)
+    with Image.open(tmp_path / "photo.png") as photo:
+        upright = np.asarray(ImageOps.exif_transpose(photo))
+    np.testing.assert_array_equal(read_picture(tmp_path / "photo.png"), upright)
+
+
 @pytest.mark.parametrize("suffix", ["png", "jpg", "gif", "bmp", "webp"])
 def test_damaged_pictures_are_refused_in_one_line_or_read(tmp_path, suffix):
     path = tmp_path / f"picture.{suffix}"
-    Image.fromarray(draw_scene(64)).save(path)
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010E], exif[0x011A] = 6, "a description", 72.0
+    picture = Image.fromarray(draw_scene(64))
+    picture.save(path, **({} if suffix in ("gif", "bmp") else {"exif": exif}))
     good = path.read_bytes()
     generator = np.random.default_rng(3)
     messages = []
@@ -196,61 +261,3 @@ def test_folders_give_their_pictures_in_order_and_nothing_else(tmp_path):
         "gone",
     ]
     assert found == expected
-
-
-def decode(png):
-    return np.asarray(Image.open(io.BytesIO(png)).convert("RGB")).astype(int)
-
-
-def cell_colour(picture, row, column):
-    """Returns the colour in a corner of a cell, where no digit is."""
-    side, margin = cifar10_pictures.CELL, cifar10_pictures.MARGIN
-    return picture[margin + row * side + 4, margin + column * side + 4]
-
-
-def test_a_cell_is_the_darker_the_larger_its_share_of_its_row():
-    matrix = np.zeros([10, 10], int)
-    matrix[2, 2], matrix[2, 5], matrix[3, 3] = 30, 10, 7
-    picture = decode(cifar10_pictures.draw_confusion_matrix(matrix, NAMES))
-    brightness = {
-        place: cell_colour(picture, *place).sum() for place in ((3, 3), (2, 2), (2, 5), (2, 3))
-    }
-    assert sorted(brightness, key=brightness.get) == [(3, 3), (2, 2), (2, 5), (2, 3)]
-    assert (cell_colour(picture, 2, 3) == 255).all()  # none
-    assert (cell_colour(picture, 9, 9) == 255).all()  # a class without images
-    assert (cell_colour(picture, 5, 2) == 255).all()  # not the transposed matrix
-
-
-def test_the_names_stand_beside_the_matrix():
-    empty = decode(cifar10_pictures.draw_confusion_matrix(np.zeros([10, 10], int), [""] * 10))
-    named = decode(cifar10_pictures.draw_confusion_matrix(np.zeros([10, 10], int), NAMES))
-    margin, side = cifar10_pictures.MARGIN, cifar10_pictures.CELL
-    changed = (empty != named).any(axis=2)
-    for i in range(10):
-        cells = slice(margin + i * side, margin + (i + 1) * side)
-        assert changed[cells, :margin].any()
-        assert changed[:margin, cells].any()
-    assert not changed[margin:, margin:].any()
-
-
-@pytest.mark.parametrize("count", [1, 6, 7, 36])
-def test_each_mistake_is_shown_at_its_place_scaled_to_its_own_range(count):
-    images = np.zeros([count, 24, 24, 3], np.float32)
-    images[:, :12] = -2.0  # dark above, bright below
-    images[:, 12:] = 3.0
-    png = cifar10_pictures.draw_mistakes(images, [3] * count, [5] * count, NAMES)
-    picture = decode(png)
-    width, height = 24 * 3 + 32, 24 * 3 + 34 + 8
-    for number in range(count):
-        row, column = divmod(number, 6)
-        left, top = column * width + 4, row * height + 4
-        assert (picture[top : top + 36, left : left + 72] == 0).all()
-        assert (picture[top + 36 : top + 72, left : left + 72] == 255).all()
-        assert (picture[top + 72 : top + 106, left : left + 72] != 255).any()  # the caption
-
-
-def test_an_image_of_one_colour_and_no_images_at_all_can_be_drawn():
-    grey = np.full([1, 24, 24, 3], 0.5)
-    assert decode(cifar10_pictures.draw_mistakes(grey, [0], [1], NAMES)).shape[2] == 3
-    picture = decode(cifar10_pictures.draw_mistakes(np.zeros([0]), [], [], NAMES))
-    assert (picture != 255).any()  # it says so

@@ -9,10 +9,11 @@ import sys
 import numpy as np
 import numpy_model
 import pytest
-from absl import app
+from absl import app, flags
 from conftest import (
     AVERAGED,
     RAW,
+    ROOT,
     draw_patches,
     make_records,
     pixels,
@@ -139,6 +140,14 @@ def test_classes_have_the_names_that_training_noted_or_the_data_sets(pictures, c
     assert all(p["class"].startswith("own") for p in line["predictions"])
 
 
+@pytest.mark.parametrize("names", [["a"], 7, "abcdefghij", [1] * 10])
+def test_noted_names_that_cannot_be_those_of_the_classes_are_refused(pictures, names):
+    with open(os.path.join(FLAGS.checkpoint_dir, "run.json"), "w") as file:
+        json.dump([{"class_names": names}], file)
+    with pytest.raises(UserError, match="`class_names` in .*run.json are not 10 names"):
+        cifar10_predict.main([str(pictures)])
+
+
 def test_without_pictures_or_a_checkpoint_the_way_on_is_told(pictures):
     with pytest.raises(app.UsageError, match="name pictures"):
         cifar10_predict.main([])
@@ -252,15 +261,19 @@ def test_predictions_are_the_evaluations_to_5_digits(records, pictures, tmp_path
 
 
 def test_an_export_never_overwrites(records, tmp_path):
+    umask = os.umask(0o022)
+    os.umask(umask)
     export_dir = tmp_path / "export"
     FLAGS.export_dir = f"{export_dir}/"
     export_dir.mkdir()  # empty, so nothing is lost
-    (tmp_path / "export.part").mkdir()  # what an export that was killed has left
-    (tmp_path / "export.part" / "saved_model.pb").write_text("half")
+    (tmp_path / "export.part").mkdir()  # another's
+    (tmp_path / "export.part" / "saved_model.pb").write_text("mine")
     cifar10_predict.main([])
     before = {path: path.read_bytes() for path in export_dir.rglob("*") if path.is_file()}
     assert len(before) == 3
-    assert not (tmp_path / "export.part").exists()
+    assert (tmp_path / "export.part" / "saved_model.pb").read_text() == "mine"
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".export")]
+    assert export_dir.stat().st_mode & 0o777 == 0o777 & ~umask
     save_checkpoint(FLAGS.checkpoint_dir, 8)
     with pytest.raises(UserError, match="--export_dir=.*export/ is there already; name a new"):
         cifar10_predict.main([])
@@ -285,6 +298,30 @@ def test_an_export_that_appears_meanwhile_is_not_overwritten(records, tmp_path, 
     assert (tmp_path / "export" / "saved_model.pb").read_text() == "another's"
 
 
+@pytest.mark.slow
+def test_exports_at_the_same_time_do_not_mix(records, tmp_path):
+    arguments = [
+        sys.executable,
+        "cifar10_predict.py",
+        f"--checkpoint_dir={FLAGS.checkpoint_dir}",
+        f"--export_dir={tmp_path / 'export'}",
+    ]
+    processes = [
+        subprocess.Popen(arguments, cwd=ROOT, stderr=subprocess.PIPE, text=True) for _ in range(2)
+    ]
+    errors = [process.communicate(timeout=60)[1] for process in processes]
+    assert sorted(process.returncode for process in processes) == [0, 1]
+    (refused,) = [e for e, p in zip(errors, processes, strict=True) if p.returncode == 1]
+    assert re.fullmatch("cifar10_predict.py: error: .*export.*\n", refused)
+    assert len(load(str(tmp_path / "export"), pixels(records[:2]), tmp_path)["classes"]) == 2
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".export")]
+
+
+def test_an_export_dir_must_be_named():
+    with pytest.raises(flags.IllegalFlagValueError):
+        FLAGS.export_dir = ""
+
+
 def test_the_script_predicts_with_quiet_output_and_a_code(records, pictures):
     arguments = ("cifar10_predict.py", f"--checkpoint_dir={FLAGS.checkpoint_dir}", pictures)
     process = run_script(*arguments)
@@ -294,12 +331,14 @@ def test_the_script_predicts_with_quiet_output_and_a_code(records, pictures):
     pattern = r"\S+/\d\d\.png: \w+ [01]\.\d{3}, \w+ [01]\.\d{3}, \w+ [01]\.\d{3}"
     assert all(re.fullmatch(pattern, line) for line in lines)
     (pictures / "strange\udcff.png").write_text("no picture")
+    Image.new("RGB", (9, 9)).save(pictures / "two\nlines.png")
     process = run_script(*arguments, check=False)
     assert process.returncode == 1
-    assert process.stdout.splitlines() == lines
+    assert process.stdout.splitlines()[:-1] == lines
+    assert process.stdout.splitlines()[-1].startswith(f"{pictures}/two\\nlines.png: ")
     named, last = process.stderr.splitlines()
     assert "strange\\udcff.png: it is not a PNG" in named
-    assert last == "cifar10_predict.py: error: 1 of 31 could not be read"
+    assert last == "cifar10_predict.py: error: 1 of 32 could not be read"
     process = run_script("cifar10_predict.py", check=False)
     assert process.returncode == 1
     assert "name pictures, folders of pictures, or --export_dir" in process.stderr

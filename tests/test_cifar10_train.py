@@ -150,6 +150,7 @@ def test_each_logged_step_is_a_line_of_json(small_run, capsys):
         for line in lines
     ] == printed
     assert [line["step"] for line in lines] == list(range(6))
+    assert [line["learning_rate"] for line in lines] == pytest.approx([0.1] * 6)
     assert all(abs(line["time"] - time.time()) < 60 for line in lines)
     assert [line["step"] for line in small_run("run", 1, max_steps=8)] == list(range(8))
 
@@ -174,6 +175,16 @@ def test_each_start_is_noted_beside_the_earlier_ones(small_run, tmp_path):
         ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
     ).stdout.strip()
     assert (first["commit"] or "").removesuffix("-dirty") == commit
+
+
+def test_training_does_not_go_on_with_other_classes(small_run, tmp_path):
+    small_run("run", 1)
+    names = [f"own{number}" for number in range(10)]
+    folder = tmp_path / cifar10_data.EXTRACTED_FOLDER
+    (folder / "batches.meta.txt").write_text("\n".join(names))
+    with pytest.raises(UserError, match=r"other classes \(airplane, .* has \(own0, .*train_dir"):
+        small_run("run", 1, max_steps=8)
+    assert len(json.loads((tmp_path / "run" / "run.json").read_text())) == 1
 
 
 LAYERS = ("conv1", "conv2", "local3", "local4", "softmax_linear")
@@ -220,7 +231,7 @@ def test_tensorboard_gets_these_tags_and_no_others(small_run, tmp_path, num_gpus
     assert {"distorted_inputs", *LAYERS} <= scopes
     if not num_gpus:
         assert {"pool1", "norm1", "norm2", "pool2", "total_loss"} <= scopes
-        assert len(scopes) < 40
+        assert len(scopes) < 60  # each operation by itself would be hundreds
 
 
 @pytest.mark.parametrize("content", ["{}", "[{", ""])

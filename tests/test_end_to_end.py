@@ -19,6 +19,7 @@ import cifar10_data
 SCRIPTS = ("cifar10_train.py", "cifar10_multi_gpu_train.py", "cifar10_eval.py")
 MODULES = (
     "cifar10",
+    "cifar10_charts",
     "cifar10_data",
     "cifar10_eval",
     "cifar10_input",
@@ -221,6 +222,7 @@ def run_on_terminal(*arguments):
     return written.decode()
 
 
+@pytest.mark.slow
 def test_the_filling_queue_and_the_evaluation_show_their_progress_on_a_terminal_only(
     tmp_path, synthetic_data_dir
 ):

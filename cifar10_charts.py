@@ -1,0 +1,99 @@
+"""What a model got wrong, drawn as PNG: a confusion matrix, a sheet of images.
+
+NumPy and Pillow only; TensorFlow is not needed here.
+"""
+
+import io
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+CELL = 44  # pixels; a side of the confusion matrix's cells
+MARGIN = 96  # pixels; for the names beside it
+ZOOM = 3  # pixels that a pixel of a mistake is shown as, each way
+CAPTION = 34  # pixels; two lines under a mistake
+COLUMNS = 6  # mistakes side by side
+INK = (20, 20, 20)
+PAPER = (255, 255, 255)
+
+
+def _to_png(picture):
+    output = io.BytesIO()
+    picture.save(output, "PNG")
+    return output.getvalue()
+
+
+def draw_confusion_matrix(matrix, names):
+    """Draws how often each class was taken for which.
+
+    Args:
+      matrix: int [classes, classes]; row: the true class, column: the predicted one.
+      names: the classes' names.
+
+    Returns:
+      bytes; a PNG. A cell is the darker, the larger its share of the row.
+    """
+    count = len(names)
+    side = MARGIN + count * CELL
+    picture = Image.new("RGB", (side + 10, side + 24), PAPER)
+    draw = ImageDraw.Draw(picture)
+    font = ImageFont.load_default(size=13)
+    for column, name in enumerate(names):
+        # Upright: drawn on a strip of its own, which is then turned.
+        strip = Image.new("RGB", (MARGIN - 8, CELL), PAPER)
+        ImageDraw.Draw(strip).text((0, CELL // 2), name, INK, font, anchor="lm")
+        picture.paste(strip.rotate(90, expand=True), (MARGIN + column * CELL, 4))
+    for row, name in enumerate(names):
+        top = MARGIN + row * CELL
+        draw.text((MARGIN - 8, top + CELL // 2), name, INK, font, anchor="rm")
+        of_row = max(1, int(np.sum(matrix[row])))
+        for column in range(count):
+            share = matrix[row][column] / of_row
+            left = MARGIN + column * CELL
+            shade = tuple(round(255 - share * (255 - dark)) for dark in (8, 48, 107))
+            draw.rectangle([left, top, left + CELL, top + CELL], shade, outline=(200, 200, 200))
+            draw.text(
+                (left + CELL // 2, top + CELL // 2),
+                str(matrix[row][column]),
+                PAPER if share > 0.5 else INK,
+                font,
+                anchor="mm",
+            )
+    draw.text((MARGIN, side + 6), "row: true class; column: predicted class", INK, font)
+    return _to_png(picture)
+
+
+def draw_mistakes(images, labels, predictions, names):
+    """Draws a sheet of images with the class that each has, and the one it was taken for.
+
+    Args:
+      images: float [n, height, width, 3]; any range, each is scaled to its own.
+      labels: int [n]; true classes.
+      predictions: int [n]; predicted classes.
+      names: the classes' names.
+
+    Returns:
+      bytes; a PNG. With no images it says so.
+    """
+    font = ImageFont.load_default(size=12)
+    if not len(images):
+        picture = Image.new("RGB", (200, 40), PAPER)
+        ImageDraw.Draw(picture).text((100, 20), "no mistakes", INK, font, anchor="mm")
+        return _to_png(picture)
+    height, width = images.shape[1] * ZOOM, images.shape[2] * ZOOM
+    cell_width, cell_height = max(width, 96) + 8, height + CAPTION + 8
+    rows = -(-len(images) // COLUMNS)
+    picture = Image.new("RGB", (COLUMNS * cell_width, rows * cell_height), PAPER)
+    draw = ImageDraw.Draw(picture)
+    for number, (image, label, prediction) in enumerate(
+        zip(images, labels, predictions, strict=True)
+    ):
+        row, column = divmod(number, COLUMNS)
+        left, top = column * cell_width + 4, row * cell_height + 4
+        low, high = image.min(), image.max()
+        scaled = (image - low) / max(high - low, 1e-6) * 255
+        shown = Image.fromarray(scaled.astype(np.uint8)).resize((width, height), Image.NEAREST)
+        picture.paste(shown, (left, top))
+        draw.text((left, top + height + 2), names[label], INK, font)
+        draw.text((left, top + height + 17), f"not {names[prediction]}", (180, 30, 30), font)
+    return _to_png(picture)
