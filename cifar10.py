@@ -150,11 +150,12 @@ def make_change_check(eval_data):
     return cifar10_data.ChangeCheck(find_data_folder(), eval_data)
 
 
-def distorted_inputs(batch_size=None):
+def distorted_inputs(batch_size=None, shard=None):
     """Makes the training input from what the flags say; see `cifar10_input.distorted_inputs`.
 
     Args:
       batch_size: int; the flag `batch_size` where None.
+      shard: (index, count) of the part of the records to read; all where None.
 
     Returns:
       images, float32 [batch_size, 24, 24, 3], and labels, int32 [batch_size].
@@ -167,6 +168,7 @@ def distorted_inputs(batch_size=None):
         cifar10_input.Distortion(
             FLAGS.max_brightness_delta, FLAGS.min_contrast_factor, FLAGS.max_contrast_factor
         ),
+        shard,
     )
 
 

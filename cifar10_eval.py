@@ -270,8 +270,11 @@ def _make_summary_writer(eval_dir, graph):
         raise UserError(f"cannot write to --eval_dir={eval_dir}: {find_reason(error)}") from error
 
 
-def evaluate():
+def evaluate(last_step=None):
     """Evaluates as the flags say: the newest checkpoint, or each new one for ever.
+
+    Args:
+      last_step: int; the global step to stop after, once a checkpoint of it has been evaluated.
 
     Raises:
       UserError: the folder for summaries cannot be written; with --run_once also, there is no
@@ -306,7 +309,7 @@ def evaluate():
             ),
         }
         with _make_summary_writer(FLAGS.eval_dir, graph) as summary_writer:
-            done, last_step = None, -1
+            done, evaluated_step = None, -1
             while True:
                 if FLAGS.run_once:
                     checkpoint = require_checkpoint(FLAGS.checkpoint_dir)
@@ -318,10 +321,10 @@ def evaluate():
                     step = read_step(checkpoint)
                     check_fits(checkpoint, variables)
                     _check_classes()
-                    if step < last_step:
+                    if step < evaluated_step:
                         raise CheckpointError(
-                            f"{checkpoint} is of step {step}, before step {last_step}, which has "
-                            "been evaluated: passed over"
+                            f"{checkpoint} is of step {step}, before step {evaluated_step}, which "
+                            "has been evaluated: passed over"
                         )
                     eval_once(
                         saver,
@@ -332,7 +335,7 @@ def evaluate():
                         num_examples=min(available, FLAGS.num_examples),
                         outputs=outputs,
                     )
-                    last_step = step
+                    evaluated_step = step
                 except CheckpointError as error:
                     # The trainer may have deleted it: then there is a newer one.
                     if FLAGS.run_once and find_latest_checkpoint(FLAGS.checkpoint_dir) == done:
@@ -342,7 +345,7 @@ def evaluate():
                 except (UserError, tf.errors.OpError):
                     check_input()  # the data may explain it
                     raise
-                if FLAGS.run_once:
+                if FLAGS.run_once or (last_step is not None and step >= last_step):
                     return
                 time.sleep(max(0.0, start + FLAGS.eval_interval_secs - time.monotonic()))
 

@@ -322,6 +322,7 @@ def distorted_inputs(
     min_fraction_of_examples_in_queue=MIN_FRACTION_OF_EXAMPLES_IN_QUEUE,
     num_preprocess_threads=NUM_PREPROCESS_THREADS,
     distortion=DISTORTION,
+    shard=None,
 ):
     """Makes the training input: shuffled, distorted images, for ever.
 
@@ -332,6 +333,8 @@ def distorted_inputs(
         the first batch leaves it, and stays in it. A batch is drawn from at least that many.
       num_preprocess_threads: int; with 1, the graph's seed decides which images come when.
       distortion: a `Distortion`.
+      shard: (index, count), to read every `count`-th record of each file, from number `index` on;
+        all records where None.
 
     Returns:
       images: float32 [batch_size, 24, 24, 3], each with mean 0 and variance 1.
@@ -349,7 +352,10 @@ def distorted_inputs(
     with tf.device("/cpu:0"), tf.name_scope("distorted_inputs") as scope:
         filenames = cifar10_data.record_files(data_dir, eval_data=False)
         filename_queue = _filename_queue(filenames, None, shuffle=True)
-        _, labels, planes = _read_block(filename_queue, RECORDS_PER_READ)
+        keys, labels, planes = _read_block(filename_queue, RECORDS_PER_READ)
+        if shard is not None:
+            is_ours = _is_in_shard(keys, *shard)
+            labels, planes = tf.boolean_mask(labels, is_ours), tf.boolean_mask(planes, is_ours)
         # The queue draws from what it holds at the time. It holds one number of images, whenever
         # that is, if there is room for a single one beyond the minimum.
         spare = 3 * batch_size if num_preprocess_threads > 1 else 1
@@ -365,6 +371,12 @@ def distorted_inputs(
         tf.add_to_collection(QUEUE_LEVEL, queue.size())
         tf.add_to_collection(QUEUE_LEVEL, tf.constant(min_queue_examples))
         return _as_batch(images, labels, scope)
+
+
+def _is_in_shard(keys, index, count):
+    """Tells for each key, `file:record`, whether the record is in a shard: bool [n]."""
+    numbers = tf.strings.to_number(tf.strings.regex_replace(keys, ".*:", ""), tf.int64)
+    return tf.equal(numbers % count, index)
 
 
 def inputs(eval_data, data_dir, batch_size, num_epochs=None):

@@ -26,8 +26,9 @@ from absl.logging import converter
 from cifar10_data import DataError
 
 # TensorFlow's C++ side reads this once, when it is loaded: 1 leaves out what is below a warning.
-# Whoever sets it to 0 sees everything: then nothing is held back here either.
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")
+# Whoever sets it to 0 sees everything: then nothing is held back here either. In a cluster, what is
+# below an error is left out, as each step warns of the remote operations that it has cleaned up.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2" if os.environ.get("TF_CONFIG") else "1")
 _QUIET = os.environ["TF_CPP_MIN_LOG_LEVEL"] != "0"
 
 FLAGS = flags.FLAGS
@@ -448,6 +449,12 @@ def _print_help():
     for name in list_modules_with_flags():
         print(FLAGS.module_help(name).strip("\n"), end="\n\n")
     print("Try --helpfull for the flags of libraries too.", flush=True)
+
+
+def end_at_once(message):
+    """Ends the script with an error as `run` tells it, from any thread, without tidying up."""
+    print(f"{os.path.basename(sys.argv[0])}: error: {message}", file=sys.stderr, flush=True)
+    os._exit(1)
 
 
 def has_fast_bfloat16(cpuinfo="/proc/cpuinfo"):

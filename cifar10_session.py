@@ -118,15 +118,19 @@ class _ProgressHook(tf.train.SessionRunHook):
       examples_per_step: int; images that one step consumes, over all towers.
       log_frequency: int; steps between two lines. The first step of a run has a line of its own,
         which includes the filling of the queue.
-      metrics_path: path of a file to which each line is added as a JSON object.
+      metrics_path: path of a file to which each line is added as a JSON object; None for none.
+      counts_alone: bool; whether nothing else counts in the global step.
 
     Attributes:
       step: int; the step that is being trained.
       has_trained: bool; whether a step of this run has ended.
     """
 
-    def __init__(self, loss, global_step, examples_per_step, log_frequency, metrics_path):
+    def __init__(
+        self, loss, global_step, examples_per_step, log_frequency, metrics_path, counts_alone=True
+    ):
         self._metrics_path = metrics_path
+        self._counts_alone = counts_alone
         self._loss = loss
         self._global_step = global_step
         self._examples_per_step = examples_per_step
@@ -155,7 +159,10 @@ class _ProgressHook(tf.train.SessionRunHook):
                 raise self.error_of(name, f"is {value}")
         if self._line_is_due or self.step % self._log_frequency == 0:
             self._print_line(loss)
-        self.step += 1
+        if self._counts_alone:
+            self.step += 1
+        else:
+            self.step = int(run_context.session.run(self._global_step))
 
     def error_of(self, name, how, step=None):
         """Returns the UserError for a tensor that is not finite at a step; None: this one."""
@@ -169,7 +176,7 @@ class _ProgressHook(tf.train.SessionRunHook):
 
     def _print_line(self, loss):
         now = time.monotonic()
-        steps = self.step + 1 - self._first_step_since_line
+        steps = max(1, self.step + 1 - self._first_step_since_line)
         sec_per_batch = (now - self._start_time) / steps
         examples_per_sec = self._examples_per_step / sec_per_batch
         print(
@@ -186,7 +193,8 @@ class _ProgressHook(tf.train.SessionRunHook):
         }
         for rate in self._last_learning_rate:
             metrics["learning_rate"] = float(rate)
-        append_json_line(self._metrics_path, metrics)
+        if self._metrics_path is not None:
+            append_json_line(self._metrics_path, metrics)
         self._start_time = now
         self._first_step_since_line = self.step + 1
         self._line_is_due = False
@@ -310,14 +318,17 @@ class _WatchHook(tf.train.SessionRunHook):
       progress: the `_ProgressHook`.
       check_input: called every second; raises `DataError` when the input cannot be used any more.
       filling: the `_FillingHook`.
+      release: called with the session to end a step that waits for other tasks; or None.
     """
 
-    def __init__(self, progress, check_input, filling):
+    def __init__(self, progress, check_input, filling, release=None):
         self._progress = progress
         self._check_input = check_input
         self._filling = filling
+        self._release = release
 
     def after_create_session(self, session, coord):
+        self._session = session
         thread = threading.Thread(target=self._watch, args=(coord,), daemon=True)
         coord.register_thread(thread)
         thread.start()
@@ -338,7 +349,7 @@ class _WatchHook(tf.train.SessionRunHook):
             elif now >= next_check:
                 try:
                     self._check_input()
-                except cifar10_data.DataError as error:
+                except (cifar10_data.DataError, UserError) as error:
                     self._stop(coord, error)
                 next_check = now + 1.0
 
@@ -346,6 +357,8 @@ class _WatchHook(tf.train.SessionRunHook):
         self._filling.close()
         with quiet_cancellation():
             coord.request_stop(error)
+            if self._release is not None:
+                self._release(self._session)
             time.sleep(0.5)  # threads of TensorFlow's close the queues meanwhile
 
 
@@ -402,10 +415,15 @@ def find_checkpoint(train_dir):
 
 
 @contextlib.contextmanager
-def seeded_graph():
-    """Gives a new default graph, with the seed that the flag tells, or one that is drawn."""
+def seeded_graph(stream=0):
+    """Gives a new default graph, with the seed that the flag tells, or one that is drawn.
+
+    Args:
+      stream: int; graphs with the same seed and another `stream` draw other values.
+    """
     with tf.Graph().as_default() as graph:
-        tf.set_random_seed(secrets.randbelow(2**31) if FLAGS.seed is None else FLAGS.seed)
+        seed = secrets.randbelow(2**31) if FLAGS.seed is None else FLAGS.seed
+        tf.set_random_seed((seed + stream) % 2**31)
         yield graph
 
 
@@ -515,10 +533,12 @@ def run_training(
     save_checkpoint_steps=None,
     max_checkpoints_to_keep=5,
     save_summaries_steps=100,
+    member=None,
 ):
     """Trains in the default graph until `max_steps`, from the newest checkpoint in `train_dir`.
 
-    SIGINT and SIGTERM let the running step end, and save it.
+    SIGINT and SIGTERM let the running step end, and save it. In a cluster it is the chief that
+    restores, saves and writes; other tasks train with it, and leave `train_dir` alone.
 
     Args:
       train_op: the operation that trains one step and counts it in the global step.
@@ -534,6 +554,7 @@ def run_training(
       save_checkpoint_steps: int; steps between two checkpoints, in place of the seconds; or None.
       max_checkpoints_to_keep: int; of this run.
       save_summaries_steps: int; steps between two entries of TensorBoard's; 0 for none.
+      member: the `cifar10_cluster.Member` that this process is; None for a process by itself.
 
     Raises:
       UserError: the folder or its checkpoint cannot be used; or the loss, a gradient or a variable
@@ -541,42 +562,42 @@ def run_training(
       DataError: from `check_input`.
       Interrupted: a signal has come.
     """
+    is_chief = member is None or member.is_chief
     progress = _ProgressHook(
         loss,
         tf.train.get_or_create_global_step(),
         examples_per_step,
         log_frequency,
-        os.path.join(train_dir, METRICS_FILE),
+        os.path.join(train_dir, METRICS_FILE) if is_chief else None,
+        counts_alone=member is None,
     )
+    filling = _FillingHook()
+    watch = _WatchHook(progress, check_input, filling, member and member.release)
+    hooks = [filling, progress, watch]
+    if member is not None:
+        hooks.insert(0, member.make_hook())
     # With relative paths a folder can be moved, and a copy does not touch the original.
     saver = _Saver(save_relative_paths=True, max_to_keep=max_checkpoints_to_keep)
-    saver_hook = tf.train.CheckpointSaverHook(
-        train_dir,
-        save_secs=None if save_checkpoint_steps else save_checkpoint_secs,
-        save_steps=save_checkpoint_steps,
-        saver=saver,
-        listeners=[_FiniteCheck(progress)],
-    )
-    summary_hooks = []
-    if save_summaries_steps:
-        summary_hooks.append(
-            _SummaryHook(progress, examples_per_step, save_summaries_steps, train_dir)
+    if is_chief:
+        saver_hook = tf.train.CheckpointSaverHook(
+            train_dir,
+            save_secs=None if save_checkpoint_steps else save_checkpoint_secs,
+            save_steps=save_checkpoint_steps,
+            saver=saver,
+            listeners=[_FiniteCheck(progress)],
         )
-    filling = _FillingHook()
+        # After the progress: what is not finite is found before it is saved.
+        hooks.insert(hooks.index(watch), saver_hook)
+        if save_summaries_steps:
+            hooks.append(_SummaryHook(progress, examples_per_step, save_summaries_steps, train_dir))
     with STOP_REQUEST.deferred():
         session = _start(
             train_dir,
             saver,
-            # In this order: what is not finite is found before it is saved.
-            [
-                filling,
-                progress,
-                saver_hook,
-                _WatchHook(progress, check_input, filling),
-                *summary_hooks,
-            ],
+            hooks,
             tf.train.StopAtStepHook(last_step=max_steps),
             config,
+            member,
         )
         try:
             _run_to_the_end(session, train_op)
@@ -588,8 +609,14 @@ def run_training(
                 raise progress.error_of(name, "is not finite") from error
             check_input()  # the data may explain it
             raise
-    if progress.step >= max_steps:
+    if progress.step >= max_steps or (member is not None and member.is_over):
         return
+    if not is_chief:
+        if STOP_REQUEST.signal_number is not None:
+            raise Interrupted(STOP_REQUEST.signal_number, "the same command joins the others again")
+        raise UserError(
+            f"{member.explain_end()} at step {progress.step} of --max_steps={max_steps}"
+        )
     newest = find_latest_checkpoint(train_dir)
     if STOP_REQUEST.signal_number is not None:
         raise Interrupted(
@@ -602,9 +629,19 @@ def run_training(
     )
 
 
-def run_training_as_flags_say(train_op, loss, examples_per_step):
+def run_training_as_flags_say(train_op, loss, examples_per_step, member=None):
     """Calls `run_training` with the arguments that flags hold, and notes the start."""
-    _note_start(os.path.join(FLAGS.train_dir, STARTS_FILE))
+    config = session_config(FLAGS.use_fp16, FLAGS.log_device_placement)
+    check_input = check_data = cifar10.make_change_check(eval_data=False)
+    if member is None or member.is_chief:
+        _note_start(os.path.join(FLAGS.train_dir, STARTS_FILE))
+    if member is not None:
+        config.device_filters.extend(member.device_filters)
+
+        def check_input():
+            check_data()
+            member.check_peers()
+
     run_training(
         train_op,
         loss,
@@ -612,12 +649,13 @@ def run_training_as_flags_say(train_op, loss, examples_per_step):
         train_dir=FLAGS.train_dir,
         max_steps=FLAGS.max_steps,
         log_frequency=FLAGS.log_frequency,
-        config=session_config(FLAGS.use_fp16, FLAGS.log_device_placement),
-        check_input=cifar10.make_change_check(eval_data=False),
+        config=config,
+        check_input=check_input,
         save_checkpoint_secs=FLAGS.save_checkpoint_secs,
         save_checkpoint_steps=FLAGS.save_checkpoint_steps,
         max_checkpoints_to_keep=FLAGS.max_checkpoints_to_keep,
         save_summaries_steps=FLAGS.save_summaries_steps,
+        member=member,
     )
 
 
@@ -637,18 +675,44 @@ class _Saver(tf.train.Saver):
             ) from error
 
 
-def _start(train_dir, saver, hooks, last_hook, config):
-    """Returns a session with the newest checkpoint's variables, or initial ones."""
+class _OnceScaffold(tf.train.Scaffold):
+    """A `tf.train.Scaffold` for one session: a lost connection is not tried again for ever.
+
+    Args:
+      member: the `cifar10_cluster.Member`, which knows what may have been lost; or None.
+      arguments: the `tf.train.Scaffold`'s.
+    """
+
+    def __init__(self, member, **arguments):
+        super().__init__(**arguments)
+        self._member = member
+        self._is_used = False
+
+    def finalize(self):
+        if self._is_used:
+            raise UserError(
+                self._member.explain_loss() if self._member else "the session has been lost"
+            )
+        self._is_used = True
+        return super().finalize()
+
+
+def _start(train_dir, saver, hooks, last_hook, config, member):
+    """Returns a session with the newest checkpoint's variables, or initial ones, or the chief's."""
+    is_chief = member is None or member.is_chief
     try:
-        newest = find_checkpoint(train_dir)
-        if newest is not None:
-            _check_fits(newest)
+        if is_chief:
+            newest = find_checkpoint(train_dir)
+            if newest is not None:
+                _check_fits(newest)
         return tf.train.MonitoredTrainingSession(
-            checkpoint_dir=train_dir,
-            scaffold=tf.train.Scaffold(saver=saver),
+            master=member.target if member else "",
+            is_chief=is_chief,
+            checkpoint_dir=train_dir if is_chief else None,
+            scaffold=_OnceScaffold(member, saver=saver),
             # These run before TensorFlow's own, those in `hooks` after them.
-            chief_only_hooks=hooks,
-            hooks=[last_hook],
+            chief_only_hooks=hooks if is_chief else [],
+            hooks=[last_hook] if is_chief else [*hooks, last_hook],
             save_checkpoint_secs=None,  # one of `hooks` does it
             save_checkpoint_steps=None,
             save_summaries_steps=None,  # another does it

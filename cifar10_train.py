@@ -1,4 +1,4 @@
-"""Trains the CIFAR-10 model on a CPU or on one GPU.
+"""Trains the CIFAR-10 model on a CPU or on one GPU; with TF_CONFIG, on several machines in step.
 
     python cifar10_train.py
     python cifar10_train.py --synthetic_data --max_steps=400 --train_dir=/tmp/synthetic/train
@@ -8,9 +8,12 @@ Started again with the same --train_dir it goes on from the newest checkpoint th
 to about 86% precision within a few hours on a GPU (source: the TensorFlow tutorial).
 """
 
+import os
+
 from absl import flags
 
 import cifar10
+import cifar10_cluster
 import cifar10_session
 from cifar10_runtime import run, tf
 
@@ -35,9 +38,28 @@ def train():
 
 
 def main():
+    task = cifar10_cluster.find_task()
+    if task is None:
+        cifar10.maybe_download_and_extract()
+        train()
+    elif task.type == "ps":
+        cifar10_cluster.serve(task)
+    elif task.type == "evaluator":
+        evaluate_in_cluster()
+    else:
+        cifar10_cluster.train(task)
+
+
+def evaluate_in_cluster():
+    """Evaluates the checkpoints of --train_dir, or --checkpoint_dir, until the last of the run."""
+    if not FLAGS["checkpoint_dir"].present:
+        FLAGS.checkpoint_dir = FLAGS.train_dir
     cifar10.maybe_download_and_extract()
-    train()
+    cifar10_eval.evaluate(last_step=FLAGS.max_steps)
 
 
 if __name__ == "__main__":
+    if os.environ.get("TF_CONFIG"):
+        # For an evaluator; but its flags are everybody's, as one command serves for all tasks.
+        import cifar10_eval
     run(main)

@@ -474,7 +474,7 @@ def test_the_distortions_are_as_far_as_the_flags_say(monkeypatch):
     cifar10.FLAGS.min_contrast_factor = 0.7
     cifar10.FLAGS.max_contrast_factor = 0.9
     cifar10.distorted_inputs(2)
-    ((_, batch_size, fraction, threads, distortion),) = calls
+    ((_, batch_size, fraction, threads, distortion, _),) = calls
     assert (batch_size, fraction, threads, distortion) == (2, 0.4, 3, (1.5, 0.7, 0.9))
 
 
