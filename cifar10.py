@@ -192,7 +192,7 @@ def _variable_on_cpu(name, shape, initializer):
 
 
 def _variable_with_weight_decay(name, shape, stddev, weight_decay):
-    """Makes a variable that starts as a truncated normal.
+    """Makes a variable that starts as a truncated normal, and returns its value.
 
     Args:
       name: string.
@@ -202,10 +202,12 @@ def _variable_with_weight_decay(name, shape, stddev, weight_decay):
         l2_loss is half the sum of squares.
     """
     variable = _variable_on_cpu(name, shape, tf.truncated_normal_initializer(stddev=stddev))
+    # Read once for both uses, or a variable on another machine would be sent twice a step.
+    value = tf.convert_to_tensor(variable)
     if weight_decay is not None:
-        decay = tf.multiply(tf.nn.l2_loss(variable), weight_decay, name="weight_decay")
+        decay = tf.multiply(tf.nn.l2_loss(value), weight_decay, name="weight_decay")
         tf.add_to_collection("losses", decay)
-    return variable
+    return value
 
 
 def _tag(operation):
