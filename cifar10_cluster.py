@@ -13,6 +13,7 @@ import ctypes
 import errno
 import os
 import socket
+import stat
 import struct
 import sys
 import threading
@@ -31,6 +32,7 @@ from cifar10_runtime import (
     UserError,
     end_at_once,
     find_reason,
+    session_config,
     tf,
 )
 
@@ -121,10 +123,6 @@ def find_task():
         raise UserError(f"TF_CONFIG has a job {unknown[0]!r}, which is not in {TASK_TYPES}")
     if not task.workers or len(cluster.get("chief", [])) > 1:
         raise UserError("TF_CONFIG needs one chief, or a worker to be it")
-    if not cluster.get("ps") and len(task.workers) == 1 and task.type != "evaluator":
-        return None
-    if not cluster.get("ps"):
-        raise UserError("TF_CONFIG needs a parameter server: a job `ps` in its cluster")
     if len(set(ports)) < len(ports):
         raise UserError("TF_CONFIG gives two tasks the same address")
     count = len(cluster.get(task.type, []))
@@ -136,6 +134,10 @@ def find_task():
         raise UserError(
             f"TF_CONFIG does not say which {task.type} this task is: `index` is missing"
         )
+    if not cluster.get("ps") and task.type != "evaluator":
+        if len(task.workers) == 1:
+            return None
+        raise UserError("TF_CONFIG needs a parameter server: a job `ps` in its cluster")
     return task._replace(cluster={name: cluster[name] for name in cluster if name != "evaluator"})
 
 
@@ -157,7 +159,12 @@ def start_server(task):
     addresses = _find_own_addresses(address)
     cluster = tf.train.ClusterSpec(task.cluster)
     try:
-        server = tf.train.Server(cluster, task.type, task.index, start=False)
+        # It is the server that takes the devices of its sessions: GPU memory as it is needed, and
+        # none to hold variables.
+        config = session_config(FLAGS.use_fp16)
+        if task.type == "ps":
+            config.device_count["GPU"] = 0
+        server = tf.train.Server(cluster, task.type, task.index, config=config, start=False)
         _listen_only_at(addresses, split_address(address)[1])
         server.start()
     except (tf.errors.OpError, OSError) as error:
@@ -174,15 +181,19 @@ def _find_own_addresses(address):
         raise UserError(f"TF_CONFIG's address {address} cannot be found: {error}") from error
     own = []
     for family, kind, _, _, place in found:
-        with socket.socket(family, kind) as probe:
-            # What is in its last minute after a connection does not count as in use.
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
+        if place[0] in ("0.0.0.0", "::"):
+            raise UserError(f"TF_CONFIG's address {address} is none that others could reach")
+        try:
+            with socket.socket(family, kind) as probe:
+                # What is in its last minute after a connection does not count as in use.
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 probe.bind(place)
-            except OSError as error:
-                if error.errno == errno.EADDRINUSE:
-                    raise UserError(f"cannot start a server at {address}: port in use") from error
-                continue  # another machine's
+        except OSError as error:
+            # Another machine's, or of an IP version that this one has not.
+            if error.errno in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
+                continue
+            reason = "port in use" if error.errno == errno.EADDRINUSE else error.strerror
+            raise UserError(f"cannot start a server at {address}: {reason}") from error
         own.append(place[0])
     if not own:
         raise UserError(f"TF_CONFIG's address {address} is not one of this machine's")
@@ -239,14 +250,19 @@ def _listen_only_at(addresses, port):
     program = _make_filter(addresses)
     code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *line) for line in program))
     option = struct.pack("HL", len(program), ctypes.addressof(code))
+    count = 0
+    reason = "its socket was not found"
     try:
         for listener in _find_listeners(port):
             listener.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, option)
+            count += 1
     except OSError as error:  # not Linux
+        count, reason = 0, error
+    if count == 0:
         tf.logging.warning(
             "the server listens at all addresses of this machine, as it cannot be kept to its own: "
             "%s",
-            error,
+            reason,
         )
 
 
@@ -254,10 +270,13 @@ def _find_listeners(port):
     """Gives this process's sockets that listen at a port, each open for as long as it is used."""
     for name in os.listdir("/proc/self/fd"):
         try:
-            listener = socket.socket(fileno=os.dup(int(name)))
-        except OSError:  # not a socket, or closed since
+            copy = os.dup(int(name))
+        except OSError:  # closed since
             continue
-        with listener:
+        if not stat.S_ISSOCK(os.fstat(copy).st_mode):
+            os.close(copy)
+            continue
+        with socket.socket(fileno=copy) as listener:
             is_tcp = listener.family in (socket.AF_INET, socket.AF_INET6)
             if (
                 is_tcp
@@ -410,6 +429,7 @@ class _StepHook(tf.train.SessionRunHook):
         self._step = step
         self._notes = notes
         self._is_chief = is_chief
+        self._thread = None
 
     def after_create_session(self, session, coord):
         if not self._is_chief:
@@ -419,18 +439,21 @@ class _StepHook(tf.train.SessionRunHook):
             session.run(self._step.free_workers)
         self._notes.write("started")
         # It ends when the session is closed: there is nothing else to wake it from its wait.
-        threading.Thread(target=self._update, args=(session, coord), daemon=True).start()
+        self._thread = threading.Thread(target=self._update, args=(session, coord), daemon=True)
         self._notes.write("ready")
 
     def before_run(self, run_context):
         run_context.session.run(self._step.note_step)
+        # Not before: updates would change what other hooks save when the session begins.
+        if self._thread is not None and not self._thread.ident:
+            self._thread.start()
 
     def _update(self, session, coord):
         try:
             while not coord.should_stop():
                 session.run(self._step.update)
         except (tf.errors.UnavailableError, tf.errors.AbortedError):
-            pass  # the step beside it fails of the same, and tells
+            pass  # a lost server, which ends this process; see `_watch_parameter_servers`
         except (tf.errors.OpError, RuntimeError) as error:
             if not coord.should_stop():  # else it is the end of the session
                 coord.request_stop(error)
@@ -505,16 +528,20 @@ class Member:
 
     def explain_loss(self):
         """Returns what to tell when the connection to the parameter servers is lost."""
-        return _explain_loss(self._task)
+        return _explain_loss(self._task, _find_lost(self._task))
 
 
 def _find_lost(task):
-    """Returns the parameter servers that are not there, as (type, index)."""
-    return [peer for peer in task.parameter_servers if not is_reachable(task.address_of(peer))]
+    """Returns the other parameter servers that are not there, as (type, index)."""
+    return [
+        peer
+        for peer in task.parameter_servers
+        if peer != (task.type, task.index) and not is_reachable(task.address_of(peer))
+    ]
 
 
-def _explain_loss(task):
-    names = ", ".join(task.describe(peer) for peer in _find_lost(task) or task.parameter_servers)
+def _explain_loss(task, lost):
+    names = ", ".join(task.describe(peer) for peer in lost or task.parameter_servers)
     return (
         f"lost {names}, and the variables with it; start all tasks again to go on from the newest "
         "checkpoint"
@@ -527,11 +554,18 @@ def _watch_parameter_servers(task):
     A step fails of that by itself; but TensorFlow may then wait for ever for the lost server, as
     when it closes the session there.
     """
-    misses = 0
-    while misses < LOST_AFTER:
+    end_at_once(_wait_for_loss(task))
+
+
+def _wait_for_loss(task):
+    """Waits until a parameter server is lost, and returns what to tell of it."""
+    misses = []
+    while len(misses) < LOST_AFTER:
         time.sleep(1.0)
-        misses = misses + 1 if _find_lost(task) else 0
-    end_at_once(_explain_loss(task))
+        lost = _find_lost(task)
+        misses = [*misses, lost] if lost else []
+    # Those that were lost first: others end because of them.
+    return _explain_loss(task, misses[0])
 
 
 def _tell(message):
@@ -648,16 +682,20 @@ def train(task):
     wait_for_peers(task, [*task.parameter_servers, *needed], FLAGS.cluster_timeout_secs)
     threading.Thread(target=_watch_parameter_servers, args=(task,), daemon=True).start()
     all_notes = [_Notes(task, server.target, index) for _, index in task.parameter_servers]
-    if not task.is_chief:
-        if _wait_for_the_chief(task, all_notes[0]):
-            _train(task, server.target, all_notes[0])
-        return
-    with (
-        _telling_the_end(all_notes),
-        cifar10_session.prepare_train_dir(FLAGS.train_dir, FLAGS.max_steps) as is_needed,
-    ):
-        if is_needed:
-            _train(task, server.target, all_notes[0])
+    try:
+        if not task.is_chief:
+            if _wait_for_the_chief(task, all_notes[0]):
+                _train(task, server.target, all_notes[0])
+            return
+        with (
+            _telling_the_end(all_notes),
+            cifar10_session.prepare_train_dir(FLAGS.train_dir, FLAGS.max_steps) as is_needed,
+        ):
+            if is_needed:
+                _train(task, server.target, all_notes[0])
+    except (tf.errors.UnavailableError, tf.errors.AbortedError):
+        # At once, as ending in order would close sessions, and so wait for the lost server.
+        end_at_once(_explain_loss(task, _find_lost(task)))
 
 
 def _check_shards(count):
@@ -668,6 +706,17 @@ def _check_shards(count):
         raise UserError(f"--shard_data: {count} workers, but no file has more than {most} records")
 
 
+def make_chief_check(task):
+    """Returns a function that raises UserError when the chief has been away for too long."""
+    seen = time.monotonic()
+
+    def check():
+        nonlocal seen
+        seen = _watch_chief(task, seen)
+
+    return check
+
+
 def serve(task):
     """Holds variables until the chief has finished, as a parameter server.
 
@@ -676,16 +725,19 @@ def serve(task):
     """
     server = start_server(task)
     notes = _Notes(task, server.target, task.index)
-    seen = time.monotonic()
+    seen, misses = time.monotonic(), 0
     while not notes.has("done"):
         if notes.has("failed"):
             _linger(task)
             raise UserError("the chief has failed; what it printed says why")
         STOP_REQUEST.raise_if_made()
         seen = _watch_chief(task, seen)
-        if notes.has("started") and _find_lost(task):
-            raise UserError(_explain_loss(task))
-        time.sleep(POLL_INTERVAL)
+        # Without the others it is of no use. It stays until the workers have seen which was lost.
+        misses = misses + 1 if notes.has("started") and (lost := _find_lost(task)) else 0
+        if misses >= LOST_AFTER:
+            _linger(task)
+            raise UserError(_explain_loss(task, lost))
+        time.sleep(1.0)
     _linger(task)
 
 

@@ -232,12 +232,13 @@ def _report(tally, summary, eval_dir, step, checkpoint):
     )
 
 
-def _wait_for_checkpoint(checkpoint_dir, done):
+def _wait_for_checkpoint(checkpoint_dir, done, check_trainer):
     """Waits until the newest checkpoint in a folder, which may come later, is not `done`."""
     if done is None and find_latest_checkpoint(checkpoint_dir) is None:
         print(f"Waiting for a checkpoint in {checkpoint_dir}", file=sys.stderr, flush=True)
     while (newest := find_latest_checkpoint(checkpoint_dir)) in (None, done):
         STOP_REQUEST.raise_if_made()
+        check_trainer()
         time.sleep(1)
     return newest
 
@@ -270,11 +271,13 @@ def _make_summary_writer(eval_dir, graph):
         raise UserError(f"cannot write to --eval_dir={eval_dir}: {find_reason(error)}") from error
 
 
-def evaluate(last_step=None):
+def evaluate(last_step=None, check_trainer=lambda: None):
     """Evaluates as the flags say: the newest checkpoint, or each new one for ever.
 
     Args:
       last_step: int; the global step to stop after, once a checkpoint of it has been evaluated.
+      check_trainer: called while a new checkpoint is waited for; raises UserError when there will
+        be none any more.
 
     Raises:
       UserError: the folder for summaries cannot be written; with --run_once also, there is no
@@ -314,7 +317,7 @@ def evaluate(last_step=None):
                 if FLAGS.run_once:
                     checkpoint = require_checkpoint(FLAGS.checkpoint_dir)
                 else:
-                    checkpoint = _wait_for_checkpoint(FLAGS.checkpoint_dir, done)
+                    checkpoint = _wait_for_checkpoint(FLAGS.checkpoint_dir, done, check_trainer)
                 start = time.monotonic()
                 done = checkpoint
                 try:

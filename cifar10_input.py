@@ -375,7 +375,7 @@ def distorted_inputs(
 
 def _is_in_shard(keys, index, count):
     """Tells for each key, `file:record`, whether the record is in a shard: bool [n]."""
-    numbers = tf.strings.to_number(tf.strings.regex_replace(keys, ".*:", ""), tf.int64)
+    numbers = tf.strings.to_number(tf.strings.regex_replace(keys, "(?s).*:", ""), tf.int64)
     return tf.equal(numbers % count, index)
 
 

@@ -122,6 +122,7 @@ class _ProgressHook(tf.train.SessionRunHook):
       counts_alone: bool; whether nothing else counts in the global step.
 
     Attributes:
+      is_in_step: bool; whether a step is running.
       step: int; the step that is being trained.
       has_trained: bool; whether a step of this run has ended.
     """
@@ -145,14 +146,15 @@ class _ProgressHook(tf.train.SessionRunHook):
         self._first_step_since_line = self.step
         self._start_time = time.monotonic()
         self._line_is_due = True
-        self.has_trained = False
+        self.has_trained = self.is_in_step = False
 
     def before_run(self, run_context):
+        self.is_in_step = True
         return tf.train.SessionRunArgs([self._loss, self._must_be_finite, self._learning_rate])
 
     def after_run(self, run_context, run_values):
         loss, must_be_finite, self._last_learning_rate = run_values.results
-        self.has_trained = True
+        self.has_trained, self.is_in_step = True, False
         for tensor, value in zip(self._must_be_finite, must_be_finite, strict=True):
             if not math.isfinite(value):  # NanTensorHook would let infinity pass
                 name = tensor.op.name.removeprefix(cifar10.FINITE_SCOPE)
@@ -352,6 +354,15 @@ class _WatchHook(tf.train.SessionRunHook):
                 except (cifar10_data.DataError, UserError) as error:
                     self._stop(coord, error)
                 next_check = now + 1.0
+
+        # Something else has ended training, such as an input thread that failed. The step does not
+        # notice if it waits for other tasks.
+        end = time.monotonic() + 5.0
+        while self._release is not None and self._progress.is_in_step:
+            time.sleep(0.1)
+            if time.monotonic() >= end:
+                self._release(self._session)
+                return
 
     def _stop(self, coord, error=None):
         self._filling.close()
@@ -603,6 +614,9 @@ def run_training(
             _run_to_the_end(session, train_op)
         except (tf.errors.OutOfRangeError, tf.errors.CancelledError):
             pass  # the input has ended, by itself or because it was closed
+        except RuntimeError:  # a session that has been closed between two of its calls
+            if member is None or STOP_REQUEST.signal_number is None:
+                raise
         except tf.errors.OpError as error:
             if is_histogram_of_nonfinite(error):
                 name = find_reason(error).rpartition(": ")[2].removeprefix(cifar10_summaries.SCOPE)

@@ -45,17 +45,17 @@ def main():
     elif task.type == "ps":
         cifar10_cluster.serve(task)
     elif task.type == "evaluator":
-        evaluate_in_cluster()
+        evaluate_in_cluster(task)
     else:
         cifar10_cluster.train(task)
 
 
-def evaluate_in_cluster():
+def evaluate_in_cluster(task):
     """Evaluates the checkpoints of --train_dir, or --checkpoint_dir, until the last of the run."""
     if not FLAGS["checkpoint_dir"].present:
         FLAGS.checkpoint_dir = FLAGS.train_dir
     cifar10.maybe_download_and_extract()
-    cifar10_eval.evaluate(last_step=FLAGS.max_steps)
+    cifar10_eval.evaluate(FLAGS.max_steps, cifar10_cluster.make_chief_check(task))
 
 
 if __name__ == "__main__":

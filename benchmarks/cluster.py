@@ -76,6 +76,15 @@ def measure(commands, train_dir, batch_size):
         )
         for arguments, variables in commands
     ]
+    try:
+        return _sample(processes, metrics, batch_size)
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+def _sample(processes, metrics, batch_size):
     samples = {}  # of each step that has been logged: when, and the bytes until then
     while processes[0].poll() is None:
         lines = metrics.read_text().splitlines() if metrics.exists() else []

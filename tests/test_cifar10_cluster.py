@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 
 import numpy as np
 import pytest
@@ -83,7 +84,7 @@ def test_without_a_chief_the_first_worker_is_it(tf_config):
 
 
 def test_an_evaluator_may_or_may_not_be_in_the_cluster(tf_config):
-    for cluster in (CLUSTER, {**CLUSTER, "evaluator": ["e:1"]}):
+    for cluster in (CLUSTER, {**CLUSTER, "evaluator": ["e:1"]}, {"chief": ["b:1"]}):
         tf_config(config(cluster, "evaluator"))
         task = find_task()
         assert task.type == "evaluator"
@@ -109,6 +110,8 @@ def test_an_evaluator_may_or_may_not_be_in_the_cluster(tf_config):
         ({"cluster": CLUSTER, "task": {"type": "worker"}}, "`index` is missing"),
         (config({"chief": ["b:1"], "worker": ["c:1"]}), "needs a parameter server"),
         (config({"ps": ["a:1"]}, "ps"), "needs one chief"),
+        (config({"worker": ["a:1"]}, "ps"), "names ps 0, but its cluster has 0"),
+        (config({"worker": ["a:1"]}, index=3), "names worker 3, but its cluster has 1"),
         (config({**CLUSTER, "chief": ["b:1", "b:2"]}), "needs one chief"),
         (config({**CLUSTER, "ps": ["b:1"]}), "two tasks the same address"),
     ],
@@ -170,8 +173,17 @@ def test_a_port_in_use_or_an_address_of_another_machine_is_told_in_one_line():
             cifar10_cluster.start_server(single(address))
     with pytest.raises(UserError, match=r"198\.51\.100\.1:9999 is not one of this machine's$"):
         cifar10_cluster.start_server(single("198.51.100.1:9999"))
+    with pytest.raises(UserError, match=r"0\.0\.0\.0:9999 is none that others could reach"):
+        cifar10_cluster.start_server(single("0.0.0.0:9999"))
     with pytest.raises(UserError, match=r"nowhere\.invalid:9999 cannot be found: "):
         cifar10_cluster.start_server(single("nowhere.invalid:9999"))
+
+
+def test_looking_for_the_listening_socket_leaves_nothing_open():
+    cifar10_cluster.start_server(single(address := free_addresses(1)[0]))
+    before = len(os.listdir("/proc/self/fd"))
+    assert len(list(cifar10_cluster._find_listeners(int(address.rpartition(":")[2])))) == 1
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
 def test_peers_that_do_not_come_are_named_after_the_time_out(capsys, monkeypatch):
@@ -273,8 +285,9 @@ class Workers:
 
     def make_step(self, worker):
         """Makes a worker's next step."""
-        self.sessions[worker].run(self.steps[worker].note_step)
-        self.sessions[worker].run(self.steps[worker].take_part)
+        session = self.sessions[worker]
+        self.hooks[worker].before_run(types.SimpleNamespace(session=session))
+        session.run(self.steps[worker].take_part)
 
     def make_steps(self, *workers):
         """Lets workers make a step at once; returns the threads that have not ended in a second."""
@@ -357,6 +370,7 @@ def test_shards_have_every_record_once_between_them(tmp_path):
         records.tofile(tmp_path / f"data_batch_{number + 1}.bin")
     found = []
     for index in range(3):
+        before = len(found)
         with tf.Graph().as_default(), tf.Session() as session:
             files = cifar10_data.record_files(tmp_path, eval_data=False)
             queue = tf.train.string_input_producer(files, num_epochs=1, shuffle=False)
@@ -371,8 +385,7 @@ def test_shards_have_every_record_once_between_them(tmp_path):
                     found += session.run(pixels).tolist()
             coordinator.request_stop()
             coordinator.join(threads)
-        sizes = len(found)
-        assert sizes >= 25 * (index + 1) // 3 - 4
+        assert {value % 20 % 3 for value in found[before:]} == {index}
     expected = [
         n + 20 * number for number, count in enumerate((3, 4, 5, 6, 7)) for n in range(count)
     ]
@@ -597,6 +610,29 @@ def test_tasks_do_not_wait_for_ever_for_one_that_does_not_come(tmp_path):
             told = rf"error: .*{missing} 0 \({re.escape(address)}\)"
             assert re.search(told, line)
             assert re.search(r"3 s \(--cluster_timeout_secs\)", line)
+
+
+@pytest.mark.slow
+def test_a_parameter_server_that_dies_before_training_ends_those_that_wait(tmp_path):
+    with Cluster(tmp_path, "--max_steps=5", "--cluster_timeout_secs=15") as cluster:
+        chief = cluster.cluster["chief"][0].rpartition(":")[2]
+        with socket.create_server(("127.0.0.1", int(chief))):  # it is there, and does nothing
+            cluster.start("ps", "worker", "evaluator")
+            end = time.monotonic() + 30
+            addresses = [cluster.cluster[type_][0] for type_ in ("ps", "worker")]
+            while not all(map(cifar10_cluster.is_reachable, addresses)):
+                assert time.monotonic() < end
+                time.sleep(0.1)
+            time.sleep(3.0)  # the worker has found both, and waits for the chief's variables
+            cluster.kill("ps")
+            assert cluster.wait("worker", timeout=30) == [1]
+        (line,) = cluster.output("worker").splitlines()
+        assert line.startswith("cifar10_train.py: error: lost ps 0 (127.0.0.1:")
+        # The evaluator does not wait for ever either.
+        assert cluster.wait("evaluator", timeout=40) == [1]
+        assert re.search(
+            "error: chief 0 .* has not been there for 15 s", cluster.output("evaluator")
+        )
 
 
 @pytest.mark.slow

@@ -78,6 +78,7 @@ def test_the_flags_reach_the_training_loop(
         "save_checkpoint_steps": 6,
         "max_checkpoints_to_keep": 7,
         "save_summaries_steps": 8,
+        "member": None,
     }
 
 
