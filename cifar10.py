@@ -516,12 +516,7 @@ def summarize_variables(gradients):
 
 
 def apply_gradients(optimizer, gradients, global_step):
-    """Applies the gradients, then updates the moving averages of the variables.
-
-    Args:
-      optimizer: from `make_optimizer`.
-      gradients: list of (gradient, variable).
-      global_step: int64 [] variable; counts this update.
+    """Applies gradients, counts the step, then updates the moving averages; see `update_variables`.
 
     Returns:
       The operation that does all of it.

@@ -613,6 +613,29 @@ def test_tasks_do_not_wait_for_ever_for_one_that_does_not_come(tmp_path):
 
 
 @pytest.mark.slow
+def test_the_script_tells_a_bad_configuration_in_one_line():
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        taken = f"127.0.0.1:{listener.getsockname()[1]}"
+        cluster = {**CLUSTER, "ps": [taken]}
+        for text, message in (
+            ("{", "TF_CONFIG is malformed: "),
+            (json.dumps(config(type_="driver")), "TF_CONFIG names the task type 'driver'"),
+            (json.dumps(config(cluster, "ps")), f"cannot start a server at {taken}: port in use"),
+        ):
+            process = subprocess.run(
+                [sys.executable, "cifar10_train.py"],
+                cwd=ROOT,
+                env={**os.environ, "TF_CONFIG": text, "CUDA_VISIBLE_DEVICES": "-1"},
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+            assert (process.returncode, process.stdout) == (1, "")
+            (line,) = process.stderr.splitlines()
+            assert line.startswith(f"cifar10_train.py: error: {message}")
+
+
+@pytest.mark.slow
 def test_a_parameter_server_that_dies_before_training_ends_those_that_wait(tmp_path):
     with Cluster(tmp_path, "--max_steps=5", "--cluster_timeout_secs=15") as cluster:
         chief = cluster.cluster["chief"][0].rpartition(":")[2]
