@@ -51,6 +51,7 @@ flags.DEFINE_boolean(
     "another order.",
 )
 
+CHIEF_HAS_FAILED = "the chief has failed; what it printed says why"
 TASK_TYPES = ("ps", "chief", "worker", "evaluator")
 POLL_INTERVAL = 0.3  # seconds between two looks at the other tasks
 QUIET_WAIT = 5.0  # seconds to wait for another task before saying so
@@ -86,9 +87,24 @@ class Task(NamedTuple):
         return [("ps", index) for index in range(len(self.cluster["ps"]))]
 
     @property
+    def number(self):
+        """Its number among all that train; 0 for the chief."""
+        return self.workers.index((self.type, self.index))
+
+    @property
     def is_chief(self):
         """Whether this is the worker that restores and saves."""
         return (self.type, self.index) == self.workers[0]
+
+    @property
+    def device(self):
+        """How devices name this task."""
+        return f"/job:{self.type}/task:{self.index}"
+
+    @property
+    def device_filters(self):
+        """What its sessions connect to: not the other workers, which may come and go."""
+        return ["/job:ps", self.device]
 
     def address_of(self, peer):
         """Returns the address of a (type, index)."""
@@ -336,7 +352,7 @@ class _Notes:
     """
 
     def __init__(self, task, target, index):
-        config = tf.ConfigProto(device_filters=["/job:ps", f"/job:{task.type}/task:{task.index}"])
+        config = tf.ConfigProto(device_filters=task.device_filters)
         with tf.Graph().as_default() as graph, tf.device(f"/job:ps/task:{index}/cpu:0"):
             self._writes, self._counts = {}, {}
             for name in ("started", "ready", "done", "failed"):
@@ -471,14 +487,13 @@ class Member:
     Attributes:
       target: see above.
       is_chief: bool.
-      device_filters: list of strings; what its session connects to: not the other workers, which
-        may come and go.
+      device_filters: the task's.
     """
 
     def __init__(self, task, target, step, notes):
         self.target = target
         self.is_chief = task.is_chief
-        self.device_filters = ["/job:ps", f"/job:{task.type}/task:{task.index}"]
+        self.device_filters = task.device_filters
         self._task = task
         self._step = step
         self._notes = notes
@@ -523,7 +538,7 @@ class Member:
     def explain_end(self):
         """Returns what to tell when a worker's training has ended before its last step."""
         if self._notes.has("failed"):
-            return "the chief has failed; what it printed says why"
+            return CHIEF_HAS_FAILED
         return "the chief has ended the run"
 
     def explain_loss(self):
@@ -585,12 +600,11 @@ def build_training(task, batch_size):
       step: the `_Step`.
     """
     num_workers = len(task.workers)
-    number = task.workers.index((task.type, task.index))
-    place = f"/job:{task.type}/task:{task.index}"
-    with tf.device(tf.train.replica_device_setter(cluster=task.cluster, worker_device=place)):
+    setter = tf.train.replica_device_setter(cluster=task.cluster, worker_device=task.device)
+    with tf.device(setter):
         with tf.device("/cpu:0"):
             global_step = tf.train.get_or_create_global_step()
-        shard = (number, num_workers) if FLAGS.shard_data else None
+        shard = (task.number, num_workers) if FLAGS.shard_data else None
         images, labels = cifar10.distorted_inputs(batch_size, shard)
         loss = cifar10.loss(cifar10.inference(images), labels)
         optimizer = cifar10.make_optimizer(
@@ -608,7 +622,7 @@ def build_training(task, batch_size):
 
 def _train(task, target, notes):
     """Trains as the flags say, up to --max_steps."""
-    with cifar10_session.seeded_graph(stream=task.workers.index((task.type, task.index))):
+    with cifar10_session.seeded_graph(stream=task.number):
         train_op, loss, step = build_training(task, FLAGS.batch_size)
         cifar10_session.run_training_as_flags_say(
             train_op,
@@ -640,29 +654,15 @@ def _telling_the_end(all_notes):
 
 def _wait_for_the_chief(task, notes):
     """Waits until the chief has made the variables; returns False if training is over instead."""
-    seen = time.monotonic()
+    check_chief = make_chief_check(task)
     while not notes.has("ready"):
         if notes.has("done"):
             return False
         if notes.has("failed"):
-            raise UserError("the chief has failed; what it printed says why")
-        seen = _watch_chief(task, seen)
+            raise UserError(CHIEF_HAS_FAILED)
+        check_chief()
         time.sleep(POLL_INTERVAL)
     return True
-
-
-def _watch_chief(task, seen):
-    """Returns when the chief has been seen last; raises UserError where that is too long ago."""
-    now = time.monotonic()
-    chief = task.workers[0]
-    if is_reachable(task.address_of(chief)):
-        return now
-    if now - seen >= FLAGS.cluster_timeout_secs:
-        raise UserError(
-            f"{task.describe(chief)} has not been there for {FLAGS.cluster_timeout_secs} s "
-            "(--cluster_timeout_secs)"
-        )
-    return seen
 
 
 def train(task):
@@ -708,11 +708,19 @@ def _check_shards(count):
 
 def make_chief_check(task):
     """Returns a function that raises UserError when the chief has been away for too long."""
+    chief = task.workers[0]
     seen = time.monotonic()
 
     def check():
         nonlocal seen
-        seen = _watch_chief(task, seen)
+        now = time.monotonic()
+        if is_reachable(task.address_of(chief)):
+            seen = now
+        elif now - seen >= FLAGS.cluster_timeout_secs:
+            raise UserError(
+                f"{task.describe(chief)} has not been there for {FLAGS.cluster_timeout_secs} s "
+                "(--cluster_timeout_secs)"
+            )
 
     return check
 
@@ -725,13 +733,13 @@ def serve(task):
     """
     server = start_server(task)
     notes = _Notes(task, server.target, task.index)
-    seen, misses = time.monotonic(), 0
+    check_chief, misses = make_chief_check(task), 0
     while not notes.has("done"):
         if notes.has("failed"):
             _linger(task)
-            raise UserError("the chief has failed; what it printed says why")
+            raise UserError(CHIEF_HAS_FAILED)
         STOP_REQUEST.raise_if_made()
-        seen = _watch_chief(task, seen)
+        check_chief()
         # Without the others it is of no use. It stays until the workers have seen which was lost.
         misses = misses + 1 if notes.has("started") and (lost := _find_lost(task)) else 0
         if misses >= LOST_AFTER:

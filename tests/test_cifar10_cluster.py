@@ -402,6 +402,20 @@ def test_a_sharded_training_input_has_the_shards_images_only(tmp_path):
             assert set(session.run(labels).tolist()) == labels_of_shard
 
 
+@pytest.mark.parametrize(("shard_data", "shard"), [(True, (1, 3)), (False, None)])
+def test_a_worker_reads_a_shard_where_the_flag_says_so(monkeypatch, shard_data, shard):
+    def distorted_inputs(batch_size, shard):
+        calls.append((batch_size, shard))
+        return tf.zeros([batch_size, 24, 24, 3]), tf.zeros([batch_size], tf.int32)
+
+    calls = []
+    monkeypatch.setattr(cifar10, "distorted_inputs", distorted_inputs)
+    FLAGS.shard_data = shard_data
+    with tf.Graph().as_default():
+        cifar10_cluster.build_training(Task(CLUSTER, "worker", 0), 2)
+    assert calls == [(2, shard)]
+
+
 def test_more_workers_than_records_are_refused(tmp_path):
     write_data_set(tmp_path / cifar10_data.EXTRACTED_FOLDER, train_counts=(2, 1, 2, 1, 2))
     FLAGS.data_dir = str(tmp_path)
