@@ -299,6 +299,10 @@ def test_a_second_trainer_is_refused_and_the_first_goes_on(tmp_path, data_dir):
 def test_a_trainer_listens_on_no_port(tmp_path, data_dir):
     with training(data_dir, tmp_path / "train") as process:
         wait_for_step(process)
+        # Stopped, as its threads open and close record files, and a list of what is open would
+        # be wrong before it is read.
+        process.send_signal(signal.SIGSTOP)
+        os.waitpid(process.pid, os.WUNTRACED)
         proc = pathlib.Path(f"/proc/{process.pid}")
         sockets = {
             match[1]
