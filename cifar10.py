@@ -6,7 +6,9 @@
     train_op = train(total_loss, global_step)
 
 1,068,298 parameters; about 19.5 million multiply-adds per image for inference. The architecture
-follows Alex Krizhevsky's cuda-convnet, with fully connected layers at the top.
+follows Alex Krizhevsky's cuda-convnet, with fully connected layers at the top, or with the locally
+connected ones that cuda-convnet has there (1,116,490 parameters). Both numbers are for CIFAR-10's
+ten classes and crops of 24 x 24 pixels; the layers follow other data.
 """
 
 import math
@@ -41,6 +43,13 @@ flags.DEFINE_boolean(
     False,
     "Use a generated stand-in for CIFAR-10 (ten kinds of coloured shapes); needs no network.",
 )
+flags.DEFINE_enum(
+    "top_layers",
+    "full",
+    ["full", "local"],
+    "What local3 and local4 are: fully connected layers, or locally connected ones, whose filters "
+    "are not shared between the positions of an image.",
+)
 flags.DEFINE_boolean(
     "use_fp16",
     False,
@@ -58,7 +67,7 @@ MOVING_AVERAGE_DECAY = 0.9999  # per step, of the learned variables
 NUM_EPOCHS_PER_DECAY = 350.0  # epochs until the learning rate decays
 LEARNING_RATE_DECAY_FACTOR = 0.1
 INITIAL_LEARNING_RATE = 0.1
-WEIGHT_DECAY = 0.004  # of local3 and local4, times half the sum of the squared weights
+WEIGHT_DECAY = 0.004  # of the top layers, times half the sum of the squared weights
 
 flags.DEFINE_float(
     "initial_learning_rate",
@@ -68,8 +77,8 @@ flags.DEFINE_float(
 flags.DEFINE_float(
     "num_epochs_per_decay",
     NUM_EPOCHS_PER_DECAY,
-    "Epochs (50,000 images each, over all towers) until the learning rate decays, and again. "
-    "Over 0.",
+    "Epochs (as many images each as there are to train on, over all towers) until the learning "
+    "rate decays, and again. Over 0.",
 )
 flags.DEFINE_float(
     "learning_rate_decay_factor",
@@ -85,8 +94,8 @@ flags.DEFINE_float(
 flags.DEFINE_float(
     "weight_decay",
     WEIGHT_DECAY,
-    "What half the sum of the squared weights of local3 and of local4 is multiplied by in the "
-    "loss; 0: no weight decay.",
+    "What half the sum of the squared weights of local3 and of local4 (and, with "
+    "--top_layers=local, of softmax_linear) is multiplied by in the loss; 0: no weight decay.",
 )
 check_flags(
     ["initial_learning_rate", "num_epochs_per_decay"],
@@ -141,8 +150,22 @@ def maybe_download_and_extract():
 
 def find_data_folder():
     """Returns the path of the folder with the record files that the flags ask for."""
-    name = cifar10_data.SYNTHETIC_FOLDER if FLAGS.synthetic_data else cifar10_data.EXTRACTED_FOLDER
-    return f"{FLAGS.data_dir}/{name}"
+    if FLAGS.synthetic_data:
+        return f"{FLAGS.data_dir}/{cifar10_data.SYNTHETIC_FOLDER}"
+    return cifar10_data.find_folder(FLAGS.data_dir)
+
+
+def find_class_names():
+    """Returns the names of the data set's classes; see `cifar10_data.read_class_names`."""
+    return cifar10_data.read_class_names(find_data_folder())
+
+
+def count_examples_per_epoch():
+    """Returns how many images there are to train on; CIFAR-10's number where there are no files."""
+    try:
+        return cifar10_data.count_records(find_data_folder(), eval_data=False)
+    except FileNotFoundError:  # as for a graph that is only looked at
+        return NUM_EXAMPLES_PER_EPOCH_FOR_TRAIN
 
 
 def make_change_check(eval_data):
@@ -158,7 +181,7 @@ def distorted_inputs(batch_size=None, shard=None):
       shard: (index, count) of the part of the records to read; all where None.
 
     Returns:
-      images, float32 [batch_size, 24, 24, 3], and labels, int32 [batch_size].
+      images, float32 [batch_size, crop_size, crop_size, 3], and labels, int32 [batch_size].
     """
     return cifar10_input.distorted_inputs(
         find_data_folder(),
@@ -166,9 +189,13 @@ def distorted_inputs(batch_size=None, shard=None):
         FLAGS.min_fraction_of_examples_in_queue,
         FLAGS.num_preprocess_threads,
         cifar10_input.Distortion(
-            FLAGS.max_brightness_delta, FLAGS.min_contrast_factor, FLAGS.max_contrast_factor
+            FLAGS.max_brightness_delta,
+            FLAGS.min_contrast_factor,
+            FLAGS.max_contrast_factor,
+            FLAGS.random_flip,
         ),
         shard,
+        FLAGS.crop_size,
     )
 
 
@@ -180,9 +207,11 @@ def inputs(eval_data, num_epochs=None):
       num_epochs: how often each record comes; None for ever.
 
     Returns:
-      images, float32 [batch_size, 24, 24, 3], and labels, int32 [batch_size].
+      images, float32 [batch_size, crop_size, crop_size, 3], and labels, int32 [batch_size].
     """
-    return cifar10_input.inputs(eval_data, find_data_folder(), FLAGS.batch_size, num_epochs)
+    return cifar10_input.inputs(
+        eval_data, find_data_folder(), FLAGS.batch_size, num_epochs, FLAGS.crop_size
+    )
 
 
 def _variable_on_cpu(name, shape, initializer):
@@ -333,16 +362,62 @@ def _fully_connected(features, layer, units, stddev, bias, weight_decay, relu=Tr
         return _summarize_activation(activation, layer)
 
 
-def inference(images):
+def _locally_connected(images, layer, channels):
+    """3 x 3 filters of each position's own, padding 1, bias, ReLU: [b, n, n, m] to [b, n, n, c].
+
+    As a convolution, but its filters are not shared: position (y, x) has the filters weights[y, x],
+    [3, 3, m, c], and the biases biases[y, x], [c].
+
+    Source of these layers: layers-conv-local-11pct.cfg and layer-params-conv-local-11pct.cfg of
+    cuda-convnet, whose biases start at 0, where no other value is given.
+
+    Args:
+      images: float32 [batch, n, n, m].
+      layer: string; the variables' scope.
+      channels: int; the number of filters.
+    """
+    height, width, depth = images.shape.as_list()[1:]
+    with tf.variable_scope(layer):
+        weights = _variable_with_weight_decay(
+            "weights", [height, width, 3, 3, depth, channels], 0.04, FLAGS.weight_decay
+        )
+        biases = _variable_on_cpu("biases", [height, width, channels], tf.constant_initializer(0.0))
+        # Position first: then each has a matrix product of its own, and they lie in a row.
+        padded = tf.pad(tf.transpose(images, [1, 2, 0, 3]), [[1, 1], [1, 1], [0, 0], [0, 0]])
+        windows = [  # by tf.slice, whose gradient is many times faster than that of padded[...]
+            tf.slice(padded, [y, x, 0, 0], [height, width, -1, -1])
+            for y in range(3)
+            for x in range(3)
+        ]
+        patches = tf.concat(windows, axis=3)  # [height, width, batch, 3 * 3 * depth]
+        product = tf.matmul(
+            patches, tf.reshape(weights, [height, width, 3 * 3 * depth, channels])
+        )  # [height, width, batch, channels]
+        sums = tf.transpose(product, [2, 0, 1, 3])
+        activation = tf.nn.relu(sums + biases, name=layer)
+        return _summarize_activation(activation, layer)
+
+
+def _flatten(images):
+    """Makes a row of each image: [batch, n, n, m] to [batch, n * n * m]."""
+    return tf.reshape(images, [-1, math.prod(images.shape.as_list()[1:])], name="features")
+
+
+def inference(images, num_classes=None):
     """Builds the model up to the logits.
 
     Args:
       images: float32 [batch, 24, 24, 3] from `distorted_inputs` or `inputs`; the batch may be of
-        any size, or of a size that is not known yet.
+        any size, or of a size that is not known yet, and the images of another, which the layers
+        follow.
+      num_classes: int; as many as the data set has where None.
 
     Returns:
-      Logits, float32 [batch, 10]. They are not normalized; `tf.nn.softmax` makes probabilities.
+      Logits, float32 [batch, num_classes]. They are not normalized; `tf.nn.softmax` makes
+      probabilities.
     """
+    if num_classes is None:
+        num_classes = len(find_class_names())
     conv1 = _convolution(images, "conv1", channels=64, bias=0.0)  # [batch, 24, 24, 64]
     pool1 = _pool(conv1, "pool1")  # [batch, 12, 12, 64]
     norm1 = local_response_normalization(pool1, "norm1")
@@ -353,32 +428,39 @@ def inference(images):
     )  # this time before the pool, as in cuda-convnet
     pool2 = _pool(norm2, "pool2")  # [batch, 6, 6, 64]
 
-    size = math.prod(pool2.shape.as_list()[1:])
-    features = tf.reshape(pool2, [-1, size], name="features")  # [batch, 2304]
-    local3 = _fully_connected(
-        features, "local3", units=384, stddev=0.04, bias=0.1, weight_decay=FLAGS.weight_decay
-    )  # [batch, 384]
-    local4 = _fully_connected(
-        local3, "local4", units=192, stddev=0.04, bias=0.1, weight_decay=FLAGS.weight_decay
-    )  # [batch, 192]
+    if FLAGS.top_layers == "local":
+        local3 = _locally_connected(pool2, "local3", channels=32)  # [batch, 6, 6, 32]
+        local4 = _flatten(_locally_connected(local3, "local4", channels=32))  # [batch, 1152]
+    else:
+        local3 = _fully_connected(
+            _flatten(pool2),  # [batch, 2304]
+            "local3",
+            units=384,
+            stddev=0.04,
+            bias=0.1,
+            weight_decay=FLAGS.weight_decay,
+        )  # [batch, 384]
+        local4 = _fully_connected(
+            local3, "local4", units=192, stddev=0.04, bias=0.1, weight_decay=FLAGS.weight_decay
+        )  # [batch, 192]
     # No softmax here: the loss below takes logits, which is faster and numerically safer.
     return _fully_connected(
         local4,
         "softmax_linear",
-        units=NUM_CLASSES,
-        stddev=1 / 192.0,
+        units=num_classes,
+        stddev=1.0 / local4.shape.as_list()[1],
         bias=0.0,
-        weight_decay=None,
+        weight_decay=FLAGS.weight_decay if FLAGS.top_layers == "local" else None,
         relu=False,
-    )  # [batch, 10]
+    )  # [batch, num_classes]
 
 
 def loss(logits, labels, scope=None):
     """Adds the cross-entropy to the collection `losses`, and sums that collection.
 
     Args:
-      logits: float32 [batch, 10] from `inference`.
-      labels: int [batch]; 0 to 9.
+      logits: float32 [batch, classes] from `inference`.
+      labels: int [batch]; 0 to classes - 1.
       scope: string; only losses in this name scope count, as one tower's do. All where None.
 
     Returns:
@@ -393,20 +475,24 @@ def loss(logits, labels, scope=None):
     return total_loss
 
 
-def decayed_learning_rate(global_step, examples_per_step):
+def decayed_learning_rate(global_step, examples_per_step, examples_per_epoch=None):
     """Returns the learning rate at a step, and shows it in TensorBoard.
 
     It falls to a tenth every 350 epochs (or as the flags say), at once, not gradually. An epoch is
-    50,000 examples, whoever consumes them: with N towers it takes N times fewer steps.
+    as many examples as there are to train on, whoever consumes them: with N towers it takes N times
+    fewer steps.
 
     Args:
       global_step: int []; how many updates there have been.
       examples_per_step: int; the images that one update consumes, over all towers.
+      examples_per_epoch: int; the data set's where None.
 
     Returns:
       float32 [].
     """
-    steps_per_epoch = NUM_EXAMPLES_PER_EPOCH_FOR_TRAIN / examples_per_step
+    if examples_per_epoch is None:
+        examples_per_epoch = count_examples_per_epoch()
+    steps_per_epoch = examples_per_epoch / examples_per_step
     learning_rate = tf.train.exponential_decay(
         FLAGS.initial_learning_rate,
         global_step,

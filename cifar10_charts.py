@@ -8,7 +8,9 @@ import io
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-CELL = 44  # pixels; a side of the confusion matrix's cells
+CELL = 44  # pixels; a side of the confusion matrix's cells; smaller where there are many classes
+MAX_SIDE = 1320  # pixels, of all cells together: 30 classes in cells of full size
+LINE = 14  # pixels, of a line of text
 MARGIN = 96  # pixels; for the names beside it
 ZOOM = 3  # pixels that a pixel of a mistake is shown as, each way
 CAPTION = 34  # pixels; two lines under a mistake
@@ -23,6 +25,15 @@ def _to_png(picture):
     return output.getvalue()
 
 
+def _shorten(name, width, font):
+    """Returns a name, or as much of it as is `width` pixels wide."""
+    if font.getlength(name) <= width:
+        return name
+    while name and font.getlength(f"{name}...") > width:
+        name = name[:-1]
+    return f"{name}..."
+
+
 def draw_confusion_matrix(matrix, names):
     """Draws how often each class was taken for which.
 
@@ -31,35 +42,39 @@ def draw_confusion_matrix(matrix, names):
       names: the classes' names.
 
     Returns:
-      bytes; a PNG. A cell is the darker, the larger its share of the row.
+      bytes; a PNG. A cell is the darker, the larger its share of the row. With many classes the
+      cells are small, and have no numbers; then not every one has its name beside it.
     """
     count = len(names)
-    side = MARGIN + count * CELL
-    picture = Image.new("RGB", (side + 10, side + 24), PAPER)
-    draw = ImageDraw.Draw(picture)
+    cell = min(CELL, MAX_SIDE // count)
+    side = MARGIN + count * cell
     font = ImageFont.load_default(size=13)
-    for column, name in enumerate(names):
+    caption = "row: true class; column: predicted class"
+    width = max(side, MARGIN + round(font.getlength(caption))) + 10
+    picture = Image.new("RGB", (width, side + 24), PAPER)
+    draw = ImageDraw.Draw(picture)
+    for label in range(0, count, -(-LINE // cell)):
+        name = _shorten(names[label], MARGIN - 10, font)
+        middle = MARGIN + label * cell + cell // 2
+        draw.text((MARGIN - 8, middle), name, INK, font, anchor="rm")
         # Upright: drawn on a strip of its own, which is then turned.
-        strip = Image.new("RGB", (MARGIN - 8, CELL), PAPER)
-        ImageDraw.Draw(strip).text((0, CELL // 2), name, INK, font, anchor="lm")
-        picture.paste(strip.rotate(90, expand=True), (MARGIN + column * CELL, 4))
-    for row, name in enumerate(names):
-        top = MARGIN + row * CELL
-        draw.text((MARGIN - 8, top + CELL // 2), name, INK, font, anchor="rm")
+        strip = Image.new("RGB", (MARGIN - 8, LINE + 4), PAPER)
+        ImageDraw.Draw(strip).text((0, LINE // 2 + 2), name, INK, font, anchor="lm")
+        picture.paste(strip.rotate(90, expand=True), (middle - LINE // 2 - 2, 4))
+    for row in range(count):
+        top = MARGIN + row * cell
         of_row = max(1, int(np.sum(matrix[row])))
         for column in range(count):
             share = matrix[row][column] / of_row
-            left = MARGIN + column * CELL
+            left = MARGIN + column * cell
             shade = tuple(round(255 - share * (255 - dark)) for dark in (8, 48, 107))
-            draw.rectangle([left, top, left + CELL, top + CELL], shade, outline=(200, 200, 200))
-            draw.text(
-                (left + CELL // 2, top + CELL // 2),
-                str(matrix[row][column]),
-                PAPER if share > 0.5 else INK,
-                font,
-                anchor="mm",
-            )
-    draw.text((MARGIN, side + 6), "row: true class; column: predicted class", INK, font)
+            edge = (200, 200, 200) if cell >= LINE else None
+            draw.rectangle([left, top, left + cell, top + cell], shade, outline=edge)
+            number = str(matrix[row][column])
+            if font.getlength(number) < cell:
+                ink = PAPER if share > 0.5 else INK
+                draw.text((left + cell // 2, top + cell // 2), number, ink, font, anchor="mm")
+    draw.text((MARGIN, side + 6), caption, INK, font)
     return _to_png(picture)
 
 
@@ -94,6 +109,9 @@ def draw_mistakes(images, labels, predictions, names):
         scaled = (image - low) / max(high - low, 1e-6) * 255
         shown = Image.fromarray(scaled.astype(np.uint8)).resize((width, height), Image.NEAREST)
         picture.paste(shown, (left, top))
-        draw.text((left, top + height + 2), names[label], INK, font)
-        draw.text((left, top + height + 17), f"not {names[prediction]}", (180, 30, 30), font)
+        for line, text, ink in (
+            (2, names[label], INK),
+            (17, f"not {names[prediction]}", (180, 30, 30)),
+        ):
+            draw.text((left, top + height + line), _shorten(text, cell_width, font), ink, font)
     return _to_png(picture)

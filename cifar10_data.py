@@ -38,6 +38,8 @@ CLASS_NAMES = (
     "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck",
 )  # fmt: skip
 NUM_CLASSES = len(CLASS_NAMES)
+# What other data sets may have: a label is one byte.
+MIN_CLASSES, MAX_CLASSES = 2, 256
 
 TRAIN_FILES = tuple(f"data_batch_{number}.bin" for number in range(1, 6))
 TEST_FILES = ("test_batch.bin",)
@@ -104,18 +106,56 @@ def count_records(folder, eval_data):
     return sum(os.path.getsize(path) for path in record_files(folder, eval_data)) // RECORD_BYTES
 
 
+def find_folder(data_dir):
+    """Returns the folder of `data_dir` that holds, or is to hold, record files.
+
+    That is `cifar-10-batches-bin` in it; or `data_dir` itself, where there are records only there.
+    """
+    folder = os.path.join(data_dir, EXTRACTED_FOLDER)
+    files = (os.path.join(data_dir, name) for name in (*TRAIN_FILES, *TEST_FILES))
+    if not os.path.isdir(folder) and any(map(os.path.exists, files)):
+        return os.fspath(data_dir)
+    return folder
+
+
 def read_class_names(folder):
-    """Returns the names of the classes, from `batches.meta.txt` where it names as many."""
+    """Returns the names of the classes, label 0's first: a tuple of strings.
+
+    They are the lines of `batches.meta.txt` in the folder, or CIFAR-10's where there is no such
+    file.
+
+    Raises:
+      DataError: they are not 2 to 256 different names.
+    """
+    path = os.path.join(folder, CLASS_NAMES_FILE)
+    cure = "write one name a line, or remove the file to have CIFAR-10's ten classes"
     try:
-        with open(os.path.join(folder, CLASS_NAMES_FILE), encoding="utf-8") as file:
-            names = tuple(file.read().split())
+        with open(path, encoding="utf-8") as file:
+            names = tuple(filter(None, map(str.strip, file)))
     except FileNotFoundError:
         return CLASS_NAMES
-    return names if len(names) == NUM_CLASSES else CLASS_NAMES
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read ({error}); {cure}") from error
+    if not MIN_CLASSES <= len(names) <= MAX_CLASSES:
+        raise DataError(
+            f"{path} names {len(names)} classes, not {MIN_CLASSES} to {MAX_CLASSES}; {cure}"
+        )
+    for number, name in enumerate(names):
+        if name in names[:number]:
+            raise DataError(f"{path} names {name!r} twice; {cure}")
+    return names
+
+
+def write_class_names(folder, names):
+    """Writes `batches.meta.txt`, for `read_class_names`."""
+    with open(os.path.join(folder, CLASS_NAMES_FILE), "w", encoding="utf-8") as file:
+        file.writelines(f"{name}\n" for name in names)
 
 
 def check_records(folder):
     """Checks all six record files: there, whole records, at least one, every label a class.
+
+    How many classes there are is told by `read_class_names`.
 
     TensorFlow's reader drops a partial last record without a word, and a label out of range turns
     into a loss of NaN on a GPU; so both are found here, in well under a second, before training.
@@ -123,21 +163,17 @@ def check_records(folder):
     Raises:
       DataError: names the file, the record (counted from 0) and the cure.
     """
+    num_classes = len(read_class_names(folder))
     for path in record_files(folder, eval_data=False) + record_files(folder, eval_data=True):
-        _check_file(path)
+        _check_file(path, num_classes)
 
 
-def _check_file(path):
+def _check_file(path, num_classes):
     folder = os.path.dirname(path)
-    source = (
-        "the stand-in drawn"
-        if os.path.basename(folder) == SYNTHETIC_FOLDER
-        else "CIFAR-10 downloaded"
-    )
-    cure = (
-        f"put a good one in its place, or move the folder {folder} away and start again to have "
-        f"{source} anew"
-    )
+    cure = "put a good one in its place"
+    sources = {EXTRACTED_FOLDER: "CIFAR-10 downloaded", SYNTHETIC_FOLDER: "the stand-in drawn"}
+    if source := sources.get(os.path.basename(folder)):
+        cure += f", or move the folder {folder} away and start again to have {source} anew"
     if not os.path.exists(path):
         raise DataError(f"{path} is missing; {cure}")
     if not os.path.isfile(path):
@@ -153,13 +189,13 @@ def _check_file(path):
                 f"bytes; {cure}"
             )
         labels = np.memmap(path, np.uint8, mode="r").reshape(records, RECORD_BYTES)[:, 0]
-        wrong = np.flatnonzero(labels >= NUM_CLASSES)
+        wrong = np.flatnonzero(labels >= num_classes)
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror}); {cure}") from error
     if wrong.size:
         raise DataError(
             f"{path}: record {wrong[0]} (from 0) has label {labels[wrong[0]]}, but labels are 0 to "
-            f"{NUM_CLASSES - 1}; {cure}"
+            f"{num_classes - 1}; {cure}"
         )
 
 
@@ -248,26 +284,33 @@ def _acquire(file, on_wait):
 
 
 @contextlib.contextmanager
-def _preparing(data_dir, folder):
-    """Makes `data_dir`, and waits until no other process is preparing `folder` in it."""
+def preparing(folder, flag="--data_dir"):
+    """Makes the folder that `folder` is in, and waits until no other process prepares `folder`.
+
+    Raises:
+      DataError: nothing can be written there; the message tells to change `flag`.
+    """
 
     def tell(holder):
         print(f"Waiting for {holder}, which prepares {folder}", file=sys.stderr, flush=True)
 
+    parent, name = os.path.split(folder)
     try:
-        os.makedirs(data_dir, exist_ok=True)
-        with lock(os.path.join(data_dir, f".{os.path.basename(folder)}.lock"), on_wait=tell):
+        os.makedirs(parent or ".", exist_ok=True)
+        with lock(os.path.join(parent, f".{name}.lock"), on_wait=tell):
             yield
     except OSError as error:
         raise DataError(
-            f"cannot write the data set to {data_dir}: {error}; name another folder with --data_dir"
+            f"cannot write the data set to {parent or '.'}: {error}; name another folder with "
+            f"{flag}"
         ) from error
 
 
 def maybe_download_and_extract(data_dir, url=DATA_URL, sha256=ARCHIVE_SHA256, size=None):
     """Makes sure that `data_dir` holds CIFAR-10, and fetches it if it does not.
 
-    What is in the folder `cifar-10-batches-bin` already is used as it is. So is an archive
+    What is in the folder `cifar-10-batches-bin` already, or where that is missing, in `data_dir`
+    itself, is used as it is. So is an archive
     `cifar-10-binary.tar.gz` in `data_dir`, once its checksum holds. A download that was interrupted
     goes on where it stopped. Processes that start at the same time wait for the first.
 
@@ -284,16 +327,11 @@ def maybe_download_and_extract(data_dir, url=DATA_URL, sha256=ARCHIVE_SHA256, si
     Raises:
       DataError: the archive cannot be had, or is not the one that was asked for.
     """
-    folder = os.path.join(data_dir, EXTRACTED_FOLDER)
+    folder = find_folder(data_dir)
     if os.path.isdir(folder):
         return folder
-    if os.path.exists(os.path.join(data_dir, TRAIN_FILES[0])):
-        raise DataError(
-            f"{data_dir} holds record files itself; call it {EXTRACTED_FOLDER}, and let --data_dir "
-            "name the folder that it is in"
-        )
     archive = os.path.join(data_dir, ARCHIVE_NAME)
-    with _preparing(data_dir, folder):
+    with preparing(folder):
         if os.path.isdir(folder):  # another process has made it meanwhile
             return folder
         if not os.path.exists(archive):
@@ -457,7 +495,7 @@ def _hash(path):
 def _extract(archive, folder):
     """Extracts the known files of `archive`; `folder` appears with all of them or not at all."""
     wanted = {f"{EXTRACTED_FOLDER}/{name}": name for name in ARCHIVE_FILES}
-    with _make_whole(folder) as staging:
+    with make_whole(folder) as staging:
         try:
             with tarfile.open(archive, "r:gz") as members:
                 for member in members:
@@ -484,10 +522,10 @@ def _extract(archive, folder):
 
 
 @contextlib.contextmanager
-def _make_whole(folder):
+def make_whole(folder):
     """Gives a new folder to fill; it is renamed to `folder` when, and only when, that succeeds.
 
-    One process at a time: see `_preparing`. What an earlier one left half done is thrown away.
+    One process at a time: see `preparing`. What an earlier one left half done is thrown away.
     """
     staging = f"{folder}.part"
     shutil.rmtree(staging, ignore_errors=True)
@@ -519,17 +557,16 @@ def maybe_generate_synthetic(data_dir, seed=0):
     folder = os.path.join(data_dir, SYNTHETIC_FOLDER)
     if os.path.isdir(folder):
         return folder
-    with _preparing(data_dir, folder):
+    with preparing(folder):
         if os.path.isdir(folder):  # another process has made it meanwhile
             return folder
-        with _make_whole(folder) as staging:
+        with make_whole(folder) as staging:
             for number, path in enumerate(
                 record_files(staging, eval_data=False) + record_files(staging, eval_data=True)
             ):
                 generator = np.random.default_rng([seed, number])
                 _draw_records(SYNTHETIC_RECORDS_PER_FILE, generator).tofile(path)
-            with open(os.path.join(staging, CLASS_NAMES_FILE), "w") as names:
-                names.write("".join(f"{name}\n" for name in _SHAPES))
+            write_class_names(staging, _SHAPES)
     return folder
 
 

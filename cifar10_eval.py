@@ -23,7 +23,6 @@ from cifar10_progress import show_progress
 from cifar10_restore import (
     CheckpointError,
     check_fits,
-    find_class_names,
     read_step,
     require_checkpoint,
     restore,
@@ -42,6 +41,7 @@ from cifar10_runtime import (
     session_config,
     tf,
 )
+from cifar10_settings import find_settings
 
 FLAGS = flags.FLAGS
 
@@ -75,14 +75,14 @@ class _Tally:
       precision: float; the first as a share of the second.
       summary: serialized summary of the first batch; None without one.
       cross_entropy: float; the sum over the images, in nats.
-      confusion: int [10, 10]; images by true class (row) and predicted class (column).
+      confusion: int [classes, classes]; images by true class (row) and predicted class (column).
       mistakes: list of (image, true class, predicted class), the first of them.
     """
 
-    def __init__(self):
+    def __init__(self, num_classes):
         self.correct, self.total, self.summary = 0, 0, None
         self.cross_entropy, self.mistakes = 0.0, []
-        self.confusion = np.zeros([cifar10.NUM_CLASSES, cifar10.NUM_CLASSES], int)
+        self.confusion = np.zeros([num_classes, num_classes], int)
 
     @property
     def precision(self):
@@ -104,7 +104,7 @@ class _Tally:
 
 def _count(session, top_k_op, outputs, summary_op, num_examples):
     """Runs batches until the input ends or `num_examples` are counted; returns a `_Tally`."""
-    tally = _Tally()
+    tally = _Tally(len(cifar10.find_class_names()))
     coordinator = tf.train.Coordinator()
     threads = tf.train.start_queue_runners(session, coordinator)
     try:
@@ -148,7 +148,7 @@ def eval_once(
       num_examples: int; images to evaluate, fewer are an error. Where None, --num_examples at
         most.
       outputs: what else to evaluate, or None: a dict of `images`, float32 [batch, 24, 24, 3];
-        `labels` and `predictions`, int [batch], 0 to 9; `cross_entropy`, float32 [batch]. Adds
+        `labels` and `predictions`, int [batch]; `cross_entropy`, float32 [batch]. Adds
         the precision of each class, the mean cross-entropy, the confusion matrix and a sheet of
         mistakes to the summaries, and a line to the file `results.jsonl` beside them.
 
@@ -198,7 +198,7 @@ def eval_once(
 
 def _report(tally, summary, eval_dir, step, checkpoint):
     """Adds the details of an evaluation to its summary, and a line to the file of results."""
-    names = cifar10_data.read_class_names(cifar10.find_data_folder())
+    names = cifar10.find_class_names()
     # Of the images of a class, the share that is right; their mean, weighted, is precision @ 1.
     of_class = {
         name: int(row[label]) / int(row.sum()) if row.any() else None
@@ -252,17 +252,6 @@ def _check_folders():
         )
 
 
-def _check_classes():
-    """Raises UserError where the checkpoint was trained on other classes than the data has."""
-    trained = find_class_names()
-    names = cifar10_data.read_class_names(cifar10.find_data_folder())
-    if trained != names:
-        raise UserError(
-            f"{FLAGS.checkpoint_dir} has been trained on other classes ({', '.join(trained)}) than "
-            f"the data set has ({', '.join(names)}); name the data set that belongs to it"
-        )
-
-
 def _make_summary_writer(eval_dir, graph):
     try:
         # A name of its own: by itself it would be the second's, and two in one second would clash.
@@ -289,6 +278,7 @@ def evaluate(last_step=None, check_trainer=lambda: None):
     eval_test = FLAGS.eval_data == "test"
     available = cifar10_data.count_records(cifar10.find_data_folder(), eval_test)
     check_input = cifar10.make_change_check(eval_test)
+    settings = find_settings()
     if available < FLAGS.num_examples:
         print(
             f"--num_examples={FLAGS.num_examples}, but there are {available}: evaluating those",
@@ -322,8 +312,7 @@ def evaluate(last_step=None, check_trainer=lambda: None):
                 done = checkpoint
                 try:
                     step = read_step(checkpoint)
-                    check_fits(checkpoint, variables)
-                    _check_classes()
+                    check_fits(checkpoint, variables, settings)
                     if step < evaluated_step:
                         raise CheckpointError(
                             f"{checkpoint} is of step {step}, before step {evaluated_step}, which "

@@ -18,7 +18,9 @@ import cifar10_summaries
 from cifar10_runtime import check_flags, tf
 
 IMAGE_SIZE = 24  # pixels; the crop that the model sees, of the 32 in a record
+MIN_CROP_SIZE = 8  # pixels; of which the model's two pools leave 2
 
+# CIFAR-10's. What counts is what the record files hold, and `batches.meta.txt` beside them.
 NUM_CLASSES = cifar10_data.NUM_CLASSES
 NUM_EXAMPLES_PER_EPOCH_FOR_TRAIN = 50000
 NUM_EXAMPLES_PER_EPOCH_FOR_EVAL = 10000
@@ -42,8 +44,8 @@ MAX_CONTRAST_FACTOR = 1.8
 flags.DEFINE_float(
     "min_fraction_of_examples_in_queue",
     MIN_FRACTION_OF_EXAMPLES_IN_QUEUE,
-    "Share of an epoch (50,000 images) that training keeps in its shuffling queue. Less starts "
-    "sooner and mixes less.",
+    "Share of an epoch, all training images, that training keeps in its shuffling queue. Less "
+    "starts sooner and mixes less.",
     lower_bound=0.0,
     upper_bound=1.0,
 )
@@ -54,6 +56,20 @@ flags.DEFINE_integer(
     "Threads that read and distort training images.",
     lower_bound=1,
     upper_bound=1024,
+)
+flags.DEFINE_integer(
+    "crop_size",
+    IMAGE_SIZE,
+    "Pixels; the side of the square that the model sees of an image's 32 x 32. In training it lies "
+    "at random, in evaluation in the middle.",
+    lower_bound=MIN_CROP_SIZE,
+    upper_bound=min(cifar10_data.HEIGHT, cifar10_data.WIDTH),
+)
+flags.DEFINE_boolean(
+    "random_flip",
+    True,
+    "Mirror every second training image, at random. Not for what means something else in a "
+    "mirror, such as digits.",
 )
 flags.DEFINE_float(
     "max_brightness_delta",
@@ -96,11 +112,13 @@ class Distortion(NamedTuple):
     Attributes:
       max_brightness_delta: float; added or taken away at most, of pixel values 0 to 255.
       min_contrast_factor, max_contrast_factor: float; the range of what contrast is multiplied by.
+      random_flip: bool; whether each image is mirrored with a probability of one half.
     """
 
     max_brightness_delta: float = MAX_BRIGHTNESS_DELTA
     min_contrast_factor: float = MIN_CONTRAST_FACTOR
     max_contrast_factor: float = MAX_CONTRAST_FACTOR
+    random_flip: bool = True
 
 
 DISTORTION = Distortion()  # the tutorial's
@@ -112,7 +130,7 @@ class CIFAR10Record:
     Attributes:
       height, width, depth: int; 32, 32 and 3.
       key: string []; the file and the record's number in it, as `file:record`.
-      label: int32 [1]; 0 to 9.
+      label: int32 [1]; 0 to 9, or as many classes as the data set has.
       uint8image: uint8 [height, width, depth].
     """
 
@@ -164,7 +182,7 @@ def _read_block(filename_queue, size):
     return keys, labels, planes
 
 
-def _random_crop_and_flip(planes):
+def _random_crop_and_flip(planes, size=IMAGE_SIZE, random_flip=True):
     """Cuts a random square from each image, and mirrors it with a probability of one half.
 
     The rows are gathered. The columns are selected by a matrix product: column i of the result is
@@ -173,25 +191,28 @@ def _random_crop_and_flip(planes):
 
     Args:
       planes: uint8 [n, 3, 32, 32].
+      size: int; the side of the square, in pixels.
+      random_flip: bool; false: none is mirrored.
 
     Returns:
-      float32 [n, 3, 24, 24].
+      float32 [n, 3, size, size].
     """
     count = tf.shape(planes)[0]
     depth, height, width = planes.shape.as_list()[1:]
-    steps = tf.range(IMAGE_SIZE)
-    top = tf.random.uniform([count, 1], 0, height - IMAGE_SIZE + 1, tf.int32)
-    left = tf.random.uniform([count, 1], 0, width - IMAGE_SIZE + 1, tf.int32)
-    flip = tf.random.uniform([count, 1]) < 0.5
+    steps = tf.range(size)
+    top = tf.random.uniform([count, 1], 0, height - size + 1, tf.int32)
+    left = tf.random.uniform([count, 1], 0, width - size + 1, tf.int32)
+    flip = tf.random.uniform([count, 1]) < (0.5 if random_flip else 0.0)
 
     plane_starts = tf.reshape(tf.range(count * depth) * height, [-1, depth, 1])
-    rows = plane_starts + (top + steps)[:, tf.newaxis, :]  # [n, 3, 24]
-    rows = tf.cast(tf.gather(tf.reshape(planes, [-1, width]), rows), tf.float32)  # [n, 3, 24, 32]
+    rows = plane_starts + (top + steps)[:, tf.newaxis, :]  # [n, 3, size]
+    # [n, 3, size, 32]
+    rows = tf.cast(tf.gather(tf.reshape(planes, [-1, width]), rows), tf.float32)
 
-    columns = left + tf.where_v2(flip, IMAGE_SIZE - 1 - steps, steps)  # [n, 24]
-    selection = tf.one_hot(columns, width, axis=1)  # [n, 32, 24]
-    cropped = tf.matmul(tf.reshape(rows, [-1, depth * IMAGE_SIZE, width]), selection)
-    return tf.reshape(cropped, [-1, depth, IMAGE_SIZE, IMAGE_SIZE])
+    columns = left + tf.where_v2(flip, size - 1 - steps, steps)  # [n, size]
+    selection = tf.one_hot(columns, width, axis=1)  # [n, 32, size]
+    cropped = tf.matmul(tf.reshape(rows, [-1, depth * size, width]), selection)
+    return tf.reshape(cropped, [-1, depth, size, size])
 
 
 class _Pixels(NamedTuple):
@@ -255,9 +276,9 @@ def _standardize(pixels):
     return pixels._replace(mean=(pixels.mean - mean) * scale, contrast=pixels.contrast * scale)
 
 
-def _distort(planes, distortion):
-    """Makes training images: uint8 [n, 3, 32, 32] to float32 [n, 24, 24, 3]."""
-    pixels = _Pixels.take_apart(_random_crop_and_flip(planes))
+def _distort(planes, distortion, size=IMAGE_SIZE):
+    """Makes training images: uint8 [n, 3, 32, 32] to float32 [n, size, size, 3]."""
+    pixels = _Pixels.take_apart(_random_crop_and_flip(planes, size, distortion.random_flip))
     pixels = _random_brightness(pixels, distortion.max_brightness_delta)
     pixels = _random_contrast(
         pixels, distortion.min_contrast_factor, distortion.max_contrast_factor
@@ -265,31 +286,33 @@ def _distort(planes, distortion):
     return _finish(pixels)
 
 
-def _crop(planes):
+def _crop(planes, size=IMAGE_SIZE):
     """Makes images to evaluate, cropped in the middle; shapes and dtypes as for `_distort`."""
     height, width = planes.shape.as_list()[2:]
-    top, left = (height - IMAGE_SIZE) // 2, (width - IMAGE_SIZE) // 2
-    planes = planes[:, :, top : top + IMAGE_SIZE, left : left + IMAGE_SIZE]
+    top, left = (height - size) // 2, (width - size) // 2
+    planes = planes[:, :, top : top + size, left : left + size]
     return _finish(_Pixels.take_apart(tf.cast(planes, tf.float32)))
 
 
-def standardized_crops(pictures):
+def standardized_crops(pictures, crop_size=IMAGE_SIZE):
     """Makes of pictures what `inputs` makes of the same pixels in records.
 
     Args:
       pictures: uint8 [n, 32, 32, 3].
+      crop_size: int; pixels.
 
     Returns:
-      float32 [n, 24, 24, 3], each with mean 0 and variance 1.
+      float32 [n, crop_size, crop_size, 3], each with mean 0 and variance 1.
     """
     # A transpose in effect; see `read_cifar10`. (A cast before it would be moved behind it.)
-    return _crop(tf.stack(tf.unstack(pictures, axis=3), axis=1))
+    return _crop(tf.stack(tf.unstack(pictures, axis=3), axis=1), crop_size)
 
 
 def _finish(pixels):
-    """Standardizes, and puts the channels last: to float32 [n, 24, 24, 3]."""
+    """Standardizes, and puts the channels last: to float32 [n, size, size, 3]."""
+    size = pixels.deviation.shape.as_list()[2]
     images = tf.transpose(_standardize(pixels).put_together(), [0, 2, 3, 1])
-    return tf.ensure_shape(images, [None, IMAGE_SIZE, IMAGE_SIZE, cifar10_data.DEPTH])
+    return tf.ensure_shape(images, [None, size, size, cifar10_data.DEPTH])
 
 
 def _filename_queue(filenames, num_epochs, shuffle):
@@ -323,35 +346,39 @@ def distorted_inputs(
     num_preprocess_threads=NUM_PREPROCESS_THREADS,
     distortion=DISTORTION,
     shard=None,
+    crop_size=IMAGE_SIZE,
 ):
     """Makes the training input: shuffled, distorted images, for ever.
 
     Args:
       data_dir: the folder with the record files `data_batch_1.bin` to `data_batch_5.bin`.
       batch_size: int; images per batch.
-      min_fraction_of_examples_in_queue: float; the share of an epoch that is in the queue before
-        the first batch leaves it, and stays in it. A batch is drawn from at least that many.
+      min_fraction_of_examples_in_queue: float; the share of an epoch, of all records in those
+        files, that is in the queue before the first batch leaves it, and stays in it. A batch is
+        drawn from at least that many.
       num_preprocess_threads: int; with 1, the graph's seed decides which images come when.
       distortion: a `Distortion`.
       shard: (index, count), to read every `count`-th record of each file, from number `index` on;
         all records where None.
+      crop_size: int; the side of the images, in pixels.
 
     Returns:
-      images: float32 [batch_size, 24, 24, 3], each with mean 0 and variance 1.
-      labels: int32 [batch_size], 0 to 9.
+      images: float32 [batch_size, crop_size, crop_size, 3], each with mean 0 and variance 1.
+      labels: int32 [batch_size], 0 to 9, or as many classes as the data set has.
 
     Raises:
       ValueError: a file is missing.
     """
-    min_queue_examples = int(NUM_EXAMPLES_PER_EPOCH_FOR_TRAIN * min_fraction_of_examples_in_queue)
-    print(
-        f"Filling queue with {min_queue_examples} CIFAR images before starting to train. "
-        "This will take a few minutes.",
-        flush=True,
-    )
     with tf.device("/cpu:0"), tf.name_scope("distorted_inputs") as scope:
         filenames = cifar10_data.record_files(data_dir, eval_data=False)
         filename_queue = _filename_queue(filenames, None, shuffle=True)
+        num_examples = cifar10_data.count_records(data_dir, eval_data=False)
+        min_queue_examples = int(num_examples * min_fraction_of_examples_in_queue)
+        print(
+            f"Filling queue with {min_queue_examples} CIFAR images before starting to train. "
+            "This will take a few minutes.",
+            flush=True,
+        )
         keys, labels, planes = _read_block(filename_queue, RECORDS_PER_READ)
         if shard is not None:
             is_ours = _is_in_shard(keys, *shard)
@@ -360,7 +387,7 @@ def distorted_inputs(
         # that is, if there is room for a single one beyond the minimum.
         spare = 3 * batch_size if num_preprocess_threads > 1 else 1
         images, labels = tf.train.shuffle_batch(
-            [_distort(planes, distortion), labels],
+            [_distort(planes, distortion, crop_size), labels],
             batch_size=batch_size,
             num_threads=num_preprocess_threads,
             capacity=min_queue_examples + spare,
@@ -379,7 +406,7 @@ def _is_in_shard(keys, index, count):
     return tf.equal(numbers % count, index)
 
 
-def inputs(eval_data, data_dir, batch_size, num_epochs=None):
+def inputs(eval_data, data_dir, batch_size, num_epochs=None, crop_size=IMAGE_SIZE):
     """Makes the evaluation input: centrally cropped images, in the order of the files.
 
     Args:
@@ -389,11 +416,12 @@ def inputs(eval_data, data_dir, batch_size, num_epochs=None):
       num_epochs: how often each record comes; None for ever. A limited input counts in a local
         variable, so run `tf.local_variables_initializer()`; after the last batch, which may be
         smaller, the queue raises `tf.errors.OutOfRangeError`.
+      crop_size: int; the side of the images, in pixels.
 
     Returns:
-      images: float32 [batch_size, 24, 24, 3], each with mean 0 and variance 1; the first
-        dimension is unknown where `num_epochs` is given.
-      labels: int32 [batch_size], 0 to 9.
+      images: float32 [batch_size, crop_size, crop_size, 3], each with mean 0 and variance 1; the
+        first dimension is unknown where `num_epochs` is given.
+      labels: int32 [batch_size], 0 to 9, or as many classes as the data set has.
 
     Raises:
       ValueError: a file is missing.
@@ -403,7 +431,7 @@ def inputs(eval_data, data_dir, batch_size, num_epochs=None):
         filename_queue = _filename_queue(filenames, num_epochs, shuffle=False)
         _, labels, planes = _read_block(filename_queue, RECORDS_PER_READ)
         images, labels = tf.train.batch(
-            [_crop(planes), labels],
+            [_crop(planes, crop_size), labels],
             batch_size=batch_size,
             num_threads=1,  # more would not keep the order
             capacity=4 * (batch_size + RECORDS_PER_READ),

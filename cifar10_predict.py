@@ -23,8 +23,9 @@ import cifar10
 import cifar10_data
 import cifar10_input
 import cifar10_pictures
-from cifar10_restore import CheckpointError, find_class_names, restore_newest
-from cifar10_runtime import UserError, find_reason, run, session_config, tf
+from cifar10_restore import CheckpointError, read_newest_settings, restore_newest
+from cifar10_runtime import UserError, check_new_folder, find_reason, run, session_config, tf
+from cifar10_settings import find_settings
 
 FLAGS = flags.FLAGS
 
@@ -45,7 +46,7 @@ class _Model(NamedTuple):
     Attributes:
       session: `tf.Session`.
       pictures: placeholder, uint8 [n, 32, 32, 3].
-      probabilities: float32 [n, 10].
+      probabilities: float32 [n, classes].
       class_names: tuple of strings.
       checkpoint: string; the path of the checkpoint.
       step: int; its global step.
@@ -66,13 +67,18 @@ def open_model():
     Raises:
       UserError: there is no checkpoint, or it cannot be used.
     """
+    trained = read_newest_settings()
+    settings = find_settings()
+    if trained is not None and trained.class_names is not None:
+        settings = settings._replace(class_names=trained.class_names)  # there need be no data set
     shape = [None, cifar10_data.HEIGHT, cifar10_data.WIDTH, cifar10_data.DEPTH]
     with tf.Graph().as_default(), tf.Session(config=session_config(FLAGS.use_fp16)) as session:
         pictures = tf.placeholder(tf.uint8, shape, name="images")
-        logits = cifar10.inference(cifar10_input.standardized_crops(pictures))
+        images = cifar10_input.standardized_crops(pictures, settings.crop_size)
+        logits = cifar10.inference(images, len(settings.class_names))
         probabilities = tf.nn.softmax(logits, name="probabilities")
-        checkpoint, step = restore_newest(session)
-        yield _Model(session, pictures, probabilities, find_class_names(), checkpoint, step)
+        checkpoint, step = restore_newest(session, settings)
+        yield _Model(session, pictures, probabilities, settings.class_names, checkpoint, step)
 
 
 def read_in_batches(paths, size):
@@ -166,9 +172,10 @@ def _print_json(model, path, predictions=None, error=None):
 def export(model, export_dir):
     """Writes a model as a SavedModel with the signature `serving_default`.
 
-    It takes `images`, uint8 [n, 32, 32, 3], and gives `probabilities`, float32 [n, 10]; `classes`,
-    int64 [n], the number of each image's likeliest class; and `class_names`, string [n, 10], the
-    names that the probabilities belong to, once for each image, as servers want an answer a row.
+    It takes `images`, uint8 [n, 32, 32, 3], and gives `probabilities`, float32 [n, classes];
+    `classes`, int64 [n], the number of each image's likeliest class; and `class_names`, string
+    [n, classes], the names that the probabilities belong to, once for each image, as servers want
+    an answer a row.
 
     Args:
       model: a `_Model`.
@@ -177,7 +184,7 @@ def export(model, export_dir):
     Raises:
       UserError: the folder holds something, or cannot be written.
     """
-    check_export_dir(export_dir)
+    check_new_folder("--export_dir", export_dir)
     names = tf.constant([model.class_names])
     signature = tf.saved_model.predict_signature_def(
         {"images": model.pictures},
@@ -209,19 +216,11 @@ def export(model, export_dir):
         raise UserError(f"cannot write --export_dir={export_dir}: {find_reason(error)}") from error
 
 
-def check_export_dir(export_dir):
-    """Raises UserError where an export would overwrite something."""
-    if os.path.lexists(export_dir) and not (
-        os.path.isdir(export_dir) and not os.listdir(export_dir)
-    ):
-        raise UserError(f"--export_dir={export_dir} is there already; name a new folder")
-
-
 def main(paths):
     if not paths and FLAGS.export_dir is None:
         raise app.UsageError("name pictures, folders of pictures, or --export_dir")
     if FLAGS.export_dir is not None:
-        check_export_dir(FLAGS.export_dir)  # before anything is done in vain
+        check_new_folder("--export_dir", FLAGS.export_dir)  # before anything is done in vain
     with open_model() as model:
         if FLAGS.export_dir is not None:
             export(model, FLAGS.export_dir)

@@ -36,11 +36,21 @@ class _Lines:
             meter = tqdm.format_meter(self.n, elapsed=now - self._start, **self._meter)
             print(f"{self._description}: {meter}", file=sys.stderr, flush=True)
 
+    def tell(self, line):
+        print(line, file=sys.stderr, flush=True)
+
     def __enter__(self):
         return self
 
     def __exit__(self, *exception):
         pass
+
+
+class _Bar(tqdm):
+    """A bar that stays the last line, whatever is told."""
+
+    def tell(self, line):
+        self.write(line, file=sys.stderr)
 
 
 def show_progress(description, total, unit, initial=0, unit_scale=False):
@@ -55,7 +65,8 @@ def show_progress(description, total, unit, initial=0, unit_scale=False):
 
     Returns:
       A context manager that gives an object with `update(count)`, to be called when that much more
-      is done, and `n`, how much that is in all. A bar vanishes at the end.
+      is done; `n`, how much that is in all; and `tell(line)`, which prints a line on stderr. A bar
+      vanishes at the end.
     """
     arguments = {
         "desc": description,
@@ -65,5 +76,5 @@ def show_progress(description, total, unit, initial=0, unit_scale=False):
         "unit_scale": unit_scale,
     }
     if sys.stderr.isatty():
-        return tqdm(**arguments, leave=False, dynamic_ncols=True)
+        return _Bar(**arguments, leave=False, dynamic_ncols=True)
     return _Lines(**arguments)

@@ -1,21 +1,17 @@
 """A trained model: which checkpoint holds it, and how its variables get into a session."""
 
-import os
-
 import numpy as np
 from absl import flags
 
 import cifar10
-import cifar10_data
+import cifar10_settings
 from cifar10_runtime import (
-    STARTS_FILE,
     UserError,
     explain_missing_checkpoint,
     find_differences,
     find_latest_checkpoint,
     find_reason,
     read_global_step,
-    read_starts,
     tf,
 )
 
@@ -67,8 +63,20 @@ def variables_to_restore(use_moving_averages):
     return {variable.op.name: variable for variable in tf.trainable_variables()}
 
 
-def check_fits(checkpoint, variables):
-    """Raises CheckpointError where a checkpoint has not what `variables_to_restore` gave."""
+def check_fits(checkpoint, variables, wanted):
+    """Raises CheckpointError where a checkpoint is not of the model or the data it is to serve.
+
+    Args:
+      checkpoint: path.
+      variables: what `variables_to_restore` gave.
+      wanted: the `cifar10_settings.Settings` of the default graph's model.
+    """
+    try:
+        trained = cifar10_settings.read_settings(checkpoint)
+    except UserError as error:
+        raise CheckpointError(str(error)) from error
+    if misfit := cifar10_settings.find_misfit(trained, wanted):
+        raise CheckpointError(f"{checkpoint} {misfit} with --checkpoint_dir")
     try:
         differences = find_differences(checkpoint, variables)
     except (tf.errors.OpError, ValueError) as error:
@@ -101,11 +109,12 @@ def restore(session, saver, checkpoint):
     return read_step(checkpoint)
 
 
-def restore_newest(session):
+def restore_newest(session, wanted):
     """Restores what the flags say into the default graph's model.
 
     Args:
       session: a `tf.Session` on that graph.
+      wanted: the `cifar10_settings.Settings` of that model.
 
     Returns:
       The checkpoint's path, and its global step.
@@ -118,7 +127,7 @@ def restore_newest(session):
     while True:
         checkpoint = require_checkpoint(FLAGS.checkpoint_dir)
         try:
-            check_fits(checkpoint, variables)
+            check_fits(checkpoint, variables, wanted)
             return checkpoint, restore(session, saver, checkpoint)
         except CheckpointError:
             # A trainer may have deleted it: then there is a newer one.
@@ -126,19 +135,15 @@ def restore_newest(session):
                 raise
 
 
-def find_class_names():
-    """Returns the names of the classes that the newest checkpoint was trained on.
+def read_newest_settings():
+    """Returns the `cifar10_settings.Settings` of the newest checkpoint; None where not known.
 
-    They are those that training noted beside it, or, where it has noted none, the data set's.
+    Raises:
+      UserError: there is no checkpoint, or they cannot be read.
     """
-    starts = read_starts(os.path.join(FLAGS.checkpoint_dir, STARTS_FILE))
-    if not starts or "class_names" not in starts[-1]:
-        return cifar10_data.read_class_names(cifar10.find_data_folder())
-    names = starts[-1]["class_names"]
-    is_list = isinstance(names, list) and all(isinstance(name, str) for name in names)
-    if not is_list or len(names) != cifar10.NUM_CLASSES:
-        raise UserError(
-            f"the last `class_names` in {FLAGS.checkpoint_dir}/{STARTS_FILE} are not "
-            f"{cifar10.NUM_CLASSES} names"
-        )
-    return tuple(names)
+    while True:
+        checkpoint = require_checkpoint(FLAGS.checkpoint_dir)
+        settings = cifar10_settings.read_settings(checkpoint)
+        # None also where a trainer has deleted the checkpoint: then there is a newer one.
+        if settings is not None or find_latest_checkpoint(FLAGS.checkpoint_dir) == checkpoint:
+            return settings

@@ -237,33 +237,16 @@ def check_flags(names, is_valid, rule):
         flags.register_validator(name, is_valid, rule)
 
 
+def check_new_folder(flag, folder):
+    """Raises UserError where a folder to make is there, unless it is empty; `flag` named it."""
+    if os.path.lexists(folder) and not (os.path.isdir(folder) and not os.listdir(folder)):
+        raise UserError(f"{flag}={folder} is there already; name a new folder")
+
+
 def append_json_line(path, value):
     """Adds a dict and the time (seconds since 1970) to a file with one JSON object a line."""
     with open(path, "a") as file:
         file.write(json.dumps({"time": time.time(), **value}) + "\n")
-
-
-STARTS_FILE = "run.json"  # in train_dir: what each start of training there was
-
-
-def read_starts(path):
-    """Returns the list that a file of starts holds; empty where there is no file.
-
-    Raises:
-      UserError: it is there and is not such a list.
-    """
-    try:
-        with open(path) as file:
-            starts = json.load(file)
-        if not (isinstance(starts, list) and all(isinstance(start, dict) for start in starts)):
-            raise ValueError("it is not a list of objects")
-    except FileNotFoundError:
-        return []
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{path} does not hold the list of this folder's starts ({error}); move it away"
-        ) from error
-    return starts
 
 
 def describe_software_and_hardware():

@@ -15,10 +15,10 @@ from absl import flags
 import cifar10
 import cifar10_data
 import cifar10_input
+import cifar10_settings
 import cifar10_summaries
 from cifar10_progress import show_progress
 from cifar10_runtime import (
-    STARTS_FILE,
     STOP_REQUEST,
     Interrupted,
     UserError,
@@ -33,7 +33,6 @@ from cifar10_runtime import (
     list_modules_with_flags,
     quiet_cancellation,
     read_global_step,
-    read_starts,
     session_config,
     tf,
 )
@@ -103,6 +102,7 @@ flags.DEFINE_boolean(
 
 LOCK_FILE = ".trainer.lock"
 METRICS_FILE = "metrics.jsonl"
+STARTS_FILE = "run.json"  # in train_dir: what each start of training there was
 # Seconds that a step may take to end after a signal, before its input is closed; and that the
 # input's threads may take to end. Together with a save they stay within half a minute.
 STEP_GRACE = 12.0
@@ -438,19 +438,37 @@ def seeded_graph(stream=0):
         yield graph
 
 
-def _note_start(path):
+def _read_starts(path):
+    """Returns the list that a file of starts holds; empty where there is no file.
+
+    Raises:
+      UserError: it is there and is not such a list.
+    """
+    try:
+        with open(path) as file:
+            starts = json.load(file)
+        if not (isinstance(starts, list) and all(isinstance(start, dict) for start in starts)):
+            raise ValueError("it is not a list of objects")
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{path} does not hold the list of this folder's starts ({error}); move it away"
+        ) from error
+    return starts
+
+
+def _note_start(path, settings):
     """Adds to the JSON list in a file what decides about this run.
+
+    Args:
+      path: the file; made if need be.
+      settings: the run's `cifar10_settings.Settings`.
 
     Raises:
       UserError: the file is there and is not such a list.
     """
-    starts = read_starts(path)
-    names = list(cifar10_data.read_class_names(cifar10.find_data_folder()))
-    if starts and starts[-1].get("class_names", names) != names:
-        raise UserError(
-            f"{path} tells of training on other classes ({', '.join(starts[-1]['class_names'])}) "
-            f"than the data set has ({', '.join(names)}); name another folder with --train_dir"
-        )
+    starts = _read_starts(path)
     starts.append(
         {
             "time": time.time(),
@@ -461,7 +479,8 @@ def _note_start(path):
                 for flag in FLAGS.flags_by_module_dict()[module]
             },
             "seed": tf.get_default_graph().seed,
-            "class_names": names,
+            "class_names": settings.class_names,
+            "examples_per_epoch": settings.examples_per_epoch,
             **describe_software_and_hardware(),
         }
     )
@@ -519,6 +538,15 @@ def _read_step(train_dir, newest):
         raise UserError(
             f"{error}; remove the file `checkpoint` beside it to go on from {whole}"
         ) from error
+
+
+def _check_settings(checkpoint, settings):
+    """Raises UserError where a checkpoint is not of these `Settings`; warns of what has changed."""
+    trained = cifar10_settings.read_settings(checkpoint)
+    if misfit := cifar10_settings.find_misfit(trained, settings):
+        raise UserError(f"{checkpoint} {misfit} with --train_dir")
+    for change in cifar10_settings.find_changes(trained, settings):
+        tf.logging.warning("Going on from %s: %s.", checkpoint, change)
 
 
 def _check_fits(checkpoint):
@@ -648,7 +676,12 @@ def run_training_as_flags_say(train_op, loss, examples_per_step, member=None):
     config = session_config(FLAGS.use_fp16, FLAGS.log_device_placement)
     check_input = check_data = cifar10.make_change_check(eval_data=False)
     if member is None or member.is_chief:
-        _note_start(os.path.join(FLAGS.train_dir, STARTS_FILE))
+        settings = cifar10_settings.find_settings()
+        newest = find_checkpoint(FLAGS.train_dir)
+        if newest is not None:
+            _check_settings(newest, settings)
+        cifar10_settings.note_settings(settings)
+        _note_start(os.path.join(FLAGS.train_dir, STARTS_FILE), settings)
     if member is not None:
         config.device_filters.extend(member.device_filters)
 

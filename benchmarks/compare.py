@@ -59,11 +59,11 @@ RESIDENT_WARM_UP_STEPS = 1
 
 
 class Training:
-    """A training graph with a session of its own; `seconds_per_step` is one turn of it."""
+    """A training `graph` with a session of its own; `seconds_per_step` is one turn of it."""
 
     def __init__(self, build_inputs, warm_up_steps, use_fp16=False, use_stock=False):
         self._warm_up_steps = warm_up_steps
-        with tf.Graph().as_default() as graph:
+        with tf.Graph().as_default() as self.graph:
             with tf.device("/cpu:0"):
                 global_step = tf.train.get_or_create_global_step()
             with contextlib.redirect_stdout(io.StringIO()):  # it announces its queue
@@ -77,7 +77,7 @@ class Training:
                 loss = cifar10.loss(cifar10.inference(images), labels)
                 train_op = cifar10.train(loss, global_step)
             self._fetches = [train_op, loss]  # the trainer looks at the loss of every step
-            self._session = tf.Session(graph=graph, config=session_config(use_fp16))
+            self._session = tf.Session(graph=self.graph, config=session_config(use_fp16))
             self._session.run(tf.global_variables_initializer())
             self._coordinator = tf.train.Coordinator()
             self._threads = []
@@ -212,8 +212,25 @@ def own_training(data_dir, fraction, use_fp16=False):
     return Training(build_inputs, OWN_WARM_UP_STEPS, use_fp16)
 
 
+def make_records(data_dir):
+    """Draws the stand-in, with its training files repeated to the size of CIFAR-10's.
+
+    Returns:
+      The path of the folder with the record files.
+    """
+    folder = cifar10_data.maybe_generate_synthetic(data_dir)
+    for path in map(pathlib.Path, cifar10_data.record_files(folder, eval_data=False)):
+        path.write_bytes(path.read_bytes() * (10000 // cifar10_data.SYNTHETIC_RECORDS_PER_FILE))
+    return folder
+
+
+def find_queued_fraction(records):
+    """Returns the share of the training files' records that is to wait in a queue."""
+    return FLAGS.queued / cifar10_data.count_records(records, eval_data=False)
+
+
 def compare_training(data_dir):
-    fraction = FLAGS.queued / cifar10_input.NUM_EXAMPLES_PER_EPOCH_FOR_TRAIN
+    fraction = find_queued_fraction(data_dir)
     trainings = {
         "stock": stock_training(data_dir, fraction),
         "own": own_training(data_dir, fraction),
@@ -268,9 +285,9 @@ def compare_distortion(data_dir):
     print_row("images distorted per CPU second (stock = 1)", ratios(figures, "stock", "own"), 4, 8)
 
 
-def compare_processes(data_dir, folder):
+def compare_processes(records, data_dir, folder):
     data = ("--synthetic_data", f"--data_dir={data_dir}", f"--batch_size={BATCH_SIZE}")
-    fraction = FLAGS.queued / cifar10_input.NUM_EXAMPLES_PER_EPOCH_FOR_TRAIN
+    fraction = find_queued_fraction(records)
     numbers = itertools.count()
 
     def start(*script):
@@ -288,7 +305,8 @@ def compare_processes(data_dir, folder):
             *script,
             *data,
             "--run_once",
-            "--eval_data=train_eval",  # 10,000 images of the stand-in
+            "--eval_data=train_eval",
+            "--num_examples=10000",
             f"--checkpoint_dir={folder / 'start_0'}",
             f"--eval_dir={folder / 'eval'}",
         )
@@ -326,11 +344,11 @@ def main():
     print(f"{describe_machine()}, {turns}\n")
     print("| | median | range | at least | aim |\n| --- | --- | --- | --- | --- |")
     with tempfile.TemporaryDirectory() as folder:
-        records = cifar10_data.maybe_generate_synthetic(folder)
+        records = make_records(folder)
         speeds = compare_training(records)
         compare_distortion(records)
         if FLAGS.process_turns:
-            compare_processes(folder, pathlib.Path(folder))
+            compare_processes(records, folder, pathlib.Path(folder))
     listed = ", ".join(f"{name} {speed:.0f}" for name, speed in speeds.items())
     print(f"\nImages per second: {listed}.")
 

@@ -152,10 +152,10 @@ class KerasTraining:
 
 def main():
     with tempfile.TemporaryDirectory() as folder:
-        records = cifar10_data.maybe_generate_synthetic(folder)
+        records = compare.make_records(folder)
         keras = KerasTraining(records, FLAGS.policy, compare.BATCH_SIZE, FLAGS.queued)
         print(f"{compare.describe_machine()}, Keras {keras.version}, {FLAGS.turns} turns\n")
-        fraction = FLAGS.queued / cifar10_input.NUM_EXAMPLES_PER_EPOCH_FOR_TRAIN
+        fraction = compare.find_queued_fraction(records)
         trainings = {
             "stock": compare.stock_training(records, fraction),
             "own": compare.own_training(records, fraction),
@@ -186,8 +186,6 @@ if __name__ == "__main__":
         import compare
         from absl import flags
 
-        import cifar10_data
-        import cifar10_input
         from cifar10_runtime import run
 
         FLAGS = flags.FLAGS

@@ -63,9 +63,8 @@ def distort(image):
 
 def distorted_inputs(data_dir, batch_size, min_fraction_of_examples_in_queue=0.4):
     """Makes the training input; see `cifar10_input.distorted_inputs`."""
-    minimum = int(
-        cifar10_input.NUM_EXAMPLES_PER_EPOCH_FOR_TRAIN * min_fraction_of_examples_in_queue
-    )
+    num_examples = cifar10_data.count_records(data_dir, eval_data=False)
+    minimum = int(num_examples * min_fraction_of_examples_in_queue)
     with tf.device("/cpu:0"):
         record = _read(data_dir, eval_data=False, num_epochs=None)
         images, labels = tf.train.shuffle_batch(

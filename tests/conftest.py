@@ -9,6 +9,7 @@ import sys
 import numpy as np
 import numpy_model
 import pytest
+from absl import flags
 from absl.testing import flagsaver
 
 import cifar10_data
@@ -16,10 +17,10 @@ import cifar10_data
 ROOT = pathlib.Path(__file__).parent.parent
 
 
-def make_records(count, seed=0):
+def make_records(count, seed=0, num_classes=10):
     """Returns `count` records of random pixels with labels in turn: uint8 [count, 3073]."""
     records = np.random.default_rng(seed).integers(0, 256, [count, 3073]).astype(np.uint8)
-    records[:, 0] = np.arange(count) % 10
+    records[:, 0] = np.arange(count) % num_classes
     return records
 
 
@@ -29,14 +30,18 @@ def draw_patches(records, generator):
     records[:, 1:] = patches.repeat(8, axis=2).repeat(8, axis=3).reshape(len(records), -1)
 
 
-def write_data_set(folder, train_counts=(3, 4, 5, 6, 7), test_count=11):
+def write_data_set(folder, train_counts=(3, 4, 5, 6, 7), test_count=11, class_names=None):
     """Writes six record files and returns the training and the test records."""
     folder.mkdir(parents=True, exist_ok=True)
+    num_classes = 10
+    if class_names is not None:
+        num_classes = len(class_names)
+        cifar10_data.write_class_names(folder, class_names)
     train = []
     for number, count in enumerate(train_counts, start=1):
-        train.append(make_records(count, seed=number))
+        train.append(make_records(count, number, num_classes))
         train[-1].tofile(folder / f"data_batch_{number}.bin")
-    test = make_records(test_count, seed=99)
+    test = make_records(test_count, 99, num_classes)
     test.tofile(folder / "test_batch.bin")
     return np.concatenate(train), test
 
@@ -50,11 +55,13 @@ def pixels(records):
     return images
 
 
-def standardized_centers(records):
-    """Returns the evaluation images of records, by NumPy in float64: [n, 24, 24, 3]."""
-    images = pixels(records)[:, 4:28, 4:28].astype(np.float64)
+def standardized_centers(records, size=24):
+    """Returns the evaluation images of records, by NumPy in float64: [n, size, size, 3]."""
+    start = (32 - size) // 2
+    images = pixels(records)[:, start : start + size, start : start + size].astype(np.float64)
     means = images.mean(axis=(1, 2, 3), keepdims=True)
-    deviations = np.maximum(images.std(axis=(1, 2, 3), keepdims=True), 1 / np.sqrt(24 * 24 * 3))
+    least = 1 / np.sqrt(size * size * 3)
+    deviations = np.maximum(images.std(axis=(1, 2, 3), keepdims=True), least)
     return (images - means) / deviations
 
 
@@ -89,16 +96,24 @@ def all_batches(session, fetches):
 RAW, AVERAGED = 14, 12  # seeds of the variables and of their moving averages
 
 
-def save_checkpoint(checkpoint_dir, step):
-    """Saves a checkpoint with different values in the variables and in their averages."""
+def save_checkpoint(checkpoint_dir, step, settings=None):
+    """Saves a checkpoint with different values in the variables and in their averages.
+
+    With the `cifar10_settings.Settings` it has been trained for; without, as the original tutorial.
+    """
+    import cifar10_settings
     from cifar10_runtime import tf
 
     checkpoint_dir = pathlib.Path(checkpoint_dir)
     checkpoint_dir.mkdir(exist_ok=True)
     with tf.Graph().as_default(), tf.Session() as session:
         tf.get_variable("global_step", initializer=np.int64(step))
-        raw = numpy_model.random_variables(RAW)
-        averaged = numpy_model.random_variables(AVERAGED)
+        num_classes = 10
+        if settings is not None:
+            cifar10_settings.note_settings(settings)
+            num_classes = len(settings.class_names)
+        raw = numpy_model.random_variables(RAW, num_classes)
+        averaged = numpy_model.random_variables(AVERAGED, num_classes)
         for name in raw:
             tf.get_variable(name, initializer=raw[name])
             tf.get_variable(f"{name}/ExponentialMovingAverage", initializer=averaged[name])
@@ -124,8 +139,10 @@ def run_script(*arguments, check=True, timeout=120):
 
 
 @pytest.fixture(autouse=True)
-def flags_are_restored():
+def flags_are_restored(tmp_path):
     with flagsaver.flagsaver():
+        if "data_dir" in flags.FLAGS:  # or a test would see what its user has there
+            flags.FLAGS.data_dir = str(tmp_path / "no_data")
         yield
 
 

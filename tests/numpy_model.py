@@ -12,11 +12,13 @@ LAYERS = (
 )
 
 
-def random_variables(seed):
+def random_variables(seed, num_classes=10):
     """Draws variables that are no start of training, so that predictions vary: name to array."""
     generator = np.random.default_rng(seed)
     variables = {}
     for name, shape, _, _, _ in LAYERS:
+        if name == "softmax_linear":
+            shape = (shape[0], num_classes)
         spread = np.sqrt(2 / np.prod(shape[:-1]))  # keeps the size of what goes through a ReLU
         variables[f"{name}/weights"] = generator.normal(0, spread, shape).astype(np.float32)
         variables[f"{name}/biases"] = generator.normal(0, 0.1, shape[-1]).astype(np.float32)
@@ -30,8 +32,11 @@ def _convolution(images, weights, biases):
 
 
 def _pool(images):
-    # SAME with an even size and stride 2 pads one row and one column, behind the last.
-    padded = np.pad(images, [(0, 0), (0, 1), (0, 1), (0, 0)], constant_values=-np.inf)
+    # SAME with stride 2 pads one row and one column, behind the last; an odd size before the first
+    # as well.
+    before = images.shape[1] % 2
+    padding = [(0, 0), (before, 1), (before, 1), (0, 0)]
+    padded = np.pad(images, padding, constant_values=-np.inf)
     windows = np.lib.stride_tricks.sliding_window_view(padded, (3, 3), axis=(1, 2))
     return windows[:, ::2, ::2].max(axis=(-2, -1))
 
@@ -42,18 +47,69 @@ def _normalize(images):
     return images / (1 + 0.001 / 9 * sums) ** 0.75
 
 
+def locally_connected(images, weights, biases):
+    """Returns the layer of filters that are not shared, before its ReLU, a position at a time.
+
+    Arguments and result: [n, height, width, m], [height, width, 3, 3, m, c] and [height, width, c];
+    [n, height, width, c].
+    """
+    padded = np.pad(images, [(0, 0), (1, 1), (1, 1), (0, 0)])
+    result = np.empty([*images.shape[:3], weights.shape[-1]])
+    for y in range(images.shape[1]):
+        for x in range(images.shape[2]):
+            for channel in range(weights.shape[-1]):
+                window = padded[:, y : y + 3, x : x + 3]
+                products = window * weights[y, x, :, :, :, channel]
+                result[:, y, x, channel] = products.sum(axis=(1, 2, 3)) + biases[y, x, channel]
+    return result
+
+
+def locally_connected_gradients(images, weights, upstream):
+    """Returns the gradients of `(locally_connected(...) * upstream).sum()`.
+
+    With respect to the images, the weights and the biases.
+    """
+    padded = np.pad(images, [(0, 0), (1, 1), (1, 1), (0, 0)])
+    of_padded, of_weights = np.zeros(padded.shape), np.zeros(weights.shape)
+    for y in range(images.shape[1]):
+        for x in range(images.shape[2]):
+            for channel in range(weights.shape[-1]):
+                above = upstream[:, y, x, channel][:, np.newaxis, np.newaxis, np.newaxis]
+                of_padded[:, y : y + 3, x : x + 3] += above * weights[y, x, :, :, :, channel]
+                window = padded[:, y : y + 3, x : x + 3]
+                of_weights[y, x, :, :, :, channel] = (above * window).sum(axis=0)
+    return of_padded[:, 1:-1, 1:-1], of_weights, upstream.sum(axis=0)
+
+
 def inference(images, variables):
-    """Returns the logits, [n, 10], of images, [n, 24, 24, 3]."""
+    """Returns the logits, [n, classes], of images, [n, size, size, 3]."""
 
-    def of(layer):
-        return variables[f"{layer}/weights"], variables[f"{layer}/biases"]
+    features = _flatten(_pool2(images, variables))
+    local3 = np.maximum(_linear(features, *_of("local3", variables)), 0)
+    local4 = np.maximum(_linear(local3, *_of("local4", variables)), 0)
+    return _linear(local4, *_of("softmax_linear", variables))
 
-    def linear(features, layer):
-        weights, biases = of(layer)
-        return features @ weights + biases
 
-    norm1 = _normalize(_pool(_convolution(images, *of("conv1"))))
-    pool2 = _pool(_normalize(_convolution(norm1, *of("conv2"))))
-    local3 = np.maximum(linear(pool2.reshape(len(images), -1), "local3"), 0)
-    local4 = np.maximum(linear(local3, "local4"), 0)
-    return linear(local4, "softmax_linear")
+def local_inference(images, variables):
+    """As `inference`, with locally connected layers at the top."""
+    pool2 = _pool2(images, variables)
+    local3 = np.maximum(locally_connected(pool2, *_of("local3", variables)), 0)
+    local4 = np.maximum(locally_connected(local3, *_of("local4", variables)), 0)
+    return _linear(_flatten(local4), *_of("softmax_linear", variables))
+
+
+def _of(layer, variables):
+    return variables[f"{layer}/weights"], variables[f"{layer}/biases"]
+
+
+def _linear(features, weights, biases):
+    return features @ weights + biases
+
+
+def _flatten(images):
+    return images.reshape(len(images), -1)
+
+
+def _pool2(images, variables):
+    norm1 = _normalize(_pool(_convolution(images, *_of("conv1", variables))))
+    return _pool(_normalize(_convolution(norm1, *_of("conv2", variables))))

@@ -1,4 +1,4 @@
-"""The benchmarks run and print their tables; how fast things are is not tested."""
+"""The benchmarks run and print their tables; how fast things are is tested with wide margins."""
 
 import re
 
@@ -58,3 +58,13 @@ def test_losses_are_compared_over_seeds(synthetic_data_dir):
         assert losses == pytest.approx([4.67] * 2, abs=0.2)
         assert float(mean) == pytest.approx(sum(losses) / 2, abs=2e-3)
         assert float(deviation) == pytest.approx(abs(losses[0] - losses[1]) / 2**0.5, abs=2e-3)
+
+
+@pytest.mark.slow
+def test_local_top_layers_cost_at_most_half_a_step_more():
+    process = run_script("benchmarks/compare_top_layers.py", "--steps=4")
+    assert "--top_layers=full: 1,068,298 parameters" in process.stdout
+    assert "--top_layers=local: 1,116,490 parameters" in process.stdout
+    *_, row = process.stdout.splitlines()
+    assert re.fullmatch(rf"{ROW} 1.5 \|", row)
+    assert 0.5 < float(row.split("|")[2]) <= 1.5

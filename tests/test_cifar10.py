@@ -42,7 +42,7 @@ def test_the_public_constants_are_the_tutorials():
 
 def test_flags_have_the_tutorials_defaults_without_a_command_line_being_parsed():
     assert cifar10.FLAGS.batch_size == 128
-    assert cifar10.FLAGS.data_dir == "/tmp/cifar10_data"
+    assert cifar10.FLAGS["data_dir"].default == "/tmp/cifar10_data"
     assert cifar10.FLAGS.use_fp16 is False
     assert cifar10.FLAGS.synthetic_data is False
     assert cifar10.FLAGS.data_url == cifar10.DATA_URL
@@ -91,6 +91,103 @@ def test_inference_agrees_with_numpy_for_any_batch_size_known_or_not(batch_size)
             variable.load(values[variable.op.name], session)
         result = session.run(logits, {images: batch})
     np.testing.assert_allclose(result, numpy_model.inference(batch, values), atol=2e-4)
+
+
+@pytest.mark.parametrize(("size", "features"), [(24, 2304), (32, 4096), (8, 256), (29, 4096)])
+@pytest.mark.parametrize("num_classes", [2, 10, 256])
+def test_the_layers_follow_the_crop_and_the_number_of_classes(size, features, num_classes):
+    logits = cifar10.inference(tf.zeros([3, size, size, 3]), num_classes)
+    assert logits.shape == [3, num_classes]
+    shapes = {variable.op.name: tuple(variable.shape) for variable in tf.trainable_variables()}
+    assert shapes["local3/weights"] == (features, 384)
+    assert shapes["softmax_linear/weights"] == (192, num_classes)
+    with started_session() as session:
+        assert np.isfinite(session.run(logits)).all()
+
+
+def test_the_last_layer_is_for_as_many_classes_as_the_data_set_has(tmp_path):
+    cifar10.FLAGS.data_dir = str(tmp_path)
+    write_data_set(tmp_path, class_names=["cat", "dog", "hot dog"])
+    assert cifar10.find_class_names() == ("cat", "dog", "hot dog")
+    assert cifar10.inference(tf.zeros([2, 24, 24, 3])).shape == [2, 3]
+
+
+@pytest.mark.parametrize("shape", [[3, 6, 6, 64], [2, 4, 5, 3], [1, 1, 1, 7], [4, 2, 3, 1]])
+def test_locally_connected_layers_and_their_gradients_are_a_numpy_loops(shape):
+    generator = np.random.default_rng(5)
+    images = generator.normal(0, 1, shape)
+    given = tf.placeholder(tf.float32, [None, *shape[1:]])
+    result = cifar10._locally_connected(given, "local3", channels=4)
+    assert result.shape.as_list() == [None, *shape[1:3], 4]
+    variables = {variable.op.name: variable for variable in tf.trainable_variables()}
+    weights = generator.normal(0, 1, variables["local3/weights"].shape)
+    biases = generator.normal(0, 1, variables["local3/biases"].shape)
+    assert weights.shape == (*shape[1:3], 3, 3, shape[3], 4)
+    assert biases.shape == (*shape[1:3], 4)
+    sums = numpy_model.locally_connected(images, weights, biases)
+    upstream = generator.normal(0, 1, sums.shape)
+    gradients = tf.gradients(
+        result,
+        [given, variables["local3/weights"], variables["local3/biases"]],
+        tf.constant(upstream, tf.float32),
+    )
+    with tf.Session() as session:
+        variables["local3/weights"].load(weights, session)
+        variables["local3/biases"].load(biases, session)
+        result, gradients = session.run([result, gradients], {given: images})
+    np.testing.assert_allclose(result, np.maximum(sums, 0), atol=1e-3)
+    # Where a sum is nearly 0, rounding decides whether the ReLU lets it through.
+    assert np.abs(sums).min() > 1e-4
+    expected = numpy_model.locally_connected_gradients(images, weights, upstream * (sums > 0))
+    for found, values in zip(gradients, expected, strict=True):
+        np.testing.assert_allclose(found, values, atol=1e-3)
+
+
+def test_the_local_model_agrees_with_numpy_and_has_1116490_parameters():
+    cifar10.FLAGS.top_layers = "local"
+    images = tf.placeholder(tf.float32, [3, 24, 24, 3])
+    logits = cifar10.inference(images)
+    assert logits.shape == [3, 10]
+    shapes = {variable.op.name: tuple(variable.shape) for variable in tf.trainable_variables()}
+    expected = {}
+    for name, shape, _, _, _ in numpy_model.LAYERS[:2]:
+        expected |= {f"{name}/weights": shape, f"{name}/biases": shape[-1:]}
+    expected |= {
+        "local3/weights": (6, 6, 3, 3, 64, 32),
+        "local3/biases": (6, 6, 32),
+        "local4/weights": (6, 6, 3, 3, 32, 32),
+        "local4/biases": (6, 6, 32),
+        "softmax_linear/weights": (6 * 6 * 32, 10),
+        "softmax_linear/biases": (10,),
+    }
+    assert shapes == expected
+    assert sum(math.prod(shape) for shape in shapes.values()) == 1116490
+    generator = np.random.default_rng(6)
+    batch = generator.normal(0, 1, [3, 24, 24, 3])
+    values = {name: generator.normal(0, 0.05, shape) for name, shape in shapes.items()}
+    with tf.Session() as session:
+        for variable in tf.trainable_variables():
+            variable.load(values[variable.op.name], session)
+        result = session.run(logits, {images: batch})
+    np.testing.assert_allclose(result, numpy_model.local_inference(batch, values), atol=2e-4)
+
+
+def test_the_local_layers_start_as_cuda_convnets_and_all_top_layers_decay():
+    cifar10.FLAGS.top_layers = "local"
+    cifar10.loss(cifar10.inference(tf.zeros([2, 24, 24, 3])), tf.constant([0, 1]))
+    variables = {variable.op.name: variable for variable in tf.trainable_variables()}
+    with started_session() as session:
+        values, terms = session.run([variables, tf.get_collection("losses")])
+    for name, stddev in (("local3", 0.04), ("local4", 0.04), ("softmax_linear", 1 / 1152)):
+        # A normal distribution cut off at 2 standard deviations has 0.8796 of the spread.
+        assert values[f"{name}/weights"].std() == pytest.approx(0.8796 * stddev, rel=0.03)
+        np.testing.assert_array_equal(values[f"{name}/biases"], 0)
+    decays = [
+        0.004 * (values[f"{name}/weights"].astype(np.float64) ** 2).sum() / 2
+        for name in ("local3", "local4", "softmax_linear")
+    ]
+    np.testing.assert_allclose(terms[:3], decays, rtol=1e-5)
+    assert terms[3:] == [pytest.approx(math.log(10), rel=0.01)]  # the cross-entropy
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 30.0, 1e4, 1e8])
@@ -198,6 +295,20 @@ def test_the_learning_rate_falls_as_the_flags_say(step, expected):
     rate = cifar10.decayed_learning_rate(tf.constant(step), examples_per_step=500)
     with tf.Session() as session:
         assert session.run(rate) == pytest.approx(expected)
+
+
+def test_an_epoch_is_what_the_training_files_hold(tmp_path):
+    cifar10.FLAGS.data_dir = str(tmp_path)
+    write_data_set(tmp_path / cifar10_data.EXTRACTED_FOLDER)  # 25 to train on
+    cifar10.FLAGS.num_epochs_per_decay = 2.0
+    step = tf.placeholder(tf.int64, [])
+    rate = cifar10.decayed_learning_rate(step, examples_per_step=5)
+    given = cifar10.decayed_learning_rate(step, examples_per_step=5, examples_per_epoch=30)
+    with tf.Session() as session:
+        rates = [session.run([rate, given], {step: number}) for number in (9, 10, 11, 12)]
+    assert np.array(rates) == pytest.approx(
+        np.array([[0.1, 0.1], [0.01, 0.1], [0.01, 0.1], [0.01, 0.01]])
+    )
 
 
 def test_a_learning_rate_that_decays_within_a_step_does_so_at_each():
@@ -456,12 +567,15 @@ def test_the_functions_without_arguments_read_the_flags(tmp_path, capsys):
     write_data_set(tmp_path / cifar10_data.EXTRACTED_FOLDER)
     cifar10.FLAGS.data_dir = str(tmp_path)
     cifar10.FLAGS.batch_size = 6
-    cifar10.FLAGS.min_fraction_of_examples_in_queue = 0.002
+    cifar10.FLAGS.min_fraction_of_examples_in_queue = 0.8
     images, labels = cifar10.distorted_inputs()
     assert (images.shape, labels.shape) == ([6, 24, 24, 3], [6])
-    assert "Filling queue with 100 CIFAR images" in capsys.readouterr().out
+    assert "Filling queue with 20 CIFAR images" in capsys.readouterr().out
     images, labels = cifar10.inputs(eval_data=True)
     assert (images.shape, labels.shape) == ([6, 24, 24, 3], [6])
+    cifar10.FLAGS.crop_size = 30
+    assert cifar10.distorted_inputs()[0].shape == [6, 30, 30, 3]
+    assert cifar10.inputs(eval_data=True)[0].shape == [6, 30, 30, 3]
 
 
 def test_the_distortions_are_as_far_as_the_flags_say(monkeypatch):
@@ -473,9 +587,12 @@ def test_the_distortions_are_as_far_as_the_flags_say(monkeypatch):
     cifar10.FLAGS.max_brightness_delta = 1.5
     cifar10.FLAGS.min_contrast_factor = 0.7
     cifar10.FLAGS.max_contrast_factor = 0.9
+    cifar10.FLAGS.random_flip = False
+    cifar10.FLAGS.crop_size = 9
     cifar10.distorted_inputs(2)
-    ((_, batch_size, fraction, threads, distortion, _),) = calls
-    assert (batch_size, fraction, threads, distortion) == (2, 0.4, 3, (1.5, 0.7, 0.9))
+    ((_, batch_size, fraction, threads, distortion, _, crop_size),) = calls
+    assert (batch_size, fraction, threads, crop_size) == (2, 0.4, 3, 9)
+    assert distortion == (1.5, 0.7, 0.9, False)
 
 
 def test_real_or_synthetic_data_is_as_the_flag_says_and_is_checked(tmp_path):

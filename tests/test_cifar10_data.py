@@ -36,7 +36,9 @@ def make_archive(path, members=None):
     """Writes a .tar.gz like CIFAR-10's; returns its SHA-256."""
     if members is None:
         members = {name: make_records(2).tobytes() for name in NAMES}
-        members["batches.meta.txt"] = b"airplane\n"
+        members["batches.meta.txt"] = "".join(
+            f"{name}\n" for name in cifar10_data.CLASS_NAMES
+        ).encode()
         members["readme.html"] = b"<html>"
     with tarfile.open(path, "w:gz") as archive:
         for name, content in members.items():
@@ -139,8 +141,39 @@ def test_class_names_are_those_beside_the_records_or_cifar_10s(folder):
     assert cifar10_data.read_class_names(folder) == cifar10_data.CLASS_NAMES
     (folder / "batches.meta.txt").write_text("\n".join("abcdefghij") + "\n\n")
     assert cifar10_data.read_class_names(folder) == tuple("abcdefghij")
-    (folder / "batches.meta.txt").write_text("only\ntwo\n")
-    assert cifar10_data.read_class_names(folder) == cifar10_data.CLASS_NAMES
+    (folder / "batches.meta.txt").write_text("\n hot dog \n\nno hot dog\nÄpfel", "utf-8")
+    assert cifar10_data.read_class_names(folder) == ("hot dog", "no hot dog", "Äpfel")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "names 0 classes, not 2 to 256; write one name a line, or remove"),
+        (b"one\n", "names 1 classes"),
+        (b"".join(b"class %d\n" % n for n in range(257)), "names 257 classes"),
+        (b"a\nb\n a\n", "names 'a' twice"),
+        (b"a\n\xff\n", "cannot be read"),
+    ],
+)
+def test_class_names_that_make_no_sense_are_refused(folder, content, message):
+    (folder / "batches.meta.txt").write_bytes(content)
+    with pytest.raises(DataError, match=f"batches.meta.txt {message}"):
+        cifar10_data.check_records(folder)
+
+
+@pytest.mark.parametrize("count", [2, 256])
+def test_labels_are_as_many_as_there_are_names(folder, count):
+    names = [f"class {number}" for number in range(count)]
+    write_data_set(folder, train_counts=[300] * 5, class_names=names)
+    assert cifar10_data.read_class_names(folder) == tuple(names)
+    cifar10_data.check_records(folder)
+    cifar10_data.write_class_names(folder, names + ["one", "more"] if count == 2 else names[1:])
+    if count == 2:
+        cifar10_data.check_records(folder)  # a class may have no images
+    else:
+        message = r"record 255 \(from 0\) has label 255, but labels are 0 to 254"
+        with pytest.raises(DataError, match=message):
+            cifar10_data.check_records(folder)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -692,9 +725,21 @@ def test_records_that_change_while_they_are_read_are_noticed(folder):
         check()
 
 
-def test_the_folder_of_the_records_in_place_of_its_parent_is_told_and_nothing_fetched(folder):
-    with pytest.raises(DataError, match="holds record files itself; .*--data_dir"):
-        cifar10_data.maybe_download_and_extract(folder, "http://127.0.0.1:1/")
+def test_a_folder_that_holds_the_records_itself_is_used_and_nothing_fetched(folder):
+    assert cifar10_data.find_folder(folder) == str(folder)
+    assert cifar10_data.maybe_download_and_extract(folder, "http://127.0.0.1:1/") == str(folder)
+    # One in it comes first, as ever.
+    write_data_set(folder / cifar10_data.EXTRACTED_FOLDER)
+    assert cifar10_data.find_folder(folder) == str(folder / cifar10_data.EXTRACTED_FOLDER)
+
+
+def test_the_cure_for_records_in_a_folder_of_ones_own_is_no_download(tmp_path):
+    write_data_set(tmp_path / "own")
+    (tmp_path / "own" / "data_batch_2.bin").unlink()
+    with pytest.raises(
+        DataError, match=r"data_batch_2.bin is missing; put a good one in its place$"
+    ):
+        cifar10_data.check_records(tmp_path / "own")
 
 
 def test_the_cure_for_synthetic_records_is_to_draw_them_anew(tmp_path):

@@ -25,7 +25,9 @@ import cifar10
 import cifar10_data
 import cifar10_eval
 from cifar10_data import DataError
+from cifar10_restore import CheckpointError
 from cifar10_runtime import UserError, session_config, tf
+from cifar10_settings import Settings
 
 FLAGS = cifar10_eval.FLAGS
 
@@ -161,10 +163,50 @@ def test_tensorboard_gets_what_was_counted_and_nothing_else(records):
 
 def test_a_data_set_of_other_classes_than_the_checkpoints_is_refused(records):
     save_checkpoint(FLAGS.checkpoint_dir, 7)
-    starts = [{"class_names": [f"own{number}" for number in range(10)]}]
-    (pathlib.Path(FLAGS.checkpoint_dir) / "run.json").write_text(json.dumps(starts))
-    with pytest.raises(UserError, match=r"other classes \(own0, .* set has \(airplane, "):
+    save_checkpoint(FLAGS.checkpoint_dir, 8, Settings(tuple(f"own{n}" for n in range(10))))
+    message = r"ckpt-8 has been trained on 10 classes \(own0, .* set has 10 classes \(airplane, "
+    with pytest.raises(CheckpointError, match=message):
         cifar10_eval.evaluate()
+    save_checkpoint(FLAGS.checkpoint_dir, 9, Settings(("cat", "dog")))
+    message = r"on 2 classes \(cat, dog\), but the data set has 10 classes \(airplane, .*; name"
+    with pytest.raises(CheckpointError, match=message):
+        cifar10_eval.evaluate()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (Settings(cifar10_data.CLASS_NAMES, crop_size=21), "--crop_size=21, not 24; give --crop"),
+        (Settings(cifar10_data.CLASS_NAMES, top_layers="local"), "--top_layers=local, not full"),
+    ],
+)
+def test_a_checkpoint_of_another_model_is_refused_with_the_flag(records, settings, message):
+    save_checkpoint(FLAGS.checkpoint_dir, 8, settings)
+    with pytest.raises(CheckpointError, match=f"trained with {message}.* with --checkpoint_dir$"):
+        cifar10_eval.evaluate()
+
+
+@pytest.mark.parametrize("names", [("cat", "dog"), tuple(f"class {n}" for n in range(13))])
+def test_other_classes_are_evaluated_and_told_by_their_names(tmp_path, names):
+    folder = tmp_path / "own"
+    _, test = write_data_set(folder, test_count=40, class_names=names)
+    FLAGS.data_dir = str(folder)
+    FLAGS.run_once = True
+    FLAGS.checkpoint_dir = str(tmp_path / "checkpoints")
+    FLAGS.eval_dir = str(tmp_path / "eval")
+    save_checkpoint(FLAGS.checkpoint_dir, 7, Settings(names))
+    variables = numpy_model.random_variables(AVERAGED, len(names))
+    likeliest = numpy_model.inference(standardized_centers(test), variables).argmax(axis=1)
+    confusion = np.zeros([len(names)] * 2, int)
+    np.add.at(confusion, (test[:, 0], likeliest), 1)
+    cifar10_eval.evaluate()
+    (line,) = (tmp_path / "eval" / "results.jsonl").read_text().splitlines()
+    result = json.loads(line)
+    assert result["confusion_matrix"] == confusion.tolist()
+    assert result["class_names"] == list(names)
+    assert result["precision"] == pytest.approx(np.trace(confusion) / 40)
+    _, tags = recorded(FLAGS.eval_dir)
+    assert {f"precision/{name}" for name in names} <= tags
 
 
 def test_a_class_without_images_has_no_precision(records):
@@ -234,7 +276,7 @@ def test_a_checkpoint_with_values_that_are_not_finite_is_an_error_that_names_it(
 ):
     variables = numpy_model.random_variables(AVERAGED)
     variables["softmax_linear/biases"][3] = np.nan
-    monkeypatch.setattr(numpy_model, "random_variables", lambda seed: variables)
+    monkeypatch.setattr(numpy_model, "random_variables", lambda *_: variables)
     save_checkpoint(FLAGS.checkpoint_dir, 7)
     with pytest.raises(cifar10_eval.CheckpointError, match="model.ckpt-7 has values") as error:
         cifar10_eval.evaluate()

@@ -145,10 +145,10 @@ def test_training_images_keep_their_labels(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "minimum"), [((), 20000), ((0.02,), 1000), ((1.0,), 50000), ((0.0,), 0)]
+    ("arguments", "minimum"), [((), 200), ((0.02,), 10), ((1.0,), 500), ((0.0,), 0)]
 )
 def test_the_training_queue_keeps_its_fraction_of_an_epoch(tmp_path, capsys, arguments, minimum):
-    write_data_set(tmp_path)
+    write_data_set(tmp_path, train_counts=[80, 120, 90, 110, 100])
     cifar10_input.distorted_inputs(str(tmp_path), 128, *arguments)
     (queue,) = [
         operation
@@ -228,19 +228,23 @@ def test_an_image_summary_shows_the_batch_as_it_is_fed(tmp_path, training, batch
     assert (cells == 255).all()
 
 
-def draw_crops_and_flips(count):
+def draw_crops_and_flips(count, size=24, random_flip=True):
     """Draws for `count` copies of an image whose pixels say where they are; top, left, flipped."""
     y, x = np.meshgrid(range(32), range(32), indexing="ij")
     image = np.stack([y, x, 100 * y + x]).astype(np.float32)
-    crops = evaluate(cifar10_input._random_crop_and_flip, np.tile(image, [count, 1, 1, 1]))
-    assert crops.shape == (count, 3, 24, 24)
+    crops = evaluate(
+        lambda planes: cifar10_input._random_crop_and_flip(planes, size, random_flip),
+        np.tile(image, [count, 1, 1, 1]),
+    )
+    assert crops.shape == (count, 3, size, size)
     rows, columns = crops[:, 0].astype(int), crops[:, 1].astype(int)
     np.testing.assert_array_equal(crops[:, 2], 100 * rows + columns)  # the channels go together
     top, left = rows.min(axis=(1, 2)), columns.min(axis=(1, 2))
     flipped = columns[:, 0, 0] > columns[:, 0, -1]
     # Each crop is a whole square of the image, mirrored or not, and nothing else.
-    steps = np.arange(24)
-    expected_columns = left[:, np.newaxis] + np.where(flipped[:, np.newaxis], 23 - steps, steps)
+    steps = np.arange(size)
+    mirrored = size - 1 - steps
+    expected_columns = left[:, np.newaxis] + np.where(flipped[:, np.newaxis], mirrored, steps)
     np.testing.assert_array_equal(
         rows, np.broadcast_to((top[:, np.newaxis] + steps)[:, :, np.newaxis], rows.shape)
     )
@@ -258,6 +262,49 @@ def test_each_crop_and_flip_is_equally_likely_and_drawn_for_each_image():
     expected = count / 162
     chi_squared = sum((found - expected) ** 2 / expected for found in drawn.values())
     assert chi_squared < 161 + 6 * 18
+
+
+@pytest.mark.parametrize("size", [8, 31, 32])
+def test_crops_of_other_sizes_lie_anywhere_in_the_image(size):
+    top, left, flipped = draw_crops_and_flips(4000, size)
+    places = set(range(32 - size + 1))
+    assert set(top) == set(left) == places
+    assert 0.4 < flipped.mean() < 0.6
+
+
+def test_nothing_is_mirrored_where_that_is_not_asked_for():
+    top, left, flipped = draw_crops_and_flips(1000, random_flip=False)
+    assert not flipped.any()
+    assert len(set(zip(top, left, strict=True))) == 81  # it is cropped as ever
+
+
+def test_the_training_input_mirrors_and_crops_as_asked(tmp_path):
+    records = make_records(500)
+    records[:, 1:] = np.tile(np.arange(32), 96)  # brighter and brighter to the right
+    for number in range(1, 6):
+        records.tofile(tmp_path / f"data_batch_{number}.bin")
+    for random_flip in (True, False):
+        images, _ = cifar10_input.distorted_inputs(
+            str(tmp_path),
+            200,
+            0.01,
+            distortion=cifar10_input.Distortion(random_flip=random_flip),
+            crop_size=20,
+        )
+        with running_queues() as session:
+            images = session.run(images)
+        assert images.shape == (200, 20, 20, 3)
+        is_mirrored = images[:, 0, 0, 0] > images[:, 0, -1, 0]
+        assert is_mirrored.any() == random_flip
+
+
+@pytest.mark.parametrize("size", [8, 27, 32])
+def test_evaluation_crops_as_large_a_square_as_asked_in_the_middle(tmp_path, size):
+    _, test = write_data_set(tmp_path)
+    images, _ = cifar10_input.inputs(True, str(tmp_path), 4, num_epochs=1, crop_size=size)
+    with running_queues() as session:
+        images = np.concatenate(all_batches(session, images))
+    np.testing.assert_allclose(images, standardized_centers(test, size), atol=1e-4)
 
 
 def test_neighbours_in_a_block_are_cropped_and_flipped_independently():
@@ -315,7 +362,7 @@ def test_the_training_input_is_distorted_as_far_as_asked(
     monkeypatch.setattr(
         cifar10_input,
         "_random_crop_and_flip",
-        lambda planes: tf.cast(planes[:, :, 4:28, 4:28], tf.float32),
+        lambda planes, *_: tf.cast(planes[:, :, 4:28, 4:28], tf.float32),
     )
     records = np.full([500, 3073], 80, np.uint8)
     records[:, 1::2] = 120
@@ -342,7 +389,7 @@ def test_the_training_input_is_distorted_as_far_as_asked(
 )
 def test_each_distortion_has_its_part_in_the_training_images(monkeypatch, name):
     neutral = {
-        "_random_crop_and_flip": lambda planes: tf.cast(planes[:, :, 4:28, 4:28], tf.float32),
+        "_random_crop_and_flip": lambda planes, *_: tf.cast(planes[:, :, 4:28, 4:28], tf.float32),
         "_random_brightness": lambda pixels, *bounds: pixels,
         "_random_contrast": lambda pixels, *bounds: pixels,
         "_standardize": lambda pixels: pixels,

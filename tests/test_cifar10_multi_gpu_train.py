@@ -179,7 +179,8 @@ def learning_rate_decay_steps(num_gpus):
 
 
 @pytest.mark.parametrize("num_gpus", [1, 2])
-def test_n_towers_decay_the_learning_rate_n_times_sooner(data, num_gpus):
+def test_n_towers_decay_the_learning_rate_n_times_sooner(data, monkeypatch, num_gpus):
+    monkeypatch.setattr(cifar10, "count_examples_per_epoch", lambda: 50000)
     assert learning_rate_decay_steps(num_gpus) == pytest.approx([0.1, 0.01])
 
 

@@ -29,6 +29,7 @@ import cifar10
 import cifar10_data
 import cifar10_predict
 from cifar10_runtime import UserError, tf
+from cifar10_settings import Settings
 
 FLAGS = cifar10_predict.FLAGS
 
@@ -53,9 +54,9 @@ def pictures(tmp_path, records):
     return tmp_path / "pictures"
 
 
-def probabilities_by_numpy(records, seed=AVERAGED):
+def probabilities_by_numpy(records, seed=AVERAGED, crop_size=24):
     variables = numpy_model.random_variables(seed)
-    logits = numpy_model.inference(standardized_centers(records), variables)
+    logits = numpy_model.inference(standardized_centers(records, crop_size), variables)
     powers = np.exp(logits - logits.max(axis=1, keepdims=True))
     return powers / powers.sum(axis=1, keepdims=True)
 
@@ -123,29 +124,38 @@ def test_an_unreadable_picture_is_an_object_with_its_error_for_machines(pictures
     assert second["picture"] == str(pictures / "02.png")
 
 
-def test_classes_have_the_names_that_training_noted_or_the_data_sets(pictures, capsys):
-    noted = [f"noted{n}" for n in range(10)]
-    starts = [{"class_names": ["old"] * 10}, {"class_names": noted}]
-    path = os.path.join(FLAGS.checkpoint_dir, "run.json")
-    with open(path, "w") as file:
-        json.dump(starts, file)
+@pytest.mark.parametrize("count", [2, 10, 14])
+def test_classes_are_those_that_the_checkpoint_was_trained_on(pictures, capsys, count):
+    names = tuple(f"noted {n}" for n in range(count))
+    save_checkpoint(FLAGS.checkpoint_dir, 8, Settings(names))
     (line,) = predicted(capsys, pictures / "00.png")
-    assert all(p["class"].startswith("noted") for p in line["predictions"])
-    os.remove(path)
+    found = [p["class"] for p in line["predictions"]]
+    assert len(found) == min(count, 3)
+    assert set(found) <= set(names)
+    with cifar10_predict.open_model() as model:
+        assert model.class_names == names
+        assert model.probabilities.shape[1] == count
+
+
+def test_where_a_checkpoint_does_not_tell_its_classes_they_are_the_data_sets(pictures, capsys):
     folder = FLAGS.data_dir + "/cifar-10-batches-bin"
     os.makedirs(folder)
-    with open(f"{folder}/batches.meta.txt", "w") as file:
-        file.writelines(f"own{n}\n" for n in range(10))
+    cifar10_data.write_class_names(folder, [f"own{n}" for n in range(10)])
     (line,) = predicted(capsys, pictures / "00.png")
     assert all(p["class"].startswith("own") for p in line["predictions"])
 
 
-@pytest.mark.parametrize("names", [["a"], 7, "abcdefghij", [1] * 10])
-def test_noted_names_that_cannot_be_those_of_the_classes_are_refused(pictures, names):
-    with open(os.path.join(FLAGS.checkpoint_dir, "run.json"), "w") as file:
-        json.dump([{"class_names": names}], file)
-    with pytest.raises(UserError, match="`class_names` in .*run.json are not 10 names"):
-        cifar10_predict.main([str(pictures)])
+def test_a_checkpoint_of_another_crop_is_refused_and_taken_where_the_flag_agrees(
+    records, pictures, capsys
+):
+    settings = Settings(cifar10_data.CLASS_NAMES, crop_size=22)  # its layers have the same sizes
+    save_checkpoint(FLAGS.checkpoint_dir, 8, settings)
+    with pytest.raises(UserError, match="trained with --crop_size=22, not 24; give --crop_size=22"):
+        cifar10_predict.main([str(pictures / "00.png")])
+    FLAGS.crop_size = 22
+    (line,) = predicted(capsys, pictures / "00.png")
+    (expected,) = probabilities_by_numpy(records[:1], crop_size=22)
+    assert line["predictions"][0]["probability"] == pytest.approx(expected.max(), abs=1e-3)
 
 
 def test_without_pictures_or_a_checkpoint_the_way_on_is_told(pictures):
@@ -179,7 +189,7 @@ def test_a_checkpoint_that_a_trainer_deletes_meanwhile_is_given_up_for_the_newes
 def test_a_checkpoint_that_is_not_finite_predicts_nothing(pictures, monkeypatch):
     variables = numpy_model.random_variables(AVERAGED)
     variables["local4/weights"][3, 5] = np.nan
-    monkeypatch.setattr(numpy_model, "random_variables", lambda seed: variables)
+    monkeypatch.setattr(numpy_model, "random_variables", lambda *_: variables)
     save_checkpoint(FLAGS.checkpoint_dir, 8)
     with pytest.raises(UserError, match="ckpt-8 has values that are not finite, in local4/weights"):
         cifar10_predict.main([str(pictures)])
@@ -289,7 +299,7 @@ def test_an_export_never_overwrites(records, tmp_path):
 
 
 def test_an_export_that_appears_meanwhile_is_not_overwritten(records, tmp_path, monkeypatch):
-    monkeypatch.setattr(cifar10_predict, "check_export_dir", lambda export_dir: None)
+    monkeypatch.setattr(cifar10_predict, "check_new_folder", lambda flag, folder: None)
     (tmp_path / "export").mkdir()
     (tmp_path / "export" / "saved_model.pb").write_text("another's")
     FLAGS.export_dir = str(tmp_path / "export")

@@ -14,6 +14,7 @@ import cifar10
 import cifar10_data
 import cifar10_multi_gpu_train
 import cifar10_session
+import cifar10_settings
 import cifar10_train
 from cifar10_runtime import UserError, session_config, tf
 
@@ -105,6 +106,14 @@ def test_use_fp16_computes_in_16_bits_with_variables_in_32(use_fp16):
 
 
 @pytest.fixture
+def warnings(monkeypatch):
+    """The warnings that are logged, as they come."""
+    warnings = []
+    monkeypatch.setattr(tf.logging, "warning", lambda text, *values: warnings.append(text % values))
+    return warnings
+
+
+@pytest.fixture
 def small_run(tmp_path):
     write_data_set(tmp_path / cifar10_data.EXTRACTED_FOLDER, train_counts=[40] * 5)
     FLAGS.data_dir = str(tmp_path)
@@ -180,12 +189,61 @@ def test_each_start_is_noted_beside_the_earlier_ones(small_run, tmp_path):
 
 def test_training_does_not_go_on_with_other_classes(small_run, tmp_path):
     small_run("run", 1)
-    names = [f"own{number}" for number in range(10)]
     folder = tmp_path / cifar10_data.EXTRACTED_FOLDER
-    (folder / "batches.meta.txt").write_text("\n".join(names))
-    with pytest.raises(UserError, match=r"other classes \(airplane, .* has \(own0, .*train_dir"):
-        small_run("run", 1, max_steps=8)
+    for names in ([f"own{number}" for number in range(10)], [f"c{number}" for number in range(99)]):
+        cifar10_data.write_class_names(folder, names)
+        message = (
+            rf"on 10 classes \(airplane, .* has {len(names)} classes \({names[0]}, .*train_dir$"
+        )
+        with pytest.raises(UserError, match=message):
+            small_run("run", 1, max_steps=8)
     assert len(json.loads((tmp_path / "run" / "run.json").read_text())) == 1
+
+
+@pytest.mark.parametrize(("flag", "value"), [("crop_size", 22), ("top_layers", "local")])
+def test_training_does_not_go_on_with_another_model(small_run, tmp_path, flag, value):
+    small_run("run", 1)
+    before = FLAGS[flag].value
+    FLAGS[flag].value = value
+    message = f"trained with --{flag}={before}, not {value}; give --{flag}={before}, .*--train_dir$"
+    with pytest.raises(UserError, match=message):
+        small_run("run", 1, max_steps=8)
+    small_run("other", 1)
+    FLAGS[flag].value = before
+    with pytest.raises(UserError, match=f"trained with --{flag}={value}, not {before}; give"):
+        small_run("other", 1, max_steps=8)
+
+
+def test_each_checkpoint_tells_what_it_was_trained_for(small_run, tmp_path):
+    folder = tmp_path / cifar10_data.EXTRACTED_FOLDER
+    names = [f"class {number}" for number in range(12)]
+    cifar10_data.write_class_names(folder, names)
+    FLAGS.crop_size = 30
+    FLAGS.top_layers = "local"
+    FLAGS.random_flip = False
+    small_run("run", 1)
+    newest = tf.train.latest_checkpoint(str(tmp_path / "run"))
+    shapes = dict(tf.train.list_variables(newest))
+    assert shapes["softmax_linear/biases"] == [12]
+    assert shapes["local3/weights"] == [8, 8, 3, 3, 64, 32]  # a crop of 30, halved twice
+    examples = cifar10_data.count_records(folder, eval_data=False)
+    assert cifar10_settings.read_settings(newest) == (tuple(names), examples, 30, "local", False)
+    (start,) = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert (start["class_names"], start["examples_per_epoch"]) == (names, examples)
+
+
+def test_training_that_goes_on_with_other_examples_or_flips_says_so(small_run, tmp_path, warnings):
+    small_run("run", 1)
+    small_run("run", 1, max_steps=7)
+    assert warnings == []
+    write_data_set(tmp_path / cifar10_data.EXTRACTED_FOLDER, train_counts=[9] * 5)
+    FLAGS.random_flip = False
+    small_run("run", 1, max_steps=8)
+    first, second = warnings
+    assert re.fullmatch(
+        r"Going on from \S+ckpt-7: an epoch has 45 images now, and had \d+\.", first
+    )
+    assert second.endswith("ckpt-7: --random_flip is false now, and was true.")
 
 
 LAYERS = ("conv1", "conv2", "local3", "local4", "softmax_linear")

@@ -232,6 +232,7 @@ def test_the_filling_queue_and_the_evaluation_show_their_progress_on_a_terminal_
         f"--data_dir={synthetic_data_dir}",
         "--batch_size=8",
         "--max_steps=1",
+        "--min_fraction_of_examples_in_queue=1",
         f"--train_dir={tmp_path / 'train'}",
     )
     evaluate = (
@@ -245,7 +246,7 @@ def test_the_filling_queue_and_the_evaluation_show_their_progress_on_a_terminal_
     )
     written = run_on_terminal(*train)
     levels = [
-        int(n) for n in re.findall(r"Filling queue: .*? (\d+)/20000 \[.*?images/s\]", written)
+        int(n) for n in re.findall(r"Filling queue: .*? (\d+)/10000 \[.*?images/s\]", written)
     ]
     assert levels == sorted(levels)
     assert levels[-1] > 0
@@ -275,6 +276,8 @@ def test_help_tells_each_modules_flags_and_is_not_an_error(script):
     assert next(iter(flags_of)) == script or script == "cifar10_train.py"
     assert {"batch_size", "initial_learning_rate", "weight_decay"} < set(flags_of["cifar10"])
     assert set(flags_of["cifar10_input"]) == {
+        "crop_size",
+        "random_flip",
         "max_brightness_delta",
         "min_contrast_factor",
         "max_contrast_factor",
