@@ -362,26 +362,26 @@ def _fully_connected(features, layer, units, stddev, bias, weight_decay, relu=Tr
         return _summarize_activation(activation, layer)
 
 
-def _locally_connected(images, layer, channels):
+def _locally_connected(images, layer, channels, stddev, bias, weight_decay):
     """3 x 3 filters of each position's own, padding 1, bias, ReLU: [b, n, n, m] to [b, n, n, c].
 
     As a convolution, but its filters are not shared: position (y, x) has the filters weights[y, x],
     [3, 3, m, c], and the biases biases[y, x], [c].
 
-    Source of these layers: layers-conv-local-11pct.cfg and layer-params-conv-local-11pct.cfg of
-    cuda-convnet, whose biases start at 0, where no other value is given.
-
     Args:
       images: float32 [batch, n, n, m].
       layer: string; the variables' scope.
       channels: int; the number of filters.
+      stddev: float; the spread of the weights at the start.
+      bias: float; what the biases start at.
+      weight_decay: float or None; see `_variable_with_weight_decay`.
     """
     height, width, depth = images.shape.as_list()[1:]
     with tf.variable_scope(layer):
-        weights = _variable_with_weight_decay(
-            "weights", [height, width, 3, 3, depth, channels], 0.04, FLAGS.weight_decay
-        )
-        biases = _variable_on_cpu("biases", [height, width, channels], tf.constant_initializer(0.0))
+        shape = [height, width, 3, 3, depth, channels]
+        weights = _variable_with_weight_decay("weights", shape, stddev, weight_decay)
+        shape = [height, width, channels]
+        biases = _variable_on_cpu("biases", shape, tf.constant_initializer(bias))
         # Position first: then each has a matrix product of its own, and they lie in a row.
         padded = tf.pad(tf.transpose(images, [1, 2, 0, 3]), [[1, 1], [1, 1], [0, 0], [0, 0]])
         windows = [  # by tf.slice, whose gradient is many times faster than that of padded[...]
@@ -428,9 +428,17 @@ def inference(images, num_classes=None):
     )  # this time before the pool, as in cuda-convnet
     pool2 = _pool(norm2, "pool2")  # [batch, 6, 6, 64]
 
+    decay = FLAGS.weight_decay
     if FLAGS.top_layers == "local":
-        local3 = _locally_connected(pool2, "local3", channels=32)  # [batch, 6, 6, 32]
-        local4 = _flatten(_locally_connected(local3, "local4", channels=32))  # [batch, 1152]
+        # Source: layers-conv-local-11pct.cfg and layer-params-conv-local-11pct.cfg of cuda-convnet,
+        # where biases start at 0 unless it is said otherwise.
+        local3 = _locally_connected(
+            pool2, "local3", channels=32, stddev=0.04, bias=0.0, weight_decay=decay
+        )  # [batch, 6, 6, 32]
+        local4 = _locally_connected(
+            local3, "local4", channels=32, stddev=0.04, bias=0.0, weight_decay=decay
+        )  # [batch, 6, 6, 32]
+        local4 = _flatten(local4)  # [batch, 1152]
     else:
         local3 = _fully_connected(
             _flatten(pool2),  # [batch, 2304]
@@ -438,10 +446,10 @@ def inference(images, num_classes=None):
             units=384,
             stddev=0.04,
             bias=0.1,
-            weight_decay=FLAGS.weight_decay,
+            weight_decay=decay,
         )  # [batch, 384]
         local4 = _fully_connected(
-            local3, "local4", units=192, stddev=0.04, bias=0.1, weight_decay=FLAGS.weight_decay
+            local3, "local4", units=192, stddev=0.04, bias=0.1, weight_decay=decay
         )  # [batch, 192]
     # No softmax here: the loss below takes logits, which is faster and numerically safer.
     return _fully_connected(
@@ -450,7 +458,7 @@ def inference(images, num_classes=None):
         units=num_classes,
         stddev=1.0 / local4.shape.as_list()[1],
         bias=0.0,
-        weight_decay=FLAGS.weight_decay if FLAGS.top_layers == "local" else None,
+        weight_decay=decay if FLAGS.top_layers == "local" else None,
         relu=False,
     )  # [batch, num_classes]
 

@@ -68,9 +68,7 @@ def open_model():
       UserError: there is no checkpoint, or it cannot be used.
     """
     trained = read_newest_settings()
-    settings = find_settings()
-    if trained is not None and trained.class_names is not None:
-        settings = settings._replace(class_names=trained.class_names)  # there need be no data set
+    settings = find_settings(trained and trained.class_names)  # there need be no data set
     shape = [None, cifar10_data.HEIGHT, cifar10_data.WIDTH, cifar10_data.DEPTH]
     with tf.Graph().as_default(), tf.Session(config=session_config(FLAGS.use_fp16)) as session:
         pictures = tf.placeholder(tf.uint8, shape, name="images")

@@ -707,15 +707,23 @@ def run_training_as_flags_say(train_op, loss, examples_per_step, member=None):
 
 
 class _Saver(tf.train.Saver):
-    """A `tf.train.Saver` that tells in one line why it cannot save."""
+    """A `tf.train.Saver` that tells in one line why it cannot save.
 
-    def save(self, session, path, **arguments):
+    What a checkpoint was trained for is in its `.meta` file: that is written first here, so that no
+    checkpoint is ever there without it.
+    """
+
+    def save(self, session, path, global_step, **arguments):
         try:
-            return super().save(session, path, **arguments)
+            with session.graph.as_default():
+                self.export_meta_graph(f"{path}-{global_step}.meta")
+            arguments["write_meta_graph"] = False
+            return super().save(session, path, global_step, **arguments)
         except tf.errors.OpError as error:
             # What it had written so far would only fill the disk.
-            for unfinished in tf.gfile.Glob(f"{path}-*.tempstate*"):
-                tf.gfile.Remove(unfinished)
+            for pattern in (f"{path}-*.tempstate*", f"{path}-*.meta.tmp*"):
+                for unfinished in tf.gfile.Glob(pattern):
+                    tf.gfile.Remove(unfinished)
             raise UserError(
                 f"cannot save a checkpoint in {os.path.dirname(path)}: {find_reason(error)}; make "
                 "room there, and start again to go on from the one before"

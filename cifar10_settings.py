@@ -40,10 +40,10 @@ class Settings(NamedTuple):
     random_flip: bool = True
 
 
-def find_settings():
-    """Returns the `Settings` that the flags and the data set make."""
+def find_settings(class_names=None):
+    """Returns the `Settings` that the flags make, and the data set where no names are given."""
     return Settings(
-        class_names=cifar10.find_class_names(),
+        class_names=class_names or cifar10.find_class_names(),
         examples_per_epoch=cifar10.count_examples_per_epoch(),
         crop_size=FLAGS.crop_size,
         top_layers=FLAGS.top_layers,

@@ -117,7 +117,7 @@ def test_locally_connected_layers_and_their_gradients_are_a_numpy_loops(shape):
     generator = np.random.default_rng(5)
     images = generator.normal(0, 1, shape)
     given = tf.placeholder(tf.float32, [None, *shape[1:]])
-    result = cifar10._locally_connected(given, "local3", channels=4)
+    result = cifar10._locally_connected(given, "local3", 4, 0.1, 0.0, None)
     assert result.shape.as_list() == [None, *shape[1:3], 4]
     variables = {variable.op.name: variable for variable in tf.trainable_variables()}
     weights = generator.normal(0, 1, variables["local3/weights"].shape)

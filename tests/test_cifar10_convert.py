@@ -332,6 +332,18 @@ def test_two_that_make_the_same_folder_do_not_mix(tmp_path, monkeypatch):
         cifar10_convert.convert(train, test, output)
 
 
+def test_what_a_killed_conversion_has_left_is_thrown_away(tmp_path):
+    train, test = Source({"a": 5, "b": 5}), Source({"a": 5, "b": 5})
+    cifar10_convert.convert(train, test, str(tmp_path / "whole"))
+    (tmp_path / "out.part").mkdir()
+    (tmp_path / "out.part" / "bucket_0").write_bytes(b"half a record")
+    (tmp_path / "out.part" / "data_batch_1.bin").write_bytes(b"1")
+    (tmp_path / ".out.lock").write_text("process 1")
+    cifar10_convert.convert(train, test, str(tmp_path / "out"))
+    assert digests(tmp_path / "out") == digests(tmp_path / "whole")
+    assert sorted(os.listdir(tmp_path)) == ["out", "whole"]
+
+
 def test_a_folder_that_cannot_be_written_is_told(pictures, tmp_path):
     (tmp_path / "file").write_text("")
     FLAGS.output = str(tmp_path / "file" / "out")

@@ -2,6 +2,7 @@
 
 import math
 import os
+import pathlib
 import re
 import shutil
 import time
@@ -105,6 +106,36 @@ def test_training_goes_on_from_the_newest_checkpoint_with_its_global_step(tmp_pa
     assert [line[:2] for line in printed(capsys)] == [(7, 107), (10, 110)]
     assert {path.name for path in tmp_path.iterdir()} >= before
     assert foreign.read_text() == "mine"
+
+
+def test_no_checkpoint_is_there_without_the_file_that_tells_what_it_was_trained_for(
+    tmp_path, monkeypatch
+):
+    save = tf.train.Saver.save
+    is_there = []
+
+    def look_first(saver, session, path, step, **arguments):
+        is_there.append((tmp_path / f"model.ckpt-{step}.meta").exists())
+        return save(saver, session, path, step, **arguments)
+
+    monkeypatch.setattr(tf.train.Saver, "save", look_first)
+    train(tmp_path, max_steps=3, save_checkpoint_steps=1)
+    assert is_there == [True] * 4
+    assert len(list(tmp_path.glob("*.meta"))) == 4
+
+
+def test_where_that_file_cannot_be_written_nothing_half_done_stays(tmp_path, monkeypatch):
+    train(tmp_path, max_steps=3)
+
+    def fail(saver, path, **arguments):
+        pathlib.Path(f"{path}.tmp123").write_text("half")
+        raise tf.errors.ResourceExhaustedError(None, None, "No space left on device")
+
+    monkeypatch.setattr(tf.train.Saver, "export_meta_graph", fail)
+    with pytest.raises(UserError, match="cannot save a checkpoint in .*: No space left on device"):
+        train(tmp_path, max_steps=5)
+    assert not list(tmp_path.glob("*.tmp*"))
+    assert step_of(tmp_path) == 3
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])

@@ -6,40 +6,28 @@ import os
 import pty
 import re
 import shutil
+import signal
 import struct
 import subprocess
 import sys
 import termios
+import time
 
 import pytest
 from conftest import ROOT, make_records, run_script, write_data_set
+from PIL import Image
 
 import cifar10_data
 
 SCRIPTS = ("cifar10_train.py", "cifar10_multi_gpu_train.py", "cifar10_eval.py")
-MODULES = (
-    "cifar10",
-    "cifar10_charts",
-    "cifar10_data",
-    "cifar10_eval",
-    "cifar10_input",
-    "cifar10_multi_gpu_train",
-    "cifar10_pictures",
-    "cifar10_predict",
-    "cifar10_progress",
-    "cifar10_restore",
-    "cifar10_runtime",
-    "cifar10_session",
-    "cifar10_summaries",
-    "cifar10_train",
-)
+MODULES = sorted(path.stem for path in ROOT.glob("cifar10*.py"))
 TIME = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d{6}"
 STEP_LINE = re.compile(
     TIME + r": step (\d+), loss = \d+\.\d\d \(\d+\.\d examples/sec; \d+\.\d{3} sec/batch\)"
 )
 
 
-def check_training_output(process, steps, queued=500):
+def check_training_output(process, steps, queued=100):
     first, *lines = process.stdout.splitlines()
     assert first == (
         f"Filling queue with {queued} CIFAR images before starting to train. "
@@ -122,6 +110,102 @@ def check_error(process, *patterns):
     for pattern in patterns:
         assert re.search(pattern, process.stderr), process.stderr
     assert "Traceback" not in process.stderr
+
+
+@pytest.mark.slow
+def test_a_conversion_shows_its_progress_on_a_terminal_only_and_can_be_interrupted(tmp_path):
+    for name in ("cat", "dog"):
+        (tmp_path / "pictures" / name).mkdir(parents=True)
+        for number in range(300):
+            noise = make_records(1, number)[0, 1:].reshape(32, 32, 3)
+            picture = Image.fromarray(noise).resize((500, 400))
+            picture.save(tmp_path / "pictures" / name / f"{number}.png", compress_level=1)
+    (tmp_path / "pictures" / "cat" / "notes.txt").write_text("no picture")
+    command = (
+        "cifar10_convert.py",
+        f"--pictures={tmp_path / 'pictures'}",
+        "--test_fraction=0.25",
+        f"--output={tmp_path / 'out'}",
+    )
+    with subprocess.Popen(
+        [sys.executable, *command], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        while not (tmp_path / "out.part").exists():
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        output, errors = process.communicate(timeout=60)
+    assert (process.returncode, output) == (130, b"")
+    assert errors.decode().splitlines()[-1].startswith("cifar10_convert.py: ended by SIGINT: ")
+    assert os.listdir(tmp_path) == ["pictures"]
+
+    written = run_on_terminal(*command)
+    counts = [
+        int(n)
+        for n in re.findall(
+            r"Converting: .*? (\d+)/601 \[\d+:\d+<\d+:\d+, .*?pictures/s\]", written
+        )
+    ]
+    assert counts == sorted(counts)
+    assert counts[-1] > 0
+    assert re.search(r"\r\S+/cat/notes.txt: it is not a PNG.*\r\n", written)  # on a line of its own
+    assert written.endswith("; 1 could not be read\r\n")
+    shutil.rmtree(tmp_path / "out")
+    process = run_script(*command)
+    assert re.fullmatch(r"\S+/cat/notes.txt: it is not .*\n", process.stderr)
+    assert process.stdout.startswith(
+        "450 pictures to train on and 150 to test on, of 2 classes, are"
+    )
+
+
+@pytest.mark.slow
+def test_the_readmes_example_goes_from_nothing_to_predictions(tmp_path):
+    readme = (ROOT / "README.md").read_text()
+    (block,) = re.findall(r"```shell\n(python examples/draw_pictures.py .*?)```", readme, re.DOTALL)
+    outputs = []
+    for line in block.replace("/tmp/pictures", str(tmp_path / "pictures")).splitlines():
+        python, *arguments = line.split()
+        assert python == "python"
+        outputs.append(run_script(*arguments).stdout)
+    drawn, converted, trained, evaluated, predicted = outputs
+    assert drawn == ""
+    assert converted.startswith("300 pictures to train on and 60 to test on, of 3 classes, are in ")
+    assert re.search(r"step 190, loss = \S+ .*\n$", trained)
+    # Guessing has 0.333.
+    assert float(re.search(r"precision @ 1 = (\S+)\n$", evaluated)[1]) > 0.8
+    lines = re.findall(r"/test/(\w+)/000.png: (\w+) (\S+), \w+ \S+, \w+ \S+\n", predicted)
+    assert [name for name, _, _ in lines] == ["house", "sun", "tree"]
+    assert sum(name == found for name, found, _ in lines) >= 2
+
+
+@pytest.mark.slow
+def test_local_layers_learn_and_their_checkpoints_are_evaluated_and_predict(
+    tmp_path, synthetic_data_dir
+):
+    data = ("--synthetic_data", f"--data_dir={synthetic_data_dir}")
+    local = ("--top_layers=local", "--crop_size=28")
+    train_dir, eval_dir = tmp_path / "train", tmp_path / "eval"
+    run_script(
+        "cifar10_multi_gpu_train.py",
+        *data,
+        *local,
+        f"--train_dir={train_dir}",
+        "--max_steps=200",
+        "--batch_size=64",
+        "--min_fraction_of_examples_in_queue=0.1",
+    )
+    evaluate = ("cifar10_eval.py", *data, "--run_once", f"--eval_dir={eval_dir}")
+    process = run_script(*evaluate, *local, "--num_examples=2000", f"--checkpoint_dir={train_dir}")
+    # Guessing has 0.1.
+    assert float(re.search(r"precision @ 1 = (\S+)\n$", process.stdout)[1]) > 0.3
+    for script in (evaluate, ("cifar10_predict.py", "nothing.png")):
+        process = run_script(*script, f"--checkpoint_dir={train_dir}", check=False)
+        assert process.returncode == 1
+        (line,) = process.stderr.splitlines()[-1:]
+        assert re.fullmatch(
+            r"\S+: error: \S+ckpt-200 has been trained with --top_layers=local, not full; give "
+            r"--top_layers=local, or name a folder of another run with --checkpoint_dir",
+            line,
+        )
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
