@@ -141,6 +141,11 @@ def maybe_download_and_extract():
       cifar10_data.DataError: it cannot be had, or a record is wrong.
     """
     if FLAGS.synthetic_data:
+        if cifar10_data.find_folder(FLAGS.data_dir) == FLAGS.data_dir:
+            raise cifar10_data.DataError(
+                f"{FLAGS.data_dir} holds records, which --synthetic_data would leave aside; leave "
+                "that flag away, or name another folder with --data_dir"
+            )
         folder = cifar10_data.maybe_generate_synthetic(FLAGS.data_dir)
     else:
         folder = cifar10_data.maybe_download_and_extract(FLAGS.data_dir, FLAGS.data_url)
@@ -164,7 +169,7 @@ def count_examples_per_epoch():
     """Returns how many images there are to train on; CIFAR-10's number where there are no files."""
     try:
         return cifar10_data.count_records(find_data_folder(), eval_data=False)
-    except FileNotFoundError:  # as for a graph that is only looked at
+    except (FileNotFoundError, NotADirectoryError):  # as for a graph that is only looked at
         return NUM_EXAMPLES_PER_EPOCH_FOR_TRAIN
 
 
@@ -438,7 +443,7 @@ def inference(images, num_classes=None):
         local4 = _locally_connected(
             local3, "local4", channels=32, stddev=0.04, bias=0.0, weight_decay=decay
         )  # [batch, 6, 6, 32]
-        local4 = _flatten(local4)  # [batch, 1152]
+        features = _flatten(local4)  # [batch, 1152]
     else:
         local3 = _fully_connected(
             _flatten(pool2),  # [batch, 2304]
@@ -448,15 +453,15 @@ def inference(images, num_classes=None):
             bias=0.1,
             weight_decay=decay,
         )  # [batch, 384]
-        local4 = _fully_connected(
+        features = _fully_connected(
             local3, "local4", units=192, stddev=0.04, bias=0.1, weight_decay=decay
         )  # [batch, 192]
     # No softmax here: the loss below takes logits, which is faster and numerically safer.
     return _fully_connected(
-        local4,
+        features,
         "softmax_linear",
         units=num_classes,
-        stddev=1.0 / local4.shape.as_list()[1],
+        stddev=1.0 / features.shape.as_list()[1],
         bias=0.0,
         weight_decay=decay if FLAGS.top_layers == "local" else None,
         relu=False,

@@ -11,6 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 CELL = 44  # pixels; a side of the confusion matrix's cells; smaller where there are many classes
 MAX_SIDE = 1320  # pixels, of all cells together: 30 classes in cells of full size
 LINE = 14  # pixels, of a line of text
+FONT_SIZES = (13, 11, 9)  # of numbers; the largest with which all fit into their cells
 MARGIN = 96  # pixels; for the names beside it
 ZOOM = 3  # pixels that a pixel of a mistake is shown as, each way
 CAPTION = 34  # pixels; two lines under a mistake
@@ -34,6 +35,15 @@ def _shorten(name, width, font):
     return f"{name}..."
 
 
+def _find_font(text, width):
+    """Returns the largest font with which a text fits; None where there is none."""
+    for size in FONT_SIZES:
+        font = ImageFont.load_default(size=size)
+        if font.getlength(text) < width:
+            return font
+    return None
+
+
 def draw_confusion_matrix(matrix, names):
     """Draws how often each class was taken for which.
 
@@ -43,7 +53,7 @@ def draw_confusion_matrix(matrix, names):
 
     Returns:
       bytes; a PNG. A cell is the darker, the larger its share of the row. With many classes the
-      cells are small, and have no numbers; then not every one has its name beside it.
+      cells are small: they have no numbers where those do not fit, and not every row has its name.
     """
     count = len(names)
     cell = min(CELL, MAX_SIDE // count)
@@ -61,6 +71,7 @@ def draw_confusion_matrix(matrix, names):
         strip = Image.new("RGB", (MARGIN - 8, LINE + 4), PAPER)
         ImageDraw.Draw(strip).text((0, LINE // 2 + 2), name, INK, font, anchor="lm")
         picture.paste(strip.rotate(90, expand=True), (middle - LINE // 2 - 2, 4))
+    of_numbers = _find_font(str(np.max(matrix)), cell)
     for row in range(count):
         top = MARGIN + row * cell
         of_row = max(1, int(np.sum(matrix[row])))
@@ -70,10 +81,11 @@ def draw_confusion_matrix(matrix, names):
             shade = tuple(round(255 - share * (255 - dark)) for dark in (8, 48, 107))
             edge = (200, 200, 200) if cell >= LINE else None
             draw.rectangle([left, top, left + cell, top + cell], shade, outline=edge)
-            number = str(matrix[row][column])
-            if font.getlength(number) < cell:
+            if of_numbers is not None:
+                number = str(matrix[row][column])
                 ink = PAPER if share > 0.5 else INK
-                draw.text((left + cell // 2, top + cell // 2), number, ink, font, anchor="mm")
+                middle = (left + cell // 2, top + cell // 2)
+                draw.text(middle, number, ink, of_numbers, anchor="mm")
     draw.text((MARGIN, side + 6), caption, INK, font)
     return _to_png(picture)
 

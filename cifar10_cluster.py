@@ -25,6 +25,7 @@ from absl import flags
 import cifar10
 import cifar10_data
 import cifar10_session
+import cifar10_settings
 from cifar10_runtime import (
     GPUS,
     STOP_REQUEST,
@@ -343,7 +344,7 @@ class _Notes:
     """What the chief has written on a parameter server for others to read.
 
     `started` each time a chief begins, `ready` when it has made or restored the variables, `done`
-    when training has reached its end, `failed` when it has ended before.
+    when training has reached its end, `failed` when it has ended before; and its settings.
 
     Args:
       task: the `Task` of this process.
@@ -360,6 +361,9 @@ class _Notes:
                 self._writes[name], self._counts[name] = queue.enqueue(1), queue.size()
             tokens = tf.FIFOQueue(-1, tf.int64, [], shared_name="sync_token_q")
             self._close_tokens = tokens.close()
+            self._settings = tf.get_variable("chief_settings", initializer="")
+            self._new_settings = tf.placeholder(tf.string, [])
+            self._write_settings = self._settings.assign(self._new_settings)
         self._session = tf.Session(target, graph, config)
 
     def write(self, name):
@@ -369,6 +373,15 @@ class _Notes:
     def has(self, name):
         """Tells whether there is a note."""
         return self._session.run(self._counts[name]) > 0
+
+    def write_settings(self, settings):
+        """Writes the chief's `cifar10_settings.Settings`; they must be there before `ready`."""
+        text = cifar10_settings.format_settings(settings)
+        self._session.run(self._write_settings.op, {self._new_settings: text})
+
+    def read_settings(self):
+        """Returns the chief's `cifar10_settings.Settings`."""
+        return cifar10_settings.parse_settings(self._session.run(self._settings))
 
     def release_workers(self):
         """Ends the steps of workers that wait for an update which will not come any more."""
@@ -685,6 +698,7 @@ def train(task):
     try:
         if not task.is_chief:
             if _wait_for_the_chief(task, all_notes[0]):
+                _check_settings(task, all_notes[0].read_settings())
                 _train(task, server.target, all_notes[0])
             return
         with (
@@ -692,10 +706,21 @@ def train(task):
             cifar10_session.prepare_train_dir(FLAGS.train_dir, FLAGS.max_steps) as is_needed,
         ):
             if is_needed:
+                all_notes[0].write_settings(cifar10_settings.find_settings())
                 _train(task, server.target, all_notes[0])
     except (tf.errors.UnavailableError, tf.errors.AbortedError):
         # At once, as ending in order would close sessions, and so wait for the lost server.
         end_at_once(_explain_loss(task, _find_lost(task)))
+
+
+def _check_settings(task, chiefs):
+    """Raises UserError where the chief trains another model than this task, or other classes."""
+    misfit = cifar10_settings.find_misfit(chiefs, cifar10_settings.find_settings())
+    if misfit is not None:
+        raise UserError(
+            f"{task.describe(task.workers[0])} trains with {misfit[0]}, and this task with "
+            f"{misfit[1]}; give all tasks the same flags, and the same data"
+        )
 
 
 def _check_shards(count):

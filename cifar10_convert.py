@@ -14,6 +14,7 @@ import contextlib
 import hashlib
 import math
 import os
+import sys
 
 import numpy as np
 from absl import app, flags
@@ -22,7 +23,7 @@ import cifar10_data
 from cifar10_data import DataError
 from cifar10_pictures import PictureError, make_printable, read_picture
 from cifar10_progress import show_progress
-from cifar10_runtime import STOP_REQUEST, UserError, check_flags, check_new_folder, run
+from cifar10_runtime import UserError, check_flags, check_new_folder, run
 
 FLAGS = flags.FLAGS
 
@@ -61,6 +62,8 @@ check_flags(
 )
 
 BUCKET_BYTES = 1 << 23  # of keys and records that are sorted in memory at a time, about
+
+PARTS = ("train", "test")  # the folders that tell what to train on, and what to test on
 
 _KEYED_RECORD = np.dtype(
     [("key", "<u8"), ("record", np.uint8, cifar10_data.RECORD_BYTES)]  # sorted by the first
@@ -120,25 +123,41 @@ class _Files:
         self.count += 1
 
 
-def _walk(folder):
-    """Gives the paths of all files in a folder, and in those within, but hidden ones."""
-    with os.scandir(folder) as entries:
-        for entry in entries:
+def _walk(folder, ancestors=()):
+    """Gives the paths of all files in a folder, and in those within, but hidden ones.
+
+    A folder that cannot be read is given itself. A link to a folder is followed, but not back to
+    one that it lies in.
+    """
+    try:
+        status = os.stat(folder)
+        entries = os.scandir(folder)
+    except OSError:
+        yield folder
+        return
+    here = (status.st_dev, status.st_ino)
+    with entries:
+        for entry in entries if here not in ancestors else ():
             if entry.name.startswith("."):
                 continue
-            if entry.is_dir(follow_symlinks=False):
-                yield from _walk(entry.path)
-            elif not entry.is_dir():
+            if os.path.isdir(entry.path):
+                yield from _walk(entry.path, (*ancestors, here))
+            else:
                 yield entry.path
 
 
 def _list_folders(parent):
-    """Returns the names of the folders in a folder, but hidden ones, sorted."""
+    """Returns the names of the folders in a folder, and how many files there are; no hidden ones.
+
+    Raises:
+      DataError: it cannot be read.
+    """
     try:
-        with os.scandir(parent) as entries:
-            return sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
+        names = [name for name in os.listdir(parent) if not name.startswith(".")]
     except OSError as error:
         raise DataError(f"{parent} cannot be read ({error.strerror})") from error
+    folders = [name for name in names if os.path.isdir(os.path.join(parent, name))]
+    return folders, len(names) - len(folders)
 
 
 class Pictures:
@@ -148,8 +167,9 @@ class Pictures:
       parent: the folder that they are in.
 
     Attributes:
-      class_names: the folders' names, sorted: tuple of strings that can be printed.
+      class_names: the folders' names, so that they can be printed, sorted: tuple of strings.
       total: int; the files in them.
+      strays: int; the files beside them, which are of no class.
 
     Raises:
       DataError: there are not 2 to 256 classes, or one of them has no files.
@@ -157,16 +177,18 @@ class Pictures:
 
     def __init__(self, parent):
         self._parent = parent
-        self._folders = _list_folders(parent)
-        self.class_names = tuple(make_printable(name.strip()) for name in self._folders)
+        names, self.strays = _list_folders(parent)
         low, high = cifar10_data.MIN_CLASSES, cifar10_data.MAX_CLASSES
-        if not low <= len(self._folders) <= high:
+        if not low <= len(names) <= high:
             raise DataError(
-                f"{parent} has {len(self._folders)} folders; there must be {low} to {high}, one "
-                "for each class"
+                f"{parent} has {len(names)} folders; there must be {low} to {high}, one for each "
+                "class"
             )
-        if len(set(self.class_names)) < len(self._folders):
-            raise DataError(f"two folders in {parent} have one name, but for spaces")
+        # In the order of the classes' names, as there may be more to the folders'.
+        classes = sorted((make_printable(name.strip()), name) for name in names)
+        self.class_names, self._folders = zip(*classes, strict=True)
+        if len(set(self.class_names)) < len(names):
+            raise DataError(f"two folders in {parent} name the same class, but for spaces")
         self.total = 0
         for folder in self._folders:
             count = sum(1 for _ in _walk(os.path.join(parent, folder)))
@@ -237,7 +259,7 @@ def _load_svhn(path):
         return arrays["X"], arrays["y"].ravel()
     except KeyError as error:
         raise DataError(f"{path} does not hold the array {error}; it is not SVHN's") from error
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise DataError(
             f"{path} is missing; http://ufldl.stanford.edu/housenumbers/ has it"
         ) from error
@@ -265,7 +287,6 @@ def shuffle(source, folder, seed, progress):
     shuffler = _Shuffler(folder, source.total, seed)
     counts = [0] * len(source.class_names)
     for name, label, planes in source:
-        STOP_REQUEST.raise_if_made()
         if isinstance(planes, PictureError):
             progress.tell(str(planes))
         else:
@@ -274,7 +295,7 @@ def shuffle(source, folder, seed, progress):
         progress.update(1)
     for name, count in zip(source.class_names, counts, strict=True):
         if not count:
-            raise DataError(f"the class {name} is empty: none of its pictures can be read")
+            raise DataError(f"the class {name} is empty: it has no picture that can be read")
     return shuffler, counts
 
 
@@ -350,20 +371,24 @@ def find_pictures(parent, test_fraction):
     Raises:
       DataError: the folders are not as `--pictures` tells.
     """
-    folders = set(_list_folders(parent))
+    folders, _ = _list_folders(parent)
     if test_fraction is not None:
-        if folders == {"train", "test"}:
+        # Of any spelling: as classes they would make a data set that means nothing.
+        if parts := [name for name in folders if name.lower() in PARTS]:
             raise DataError(
-                f"{parent} has folders train and test, which tell what to test on; leave "
-                "--test_fraction away"
+                f"{parent} has a folder {parts[0]}, which is no class; leave --test_fraction away, "
+                f"and have folders train and test in {parent}; or name the folder with the classes"
             )
         return Pictures(parent), None
-    if not {"train", "test"} <= folders:
+    if missing := [name for name in PARTS if name not in folders]:
         raise DataError(
-            f"{parent} has no folders train and test; make them, with a folder for each class in "
-            "both, or have pictures taken to test on with --test_fraction=0.2"
+            f"{parent} has no folder {missing[0]}; it must have train and test, with a folder for "
+            "each class in both. Or name the folder that has those of the classes, with "
+            "--test_fraction=0.2"
         )
-    train, test = (Pictures(os.path.join(parent, name)) for name in ("train", "test"))
+    for name in sorted(set(folders) - set(PARTS)):
+        print(f"{parent}/{name} is neither train nor test: left out", file=sys.stderr)
+    train, test = (Pictures(os.path.join(parent, name)) for name in PARTS)
     if odd := sorted(set(train.class_names) ^ set(test.class_names)):
         raise DataError(f"the class {odd[0]} must be in both {parent}/train and {parent}/test")
     return train, test
@@ -377,25 +402,26 @@ def check_output(output, pictures):
 
 
 def main():
-    if (FLAGS.pictures is None) == (FLAGS.svhn is None):
+    if bool(FLAGS.pictures) == bool(FLAGS.svhn):
         raise app.UsageError("name either --pictures or --svhn")
     if not FLAGS.output:
         raise app.UsageError("name the folder to make with --output")
     check_new_folder("--output", FLAGS.output)  # before anything is done in vain
-    if FLAGS.svhn is not None:
+    if FLAGS.svhn:
         if FLAGS.test_fraction is not None:
             raise app.UsageError("--svhn has images to test on; leave --test_fraction away")
-        train, test = (
-            SVHN(os.path.join(FLAGS.svhn, f"{name}_32x32.mat")) for name in ("train", "test")
-        )
+        train, test = (SVHN(os.path.join(FLAGS.svhn, f"{name}_32x32.mat")) for name in PARTS)
     else:
         check_output(FLAGS.output, FLAGS.pictures)
         train, test = find_pictures(FLAGS.pictures, FLAGS.test_fraction)
-    output = os.path.abspath(FLAGS.output)
+        if strays := sum(part.strays for part in (train, test) if part is not None):
+            print(f"{strays} files are in no class's folder: left out", file=sys.stderr)
+    output = os.path.realpath(FLAGS.output)  # it may be a link to an empty folder
     counts = convert(train, test, output, FLAGS.shuffle_seed, FLAGS.test_fraction)
     print(
         f"{counts[0]} pictures to train on and {counts[1]} to test on, of "
-        f"{len(train.class_names)} classes, are in {FLAGS.output}; {counts[2]} could not be read"
+        f"{cifar10_data.describe_classes(train.class_names)}, are in {FLAGS.output}; {counts[2]} "
+        "could not be read"
     )
 
 

@@ -40,6 +40,7 @@ CLASS_NAMES = (
 NUM_CLASSES = len(CLASS_NAMES)
 # What other data sets may have: a label is one byte.
 MIN_CLASSES, MAX_CLASSES = 2, 256
+LISTED_NAMES = 12  # classes that a message tells the names of, at most
 
 TRAIN_FILES = tuple(f"data_batch_{number}.bin" for number in range(1, 6))
 TEST_FILES = ("test_batch.bin",)
@@ -130,9 +131,9 @@ def read_class_names(folder):
     path = os.path.join(folder, CLASS_NAMES_FILE)
     cure = "write one name a line, or remove the file to have CIFAR-10's ten classes"
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:
             names = tuple(filter(None, map(str.strip, file)))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return CLASS_NAMES
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path} cannot be read ({error}); {cure}") from error
@@ -144,6 +145,12 @@ def read_class_names(folder):
         if name in names[:number]:
             raise DataError(f"{path} names {name!r} twice; {cure}")
     return names
+
+
+def describe_classes(names):
+    """Returns how many classes there are, and their names, as far as a line holds them."""
+    listed = [*names[:LISTED_NAMES], "..."] if len(names) > LISTED_NAMES else names
+    return f"{len(names)} classes ({', '.join(listed)})"
 
 
 def write_class_names(folder, names):
@@ -310,9 +317,9 @@ def maybe_download_and_extract(data_dir, url=DATA_URL, sha256=ARCHIVE_SHA256, si
     """Makes sure that `data_dir` holds CIFAR-10, and fetches it if it does not.
 
     What is in the folder `cifar-10-batches-bin` already, or where that is missing, in `data_dir`
-    itself, is used as it is. So is an archive
-    `cifar-10-binary.tar.gz` in `data_dir`, once its checksum holds. A download that was interrupted
-    goes on where it stopped. Processes that start at the same time wait for the first.
+    itself, is used as it is. So is an archive `cifar-10-binary.tar.gz` in `data_dir`, once its
+    checksum holds. A download that was interrupted goes on where it stopped. Processes that start
+    at the same time wait for the first.
 
     Args:
       data_dir: the folder that the data set goes into; made if need be.
@@ -351,7 +358,8 @@ def _download(url, archive, sha256, size):
     if "://" not in url:
         url = pathlib.Path(url).absolute().as_uri()
     print(
-        f"There is no {EXTRACTED_FOLDER} in {os.path.dirname(archive)}: fetching CIFAR-10, {url}",
+        f"There is no data set in {os.path.dirname(archive)} (cifar10_convert.py makes one of "
+        f"pictures): fetching CIFAR-10, {url}",
         file=sys.stderr,
     )
     part = f"{archive}.part"
@@ -527,7 +535,8 @@ def make_whole(folder):
 
     One process at a time: see `preparing`. What an earlier one left half done is thrown away.
     """
-    staging = f"{folder}.part"
+    parent, name = os.path.split(folder)
+    staging = os.path.join(parent, f".{name}.part")  # hidden: no folder of the user's
     shutil.rmtree(staging, ignore_errors=True)
     os.mkdir(staging)
     try:

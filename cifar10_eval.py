@@ -23,6 +23,7 @@ from cifar10_progress import show_progress
 from cifar10_restore import (
     CheckpointError,
     check_fits,
+    check_settings,
     read_step,
     require_checkpoint,
     restore,
@@ -102,9 +103,9 @@ class _Tally:
             self.mistakes.append((outputs["images"][i], labels[i], predictions[i]))
 
 
-def _count(session, top_k_op, outputs, summary_op, num_examples):
+def _count(session, top_k_op, outputs, summary_op, num_examples, num_classes):
     """Runs batches until the input ends or `num_examples` are counted; returns a `_Tally`."""
-    tally = _Tally(len(cifar10.find_class_names()))
+    tally = _Tally(num_classes)
     coordinator = tf.train.Coordinator()
     threads = tf.train.start_queue_runners(session, coordinator)
     try:
@@ -135,6 +136,7 @@ def eval_once(
     checkpoint=None,
     num_examples=None,
     outputs=None,
+    class_names=None,
 ):
     """Evaluates one checkpoint, prints precision @ 1 and writes it as a summary.
 
@@ -151,6 +153,7 @@ def eval_once(
         `labels` and `predictions`, int [batch]; `cross_entropy`, float32 [batch]. Adds
         the precision of each class, the mean cross-entropy, the confusion matrix and a sheet of
         mistakes to the summaries, and a line to the file `results.jsonl` beside them.
+      class_names: the names of the classes; the data set's where None.
 
     Returns:
       float; the share of the images that were right, 0 to 1.
@@ -161,6 +164,8 @@ def eval_once(
     """
     if checkpoint is None:
         checkpoint = require_checkpoint(FLAGS.checkpoint_dir)
+    if class_names is None:
+        class_names = cifar10.find_class_names()
     if not tf.get_collection(tf.GraphKeys.LOCAL_INIT_OP):
         # Once per graph, and before a session runs it: the next evaluation uses it again.
         tf.add_to_collection(tf.GraphKeys.LOCAL_INIT_OP, tf.local_variables_initializer())
@@ -169,7 +174,12 @@ def eval_once(
         session.run(tf.get_collection(tf.GraphKeys.LOCAL_INIT_OP))
         try:
             tally = _count(
-                session, top_k_op, outputs, summary_op, num_examples or FLAGS.num_examples
+                session,
+                top_k_op,
+                outputs,
+                summary_op,
+                num_examples or FLAGS.num_examples,
+                len(class_names),
             )
         except tf.errors.InvalidArgumentError as error:
             if is_histogram_of_nonfinite(error):
@@ -190,15 +200,14 @@ def eval_once(
         summary.ParseFromString(tally.summary)
     summary.value.add(tag="precision @ 1", simple_value=tally.precision)
     if outputs is not None:
-        _report(tally, summary, summary_writer.get_logdir(), step, checkpoint)
+        _report(tally, class_names, summary, summary_writer.get_logdir(), step, checkpoint)
     summary_writer.add_summary(summary, step)
     summary_writer.flush()
     return tally.precision
 
 
-def _report(tally, summary, eval_dir, step, checkpoint):
+def _report(tally, names, summary, eval_dir, step, checkpoint):
     """Adds the details of an evaluation to its summary, and a line to the file of results."""
-    names = cifar10.find_class_names()
     # Of the images of a class, the share that is right; their mean, weighted, is precision @ 1.
     of_class = {
         name: int(row[label]) / int(row.sum()) if row.any() else None
@@ -273,15 +282,21 @@ def evaluate(last_step=None, check_trainer=lambda: None):
         checkpoint, or it cannot be evaluated.
     """
     _check_folders()
-    if FLAGS.run_once:
-        require_checkpoint(FLAGS.checkpoint_dir)  # before anything is made in vain
+    settings = find_settings()
+    if FLAGS.run_once:  # before anything is made in vain
+        check_settings(require_checkpoint(FLAGS.checkpoint_dir), settings)
     eval_test = FLAGS.eval_data == "test"
     available = cifar10_data.count_records(cifar10.find_data_folder(), eval_test)
     check_input = cifar10.make_change_check(eval_test)
-    settings = find_settings()
     if available < FLAGS.num_examples:
         print(
             f"--num_examples={FLAGS.num_examples}, but there are {available}: evaluating those",
+            file=sys.stderr,
+        )
+    elif available > FLAGS.num_examples == FLAGS["num_examples"].default:
+        print(
+            f"There are {available} images: evaluating the first {FLAGS.num_examples} of them "
+            "(--num_examples)",
             file=sys.stderr,
         )
     with tf.Graph().as_default() as graph:
@@ -326,6 +341,7 @@ def evaluate(last_step=None, check_trainer=lambda: None):
                         checkpoint,
                         num_examples=min(available, FLAGS.num_examples),
                         outputs=outputs,
+                        class_names=settings.class_names,
                     )
                     evaluated_step = step
                 except CheckpointError as error:

@@ -63,6 +63,16 @@ def variables_to_restore(use_moving_averages):
     return {variable.op.name: variable for variable in tf.trainable_variables()}
 
 
+def check_settings(checkpoint, wanted):
+    """Raises CheckpointError where a checkpoint was trained for other `Settings` than `wanted`."""
+    try:
+        trained = cifar10_settings.read_settings(checkpoint)
+    except UserError as error:
+        raise CheckpointError(str(error)) from error
+    if why := cifar10_settings.explain_misfit(checkpoint, trained, wanted, "--checkpoint_dir"):
+        raise CheckpointError(why)
+
+
 def check_fits(checkpoint, variables, wanted):
     """Raises CheckpointError where a checkpoint is not of the model or the data it is to serve.
 
@@ -71,12 +81,7 @@ def check_fits(checkpoint, variables, wanted):
       variables: what `variables_to_restore` gave.
       wanted: the `cifar10_settings.Settings` of the default graph's model.
     """
-    try:
-        trained = cifar10_settings.read_settings(checkpoint)
-    except UserError as error:
-        raise CheckpointError(str(error)) from error
-    if misfit := cifar10_settings.find_misfit(trained, wanted):
-        raise CheckpointError(f"{checkpoint} {misfit} with --checkpoint_dir")
+    check_settings(checkpoint, wanted)
     try:
         differences = find_differences(checkpoint, variables)
     except (tf.errors.OpError, ValueError) as error:

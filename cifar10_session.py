@@ -500,7 +500,7 @@ def prepare_train_dir(train_dir, max_steps):
 
     Raises:
       UserError: the folder cannot be made, another process trains in it, or its checkpoints
-        cannot be read.
+        cannot be read, or are of other classes or another model.
     """
     with contextlib.ExitStack() as stack:
         try:
@@ -519,13 +519,17 @@ def prepare_train_dir(train_dir, max_steps):
 
 def _is_needed(train_dir, max_steps):
     newest = find_checkpoint(train_dir)
-    step = _read_step(train_dir, newest) if newest else 0
+    if newest is None:
+        return True
+    step = _read_step(train_dir, newest)
     if step >= max_steps:
         print(
             f"{newest} has reached step {step} of --max_steps={max_steps}: nothing to do",
             file=sys.stderr,
         )
-    return step < max_steps
+        return False
+    _check_settings(newest, cifar10_settings.find_settings())
+    return True
 
 
 def _read_step(train_dir, newest):
@@ -543,8 +547,8 @@ def _read_step(train_dir, newest):
 def _check_settings(checkpoint, settings):
     """Raises UserError where a checkpoint is not of these `Settings`; warns of what has changed."""
     trained = cifar10_settings.read_settings(checkpoint)
-    if misfit := cifar10_settings.find_misfit(trained, settings):
-        raise UserError(f"{checkpoint} {misfit} with --train_dir")
+    if why := cifar10_settings.explain_misfit(checkpoint, trained, settings, "--train_dir"):
+        raise UserError(why)
     for change in cifar10_settings.find_changes(trained, settings):
         tf.logging.warning("Going on from %s: %s.", checkpoint, change)
 
@@ -677,9 +681,6 @@ def run_training_as_flags_say(train_op, loss, examples_per_step, member=None):
     check_input = check_data = cifar10.make_change_check(eval_data=False)
     if member is None or member.is_chief:
         settings = cifar10_settings.find_settings()
-        newest = find_checkpoint(FLAGS.train_dir)
-        if newest is not None:
-            _check_settings(newest, settings)
         cifar10_settings.note_settings(settings)
         _note_start(os.path.join(FLAGS.train_dir, STARTS_FILE), settings)
     if member is not None:
@@ -721,9 +722,11 @@ class _Saver(tf.train.Saver):
             return super().save(session, path, global_step, **arguments)
         except tf.errors.OpError as error:
             # What it had written so far would only fill the disk.
-            for pattern in (f"{path}-*.tempstate*", f"{path}-*.meta.tmp*"):
-                for unfinished in tf.gfile.Glob(pattern):
-                    tf.gfile.Remove(unfinished)
+            unfinished = tf.gfile.Glob([f"{path}-*.tempstate*", f"{path}-*.meta.tmp*"])
+            if not tf.train.checkpoint_exists(f"{path}-{global_step}"):
+                unfinished += tf.gfile.Glob(f"{path}-{global_step}.meta")
+            for name in unfinished:
+                tf.gfile.Remove(name)
             raise UserError(
                 f"cannot save a checkpoint in {os.path.dirname(path)}: {find_reason(error)}; make "
                 "room there, and start again to go on from the one before"

@@ -4,6 +4,7 @@ TensorFlow saves a graph's collections in the `.meta` file of each checkpoint. O
 these settings, so that they go wherever the checkpoint goes, and its variables stay the tutorial's.
 """
 
+import functools
 import json
 from typing import NamedTuple
 
@@ -11,13 +12,13 @@ from absl import flags
 from google.protobuf.message import DecodeError
 
 import cifar10
+import cifar10_data
 import cifar10_input
 from cifar10_runtime import UserError, tf
 
 FLAGS = flags.FLAGS
 
 COLLECTION = "cifar10_settings"  # of one string, a JSON object
-LISTED_NAMES = 12  # classes that a message tells the names of, at most
 
 
 class Settings(NamedTuple):
@@ -53,7 +54,7 @@ def find_settings(class_names=None):
 
 def note_settings(settings):
     """Has `Settings` written with the checkpoints of the default graph."""
-    tf.add_to_collection(COLLECTION, json.dumps(settings._asdict()))
+    tf.add_to_collection(COLLECTION, format_settings(settings))
 
 
 def read_settings(checkpoint):
@@ -65,12 +66,16 @@ def read_settings(checkpoint):
     path = f"{checkpoint}.meta"
     try:
         with tf.gfile.GFile(path, "rb") as file:
-            collections = tf.MetaGraphDef.FromString(file.read()).collection_def
-        if COLLECTION not in collections:
+            meta_graph = tf.MetaGraphDef.FromString(file.read())
+        if not meta_graph.HasField("graph_def"):
+            raise ValueError("it holds no graph")  # an empty file does not, and can be parsed
+        if COLLECTION not in meta_graph.collection_def:
             return Settings()
-        (text,) = collections[COLLECTION].bytes_list.value
-        return _check(Settings(**json.loads(text)))
+        (text,) = meta_graph.collection_def[COLLECTION].bytes_list.value
+        return parse_settings(text)
     except tf.errors.NotFoundError:
+        if tf.train.checkpoint_exists(checkpoint):  # else a trainer has removed all of it
+            _warn_of_missing(path)
         return None
     except (tf.errors.OpError, DecodeError, ValueError, TypeError) as error:
         raise UserError(
@@ -79,18 +84,30 @@ def read_settings(checkpoint):
         ) from error
 
 
-def _check(settings):
-    names, size = settings.class_names, settings.crop_size
-    if not (isinstance(names, list) and names and all(isinstance(name, str) for name in names)):
-        raise ValueError("class_names are not a list of names")
-    if not isinstance(size, int):
-        raise ValueError("crop_size is not a number")
+@functools.cache  # once is enough
+def _warn_of_missing(path):
+    tf.logging.warning(
+        "%s is missing: what this checkpoint was trained for is not known, and not checked.", path
+    )
+
+
+def format_settings(settings):
+    """Returns `Settings` as a string, for `parse_settings`."""
+    return json.dumps(settings._asdict())
+
+
+def parse_settings(text):
+    """Returns the `Settings` in a string. Raises ValueError or TypeError where there are none."""
+    settings = Settings(**json.loads(text))
+    for (name, value), kind in zip(
+        settings._asdict().items(), (list, int, int, str, bool), strict=True
+    ):
+        if type(value) is not kind:
+            raise ValueError(f"{name} is {value!r}")
+    names = settings.class_names
+    if not (names and all(isinstance(name, str) for name in names)):
+        raise ValueError(f"class_names is {names!r}")
     return settings._replace(class_names=tuple(names))
-
-
-def _describe(names):
-    listed = [*names[:LISTED_NAMES], "..."] if len(names) > LISTED_NAMES else names
-    return f"{len(names)} classes ({', '.join(listed)})"
 
 
 def find_misfit(trained, wanted):
@@ -101,23 +118,40 @@ def find_misfit(trained, wanted):
       wanted: `Settings`.
 
     Returns:
-      string; what does not fit, with both values and what to do about it; empty where all fits.
+      (string, string): what does not fit, as the one and as the other has it; None where all fits.
     """
-    trained = trained or wanted
+    if trained is None:
+        return None
     if trained.class_names not in (None, wanted.class_names):
-        return (
-            f"has been trained on {_describe(trained.class_names)}, but the data set has "
-            f"{_describe(wanted.class_names)}; name the data set that belongs to it, or a folder "
-            "of another run"
+        return tuple(
+            cifar10_data.describe_classes(names)
+            for names in (trained.class_names, wanted.class_names)
         )
     for name in ("top_layers", "crop_size"):
-        has, asked = getattr(trained, name), getattr(wanted, name)
-        if has != asked:
-            return (
-                f"has been trained with --{name}={has}, not {asked}; give --{name}={has}, or name "
-                "a folder of another run"
-            )
-    return ""
+        values = getattr(trained, name), getattr(wanted, name)
+        if values[0] != values[1]:
+            return tuple(f"--{name}={value}" for value in values)
+    return None
+
+
+def explain_misfit(checkpoint, trained, wanted, flag):
+    """Returns why a checkpoint cannot be used, in a sentence; empty where it can.
+
+    Args:
+      checkpoint: path.
+      trained: see `find_misfit`.
+      wanted: see `find_misfit`.
+      flag: string; names the folder that the checkpoint is in.
+    """
+    misfit = find_misfit(trained, wanted)
+    if misfit is None:
+        return ""
+    has, asked = misfit
+    cure = f"give {has}" if has.startswith("--") else "name the data set that belongs to it"
+    return (
+        f"{checkpoint} has been trained with {has}, not with {asked}; {cure}, or another folder "
+        f"with {flag}"
+    )
 
 
 def find_changes(trained, wanted):

@@ -1,6 +1,7 @@
 """The model against the table of its layers, against NumPy, and against arithmetic by hand."""
 
 import math
+import os
 import re
 
 import numpy as np
@@ -360,6 +361,7 @@ def test_weights_decay_as_much_as_the_flag_says(weight_decay):
         ("max_contrast_factor", [-1.0, 0.1, math.inf, math.nan]),
         ("min_fraction_of_examples_in_queue", [-0.1, 1.1, math.nan]),
         ("num_preprocess_threads", [0]),
+        ("crop_size", [0, 7, 33]),
         ("batch_size", [0, 99999999999]),
         ("log_frequency", [0, 2**31]),
         ("save_checkpoint_secs", [0, 2**31]),
@@ -603,6 +605,12 @@ def test_real_or_synthetic_data_is_as_the_flag_says_and_is_checked(tmp_path):
     cifar10.FLAGS.synthetic_data = True
     assert cifar10.maybe_download_and_extract() == cifar10.find_data_folder()
     assert cifar10.find_data_folder() == str(tmp_path / "cifar-10-synthetic-bin")
+    write_data_set(tmp_path / "own")
+    cifar10.FLAGS.data_dir = str(tmp_path / "own")
+    with pytest.raises(cifar10_data.DataError, match="own holds records, which --synthetic_data w"):
+        cifar10.maybe_download_and_extract()
+    assert "cifar-10-synthetic-bin" not in os.listdir(tmp_path / "own")
+    cifar10.FLAGS.data_dir = str(tmp_path)
     (tmp_path / "cifar-10-synthetic-bin" / "test_batch.bin").write_bytes(b"")
     with pytest.raises(cifar10_data.DataError, match="is empty"):
         cifar10.maybe_download_and_extract()

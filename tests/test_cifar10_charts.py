@@ -45,6 +45,45 @@ def test_the_names_stand_beside_the_matrix():
     assert not changed[margin:, margin:].any()
 
 
+@pytest.mark.parametrize("count", [2, 31, 120, 256])
+def test_any_number_of_classes_fits_into_a_picture_that_can_be_looked_at(count):
+    matrix = np.zeros([count, count], int)
+    matrix[np.arange(count), np.arange(count)[::-1]] = 5
+    names = [f"class {number}" for number in range(count)]
+    picture = decode(cifar10_charts.draw_confusion_matrix(matrix, names))
+    height, width, _ = picture.shape
+    assert max(height, width) < 1500
+    side, margin = min(44, 1320 // count), cifar10_charts.MARGIN
+    # A corner of each cell: dark on the other diagonal, and nowhere else.
+    corners = margin + np.arange(count) * side + 1
+    dark = picture[corners][:, corners].sum(axis=2) < 400
+    np.testing.assert_array_equal(dark, matrix > 0)
+    for names_beside in (picture[margin:, :margin], picture[:margin, margin:]):
+        assert (names_beside.sum(axis=2) < 200).any()
+
+
+def test_the_numbers_stand_in_the_cells_as_large_as_all_of_them_fit():
+    heights = []
+    for largest in (7, 123456, 10**9):
+        matrix = np.array([[7, 0], [0, largest]])
+        picture = decode(cifar10_charts.draw_confusion_matrix(matrix, ["a", "b"]))
+        side, margin = cifar10_charts.CELL, cifar10_charts.MARGIN
+        white = picture[margin + 1 : margin + side, margin + 1 : margin + side].sum(axis=2) > 600
+        heights.append(white.any(axis=1).sum())  # of the 7, which is white on dark
+    assert heights[0] > heights[1] > 0
+    assert heights[2] == 0  # there is no room
+
+
+def test_a_long_name_is_cut_short_and_stays_beside_the_matrix():
+    zeros = np.zeros([2, 2], int)
+    long = decode(cifar10_charts.draw_confusion_matrix(zeros, ["w" * 99, "a"]))
+    short = decode(cifar10_charts.draw_confusion_matrix(zeros, ["", "a"]))
+    margin = cifar10_charts.MARGIN
+    assert (long[margin:, margin:] == short[margin:, margin:]).all()
+    assert (long[margin : margin + 44, :2] == 255).all()  # it begins inside the picture
+    assert (long[margin : margin + 44, 2:margin] < 200).any()
+
+
 @pytest.mark.parametrize("label", [0, 3, 9])
 def test_each_name_stands_beside_its_own_row_and_column(label):
     zeros = np.zeros([10, 10], int)

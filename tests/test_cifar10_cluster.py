@@ -469,7 +469,7 @@ class Cluster:
             process.kill()
             process.wait()
 
-    def start(self, *types):
+    def start(self, *types, more_flags=()):
         for type_ in types:
             task = {"cluster": self.cluster, "task": {"type": type_, "index": 0}}
             environment = {
@@ -480,7 +480,7 @@ class Cluster:
             environment.pop("TF_CPP_MIN_LOG_LEVEL", None)  # as users have it, not as tests do
             with open(self._folder / f"{type_}.log", "a") as log:
                 self._processes[type_] = subprocess.Popen(
-                    [sys.executable, "cifar10_train.py", *self._flags],
+                    [sys.executable, "cifar10_train.py", *self._flags, *more_flags],
                     cwd=ROOT,
                     env=environment,
                     stdin=subprocess.DEVNULL,
@@ -683,6 +683,22 @@ def test_a_chief_that_fails_ends_the_others(tmp_path):
             assert cluster.output(type_) == (
                 "cifar10_train.py: error: the chief has failed; what it printed says why\n"
             )
+
+
+@pytest.mark.slow
+def test_a_worker_that_would_train_another_model_is_refused(tmp_path):
+    with Cluster(tmp_path, "--max_steps=100000") as cluster:
+        cluster.start("ps", "chief")
+        cluster.start("worker", more_flags=["--top_layers=local"])
+        assert cluster.wait("worker") == [1]
+        (line,) = cluster.output("worker").splitlines()
+        assert re.fullmatch(
+            r"\S+: error: chief 0 \(\S+\) trains with --top_layers=full, and this task "
+            r"with --top_layers=local; give all tasks the same flags, and the same data",
+            line,
+        )
+        cluster.start("worker")  # as the chief: training begins
+        cluster.wait_for_output("chief", ": step 3,")
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 import hashlib
 import os
 import re
+import shutil
 import subprocess
 import sys
 
@@ -89,8 +90,8 @@ def test_pictures_become_the_records_that_predict_would_read(pictures, tmp_path,
     )
     output = capsys.readouterr()
     assert output.out == (
-        f"27 pictures to train on and 6 to test on, of 3 classes, are in {folder}; "
-        "0 could not be read\n"
+        "27 pictures to train on and 6 to test on, of 3 classes (a cat, dog, Ähre), are in "
+        f"{folder}; 0 could not be read\n"
     )
     assert output.err == ""
     assert sorted(os.listdir(tmp_path)) == ["out", "pictures"]
@@ -220,6 +221,77 @@ def test_folders_within_a_class_belong_to_it(pictures, tmp_path):
     assert as_bytes(read(tmp_path / "out", eval_data=False)) == expected_records(train, NAMES)
 
 
+def test_a_class_has_one_label_whatever_spaces_its_folders_have(pictures, tmp_path):
+    train, test = pictures
+    os.rename(tmp_path / "pictures" / "train" / "dog", tmp_path / "pictures" / "train" / " dog")
+    cifar10_convert.main()
+    assert cifar10_data.read_class_names(tmp_path / "out") == tuple(NAMES)
+    assert as_bytes(read(tmp_path / "out", eval_data=False)) == expected_records(train, NAMES)
+    assert as_bytes(read(tmp_path / "out", eval_data=True)) == expected_records(test, NAMES)
+
+
+def test_links_to_folders_are_followed_but_not_in_circles(pictures, tmp_path):
+    train, _ = pictures
+    folder = tmp_path / "pictures" / "train"
+    os.rename(folder / "dog", tmp_path / "elsewhere")
+    (folder / "dog").mkdir()
+    os.symlink(tmp_path / "elsewhere", folder / "dog" / "more")
+    os.symlink(folder / "a cat", folder / "a cat" / "circle")
+    os.symlink("itself", folder / "a cat" / "itself")  # which cannot be read
+    cifar10_convert.main()
+    assert as_bytes(read(tmp_path / "out", eval_data=False)) == expected_records(train, NAMES)
+
+
+def test_a_folder_that_cannot_be_read_is_listed_and_counted(
+    pictures, tmp_path, monkeypatch, capsys
+):
+    (tmp_path / "pictures" / "test" / "dog" / "locked").mkdir()
+    scandir = os.scandir
+
+    def forbid(path):
+        if str(path).endswith("locked"):
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", forbid)
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    cifar10_convert.main()
+    output = capsys.readouterr()
+    assert re.fullmatch(r"\S+/test/dog/locked: this folder cannot be read\n", output.err)
+    assert output.out.endswith("; 1 could not be read\n")
+
+
+def test_files_of_no_class_are_told(pictures, tmp_path, capsys):
+    (tmp_path / "pictures" / "train" / "lost.png").write_text("")
+    (tmp_path / "pictures" / "test" / "lost.png").write_text("")
+    (tmp_path / "pictures" / "test" / ".hidden").write_text("")
+    cifar10_convert.main()
+    assert capsys.readouterr().err == "2 files are in no class's folder: left out\n"
+
+
+def test_there_may_be_256_classes(tmp_path):
+    pictures = draw(tmp_path / "pictures", {f"{number:03}": 2 for number in range(256)})
+    FLAGS.pictures = str(tmp_path / "pictures")
+    FLAGS.output = str(tmp_path / "out")
+    FLAGS.test_fraction = 0.5
+    cifar10_convert.main()
+    cifar10_data.check_records(tmp_path / "out")
+    names = [f"{number:03}" for number in range(256)]
+    train, test = (read(tmp_path / "out", eval_data) for eval_data in (False, True))
+    assert sorted(test[0][:, 0]) == list(range(256))
+    assert sorted(as_bytes(train) + as_bytes(test)) == expected_records(pictures, names)
+
+
+def test_pictures_that_are_named_like_what_is_not_finished_stay(tmp_path):
+    draw(tmp_path / "pets.part", {"a": 9, "b": 9})
+    before = sorted(path.name for path in (tmp_path / "pets.part").rglob("*"))
+    FLAGS.pictures = str(tmp_path / "pets.part")
+    FLAGS.output = str(tmp_path / "pets")
+    FLAGS.test_fraction = 0.3
+    cifar10_convert.main()
+    assert sorted(path.name for path in (tmp_path / "pets.part").rglob("*")) == before
+
+
 def test_a_class_may_have_a_name_that_is_not_text(tmp_path):
     draw(tmp_path / "pictures", {"a": 9, "b": 9})
     folder = os.fsencode(tmp_path / "pictures")
@@ -240,7 +312,7 @@ def make_unreadable(folder):
     for part in ("train", "test"):
         (folder / part / "zebra").mkdir()
         (folder / part / "zebra" / "a.png").write_text("no picture")
-    return "the class zebra is empty: none of its pictures can be read"
+    return "the class zebra is empty: it has no picture that can be read"
 
 
 def make_untested(folder):
@@ -262,13 +334,13 @@ def make_many_classes(folder):
 
 
 def make_one_level(folder):
-    os.rename(folder / "train", folder / "learn")
-    return "has no folders train and test; .* with --test_fraction=0.2"
+    os.rename(folder / "test", folder / "val")
+    return "has no folder test; it must have .* folder that has those of the classes, with --test_f"
 
 
 def make_same_names(folder):
     (folder / "train" / "dog ").mkdir()
-    return "two folders in .*train have one name, but for spaces"
+    return "two folders in .*train name the same class, but for spaces"
 
 
 def make_missing(folder):
@@ -297,9 +369,17 @@ def test_folders_that_make_no_data_set_are_refused_and_leave_nothing(pictures, t
     assert sorted(os.listdir(tmp_path)) == before
 
 
-def test_a_fraction_and_folders_that_tell_what_to_test_on_are_one_too_many(pictures):
+def test_folders_that_tell_what_to_test_on_are_no_classes(pictures, tmp_path, capsys):
+    (tmp_path / "pictures" / "val").mkdir()
+    cifar10_convert.main()
+    assert capsys.readouterr().err == f"{FLAGS.pictures}/val is neither train nor test: left out\n"
+    FLAGS.output = str(tmp_path / "other")
     FLAGS.test_fraction = 0.2
-    with pytest.raises(DataError, match="folders train and test, .*; leave --test_fraction away"):
+    with pytest.raises(DataError, match="has a folder t.*, which is no class; leave --test_fracti"):
+        cifar10_convert.main()
+    shutil.rmtree(tmp_path / "pictures" / "test")
+    os.rename(tmp_path / "pictures" / "train", tmp_path / "pictures" / "Train")
+    with pytest.raises(DataError, match="has a folder Train, which is no class; leave --test_fra"):
         cifar10_convert.main()
 
 
@@ -313,8 +393,10 @@ def test_a_class_with_one_picture_cannot_be_divided(tmp_path):
 
 
 def test_what_is_there_already_is_not_overwritten(pictures, tmp_path):
-    (tmp_path / "out").mkdir()  # empty: it may be
+    (tmp_path / "somewhere").mkdir()  # empty: it may be
+    os.symlink("somewhere", tmp_path / "out")
     cifar10_convert.main()
+    assert (tmp_path / "out").is_symlink()
     before = digests(tmp_path / "out")
     with pytest.raises(UserError, match=f"--output={tmp_path}/out is there already; name a new"):
         cifar10_convert.main()
@@ -335,9 +417,9 @@ def test_two_that_make_the_same_folder_do_not_mix(tmp_path, monkeypatch):
 def test_what_a_killed_conversion_has_left_is_thrown_away(tmp_path):
     train, test = Source({"a": 5, "b": 5}), Source({"a": 5, "b": 5})
     cifar10_convert.convert(train, test, str(tmp_path / "whole"))
-    (tmp_path / "out.part").mkdir()
-    (tmp_path / "out.part" / "bucket_0").write_bytes(b"half a record")
-    (tmp_path / "out.part" / "data_batch_1.bin").write_bytes(b"1")
+    (tmp_path / ".out.part").mkdir()
+    (tmp_path / ".out.part" / "bucket_0").write_bytes(b"half a record")
+    (tmp_path / ".out.part" / "data_batch_1.bin").write_bytes(b"1")
     (tmp_path / ".out.lock").write_text("process 1")
     cifar10_convert.convert(train, test, str(tmp_path / "out"))
     assert digests(tmp_path / "out") == digests(tmp_path / "whole")
@@ -383,7 +465,9 @@ def test_svhns_digits_become_records_and_ten_is_a_zero(svhn, tmp_path, capsys):
         assert as_bytes(read(folder, eval_data)) == sorted(expected)
         order = [record.tobytes() for records in read(folder, eval_data) for record in records]
         assert order != expected  # they are shuffled
-    assert "43 pictures to train on and 20 to test on, of 10 classes" in capsys.readouterr().out
+    assert "43 pictures to train on and 20 to test on, of 10 classes (0, 1, " in (
+        capsys.readouterr().out
+    )
 
 
 @pytest.mark.parametrize(
@@ -425,6 +509,9 @@ def test_a_missing_matlab_file_is_told_with_its_source(svhn, tmp_path):
     (tmp_path / "test_32x32.mat").unlink()
     with pytest.raises(DataError, match="test_32x32.mat is missing; http://ufldl.stanford.edu/"):
         cifar10_convert.main()
+    FLAGS.svhn = str(tmp_path / "train_32x32.mat")  # in place of its folder
+    with pytest.raises(DataError, match="train_32x32.mat/train_32x32.mat is missing; "):
+        cifar10_convert.main()
 
 
 def test_without_scipy_its_requirement_is_told(svhn, monkeypatch):
@@ -438,6 +525,7 @@ def test_without_scipy_its_requirement_is_told(svhn, monkeypatch):
     ("values", "message"),
     [
         ({}, "name either --pictures or --svhn"),
+        ({"pictures": "", "output": "b"}, "name either --pictures or --svhn"),
         ({"pictures": "a", "svhn": "b", "output": "c"}, "name either --pictures or --svhn"),
         ({"pictures": "a"}, "name the folder to make with --output"),
         ({"svhn": "a", "output": "b", "test_fraction": 0.1}, "leave --test_fraction away"),
@@ -459,7 +547,7 @@ def test_a_fraction_that_is_none_is_refused(value):
 def test_the_script_tells_an_error_in_a_line_and_what_it_has_made(pictures, tmp_path):
     flags = (f"--pictures={FLAGS.pictures}", f"--output={FLAGS.output}")
     process = run_script("cifar10_convert.py", *flags)
-    assert process.stdout.startswith("27 pictures to train on and 6 to test on, of 3 classes, are")
+    assert process.stdout.startswith("27 pictures to train on and 6 to test on, of 3 classes (")
     assert process.stderr == ""
     process = run_script("cifar10_convert.py", *flags, check=False)
     assert (process.returncode, process.stdout) == (1, "")

@@ -143,6 +143,8 @@ def test_class_names_are_those_beside_the_records_or_cifar_10s(folder):
     assert cifar10_data.read_class_names(folder) == tuple("abcdefghij")
     (folder / "batches.meta.txt").write_text("\n hot dog \n\nno hot dog\nÄpfel", "utf-8")
     assert cifar10_data.read_class_names(folder) == ("hot dog", "no hot dog", "Äpfel")
+    (folder / "batches.meta.txt").write_text("\ufeffcat\r\ndog\r\n", "utf-8")  # by Windows
+    assert cifar10_data.read_class_names(folder) == ("cat", "dog")
 
 
 @pytest.mark.parametrize(
@@ -516,11 +518,11 @@ shutil.copyfileobj = copy_slowly
 """
     with Server(body) as server:
         with start_fetch(data_dir, server, sha256, before=slow) as process:
-            while not (data_dir / "cifar-10-batches-bin.part" / NAMES[2]).exists():
+            while not (data_dir / ".cifar-10-batches-bin.part" / NAMES[2]).exists():
                 time.sleep(0.005)
             process.kill()
         assert not (data_dir / "cifar-10-batches-bin").exists()
-        assert (data_dir / "cifar-10-batches-bin.part").exists()
+        assert (data_dir / ".cifar-10-batches-bin.part").exists()
         fetch(data_dir, server, sha256)
     assert len(server.requests) == 1
 

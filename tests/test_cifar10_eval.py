@@ -163,12 +163,12 @@ def test_tensorboard_gets_what_was_counted_and_nothing_else(records):
 
 def test_a_data_set_of_other_classes_than_the_checkpoints_is_refused(records):
     save_checkpoint(FLAGS.checkpoint_dir, 7)
-    save_checkpoint(FLAGS.checkpoint_dir, 8, Settings(tuple(f"own{n}" for n in range(10))))
-    message = r"ckpt-8 has been trained on 10 classes \(own0, .* set has 10 classes \(airplane, "
+    save_checkpoint(FLAGS.checkpoint_dir, 8, Settings(tuple(f"own{n}" for n in range(10)), 64))
+    message = r"ckpt-8 has been trained with 10 classes \(own0, .* with 10 classes \(airplane, "
     with pytest.raises(CheckpointError, match=message):
         cifar10_eval.evaluate()
-    save_checkpoint(FLAGS.checkpoint_dir, 9, Settings(("cat", "dog")))
-    message = r"on 2 classes \(cat, dog\), but the data set has 10 classes \(airplane, .*; name"
+    save_checkpoint(FLAGS.checkpoint_dir, 9, Settings(("cat", "dog"), 64))
+    message = r"with 2 classes \(cat, dog\), not with 10 classes \(airplane, .*; name the data set"
     with pytest.raises(CheckpointError, match=message):
         cifar10_eval.evaluate()
 
@@ -176,14 +176,52 @@ def test_a_data_set_of_other_classes_than_the_checkpoints_is_refused(records):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (Settings(cifar10_data.CLASS_NAMES, crop_size=21), "--crop_size=21, not 24; give --crop"),
-        (Settings(cifar10_data.CLASS_NAMES, top_layers="local"), "--top_layers=local, not full"),
+        (
+            Settings(cifar10_data.CLASS_NAMES, 64, crop_size=21),
+            "--crop_size=21, not with --crop_size=24",
+        ),
+        (
+            Settings(cifar10_data.CLASS_NAMES, 64, top_layers="local"),
+            "--top_layers=local, not with --top_layers=full",
+        ),
     ],
 )
-def test_a_checkpoint_of_another_model_is_refused_with_the_flag(records, settings, message):
+def test_a_checkpoint_of_another_model_is_refused_with_the_flag(records, settings, message, capsys):
     save_checkpoint(FLAGS.checkpoint_dir, 8, settings)
-    with pytest.raises(CheckpointError, match=f"trained with {message}.* with --checkpoint_dir$"):
+    with pytest.raises(CheckpointError, match=f"trained with {message}; .* --checkpoint_dir$"):
         cifar10_eval.evaluate()
+    assert capsys.readouterr().err == ""
+    assert not os.path.exists(FLAGS.eval_dir)  # it has not begun
+
+
+def test_names_that_change_while_it_evaluates_are_not_mixed_with_the_models(records, monkeypatch):
+    save_checkpoint(FLAGS.checkpoint_dir, 7)
+    names = cifar10_data.CLASS_NAMES
+    restore = cifar10_eval.restore
+
+    def change(*arguments):
+        folder = pathlib.Path(FLAGS.data_dir) / cifar10_data.EXTRACTED_FOLDER
+        cifar10_data.write_class_names(folder, [*names, "emu"])
+        return restore(*arguments)
+
+    monkeypatch.setattr(cifar10_eval, "restore", change)
+    cifar10_eval.evaluate()
+    (line,) = (pathlib.Path(FLAGS.eval_dir) / "results.jsonl").read_text().splitlines()
+    assert json.loads(line)["class_names"] == list(names)
+    assert np.shape(json.loads(line)["confusion_matrix"]) == (10, 10)
+
+
+def test_more_images_than_are_evaluated_by_default_are_told(records, capsys, monkeypatch):
+    save_checkpoint(FLAGS.checkpoint_dir, 7)
+    FLAGS.num_examples = 100
+    monkeypatch.setattr(FLAGS["num_examples"], "default", 100)
+    cifar10_eval.evaluate()
+    assert capsys.readouterr().err == (
+        "There are 131 images: evaluating the first 100 of them (--num_examples)\n"
+    )
+    FLAGS.num_examples = 99  # it was asked for
+    cifar10_eval.evaluate()
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize("names", [("cat", "dog"), tuple(f"class {n}" for n in range(13))])
@@ -194,7 +232,7 @@ def test_other_classes_are_evaluated_and_told_by_their_names(tmp_path, names):
     FLAGS.run_once = True
     FLAGS.checkpoint_dir = str(tmp_path / "checkpoints")
     FLAGS.eval_dir = str(tmp_path / "eval")
-    save_checkpoint(FLAGS.checkpoint_dir, 7, Settings(names))
+    save_checkpoint(FLAGS.checkpoint_dir, 7, Settings(names, 25))
     variables = numpy_model.random_variables(AVERAGED, len(names))
     likeliest = numpy_model.inference(standardized_centers(test), variables).argmax(axis=1)
     confusion = np.zeros([len(names)] * 2, int)

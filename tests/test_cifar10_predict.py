@@ -28,6 +28,7 @@ from PIL import Image
 import cifar10
 import cifar10_data
 import cifar10_predict
+import cifar10_restore
 from cifar10_runtime import UserError, tf
 from cifar10_settings import Settings
 
@@ -127,7 +128,7 @@ def test_an_unreadable_picture_is_an_object_with_its_error_for_machines(pictures
 @pytest.mark.parametrize("count", [2, 10, 14])
 def test_classes_are_those_that_the_checkpoint_was_trained_on(pictures, capsys, count):
     names = tuple(f"noted {n}" for n in range(count))
-    save_checkpoint(FLAGS.checkpoint_dir, 8, Settings(names))
+    save_checkpoint(FLAGS.checkpoint_dir, 8, Settings(names, 25))
     (line,) = predicted(capsys, pictures / "00.png")
     found = [p["class"] for p in line["predictions"]]
     assert len(found) == min(count, 3)
@@ -145,12 +146,42 @@ def test_where_a_checkpoint_does_not_tell_its_classes_they_are_the_data_sets(pic
     assert all(p["class"].startswith("own") for p in line["predictions"])
 
 
+def test_a_checkpoint_that_a_trainer_removes_does_not_hide_the_classes_of_the_next(
+    pictures, capsys, monkeypatch
+):
+    names = tuple(f"noted {n}" for n in range(10))
+    for step in (8, 9):
+        save_checkpoint(FLAGS.checkpoint_dir, step, Settings(names, 25))
+    gone, newest = (f"{FLAGS.checkpoint_dir}/model.ckpt-{step}" for step in (8, 9))
+    for name in os.listdir(FLAGS.checkpoint_dir):
+        if name.startswith("model.ckpt-8"):
+            os.remove(os.path.join(FLAGS.checkpoint_dir, name))
+    found = iter([gone])
+    monkeypatch.setattr(
+        cifar10_restore, "find_latest_checkpoint", lambda folder: next(found, newest)
+    )
+    (line,) = predicted(capsys, pictures / "00.png")
+    assert all(p["class"].startswith("noted") for p in line["predictions"])
+
+
+def test_predicting_needs_no_data_set(pictures, capsys, tmp_path):
+    save_checkpoint(FLAGS.checkpoint_dir, 8, Settings(tuple("abcdefghij"), 25))
+    (tmp_path / "file").write_text("")
+    FLAGS.data_dir = str(tmp_path / "file")
+    (line,) = predicted(capsys, pictures / "00.png")
+    assert {p["class"] for p in line["predictions"]} < set("abcdefghij")
+
+
 def test_a_checkpoint_of_another_crop_is_refused_and_taken_where_the_flag_agrees(
     records, pictures, capsys
 ):
-    settings = Settings(cifar10_data.CLASS_NAMES, crop_size=22)  # its layers have the same sizes
+    settings = Settings(
+        cifar10_data.CLASS_NAMES, 25, crop_size=22
+    )  # its layers have the same sizes
     save_checkpoint(FLAGS.checkpoint_dir, 8, settings)
-    with pytest.raises(UserError, match="trained with --crop_size=22, not 24; give --crop_size=22"):
+    with pytest.raises(
+        UserError, match="--crop_size=22, not with --crop_size=24; give --crop_size=22"
+    ):
         cifar10_predict.main([str(pictures / "00.png")])
     FLAGS.crop_size = 22
     (line,) = predicted(capsys, pictures / "00.png")

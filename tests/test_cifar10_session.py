@@ -138,6 +138,25 @@ def test_where_that_file_cannot_be_written_nothing_half_done_stays(tmp_path, mon
     assert step_of(tmp_path) == 3
 
 
+def test_a_checkpoint_that_cannot_be_written_leaves_no_file_of_its_own(tmp_path, monkeypatch):
+    train(tmp_path, max_steps=3)
+
+    def fail(saver, session, path, step, **arguments):
+        raise tf.errors.ResourceExhaustedError(None, None, "No space left on device")
+
+    monkeypatch.setattr(tf.train.Saver, "save", fail)
+    with pytest.raises(UserError, match="cannot save a checkpoint in .*: No space left on device"):
+        train(tmp_path, max_steps=5)
+    # What there was stays, such as the file of step 3, which is saved anew when a run begins.
+    assert {path.name for path in tmp_path.glob("*.meta")} == {
+        "model.ckpt-0.meta",
+        "model.ckpt-3.meta",
+    }
+    with pytest.raises(UserError, match="cannot save"):
+        train(tmp_path / "new", max_steps=5)
+    assert not list((tmp_path / "new").glob("*.meta"))
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_a_loss_that_is_not_finite_ends_training_before_it_is_saved(tmp_path, value):
     with pytest.raises(UserError, match=f"PyFunc is {value} at step 3; the step is not saved"):

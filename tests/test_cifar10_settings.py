@@ -32,10 +32,21 @@ def test_a_checkpoint_that_does_not_tell_is_taken_for_the_tutorials(tmp_path):
     assert cifar10_settings.read_settings(save(tmp_path)) == (None, None, 24, "full", True)
 
 
-def test_without_its_meta_file_nothing_is_known_of_a_checkpoint(tmp_path):
+def test_without_its_meta_file_nothing_is_known_of_a_checkpoint_which_is_told(
+    tmp_path, monkeypatch
+):
+    warnings = []
+    monkeypatch.setattr(tf.logging, "warning", lambda text, *values: warnings.append(text % values))
     path = save(tmp_path)
     (tmp_path / "model.ckpt-3.meta").unlink()
-    assert cifar10_settings.read_settings(path) is None
+    for _ in range(2):
+        assert cifar10_settings.read_settings(path) is None
+    assert warnings == [
+        f"{path}.meta is missing: what this checkpoint was trained for is not known, and not "
+        "checked."
+    ]
+    assert cifar10_settings.read_settings(path.replace("-3", "-4")) is None  # all of it is gone
+    assert len(warnings) == 1
 
 
 @pytest.mark.parametrize(
@@ -48,6 +59,9 @@ def test_without_its_meta_file_nothing_is_known_of_a_checkpoint(tmp_path):
         json.dumps({"class_names": []}),
         json.dumps({"class_names": [1, 2]}),
         json.dumps(OWN._asdict() | {"crop_size": "24"}),
+        json.dumps(OWN._asdict() | {"top_layers": 5}),
+        json.dumps(OWN._asdict() | {"random_flip": 1}),
+        json.dumps(OWN._asdict() | {"examples_per_epoch": None}),
         json.dumps(OWN._asdict() | {"another": 1}),
     ],
 )
@@ -59,7 +73,7 @@ def test_settings_that_make_no_sense_are_refused(tmp_path, note):
 
 def test_a_damaged_meta_file_is_refused(tmp_path):
     path = save(tmp_path)
-    for content in (b"\xff" * 99, (tmp_path / "model.ckpt-3.meta").read_bytes()[:-7]):
+    for content in (b"", b"\xff" * 99, (tmp_path / "model.ckpt-3.meta").read_bytes()[:-7]):
         (tmp_path / "model.ckpt-3.meta").write_bytes(content)
         with pytest.raises(UserError, match="ckpt-3.meta cannot be read"):
             cifar10_settings.read_settings(path)
@@ -68,35 +82,39 @@ def test_a_damaged_meta_file_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("trained", "expected"),
     [
-        (OWN, ""),
-        (None, ""),
-        (OWN._replace(examples_per_epoch=7, random_flip=True), ""),
-        (OWN._replace(class_names=None), ""),
+        (OWN, None),
+        (None, None),
+        (OWN._replace(examples_per_epoch=7, random_flip=True), None),
+        (OWN._replace(class_names=None), None),
         (
             OWN._replace(class_names=("hot dog", "cat")),
-            "has been trained on 2 classes (hot dog, cat), but the data set has 2 classes (cat, "
-            "hot dog); name the data set that belongs to it, or a folder of another run",
+            ("2 classes (hot dog, cat)", "2 classes (cat, hot dog)"),
         ),
         (
             OWN._replace(class_names=tuple("abcdefghijklmnop")),
-            "has been trained on 16 classes (a, b, c, d, e, f, g, h, i, j, k, l, ...), but the "
-            "data set has 2 classes (cat, hot dog); name the data set that belongs to it, or a "
-            "folder of another run",
+            ("16 classes (a, b, c, d, e, f, g, h, i, j, k, l, ...)", "2 classes (cat, hot dog)"),
         ),
-        (
-            OWN._replace(top_layers="full"),
-            "has been trained with --top_layers=full, not local; give --top_layers=full, or name a "
-            "folder of another run",
-        ),
-        (
-            OWN._replace(crop_size=24),
-            "has been trained with --crop_size=24, not 32; give --crop_size=24, or name a folder "
-            "of another run",
-        ),
+        (OWN._replace(top_layers="full"), ("--top_layers=full", "--top_layers=local")),
+        (OWN._replace(crop_size=24), ("--crop_size=24", "--crop_size=32")),
     ],
 )
 def test_a_misfit_is_told_with_both_values(trained, expected):
     assert cifar10_settings.find_misfit(trained, OWN) == expected
+
+
+def test_the_explanation_of_a_misfit_names_the_checkpoint_and_the_cure():
+    def explain(trained):
+        return cifar10_settings.explain_misfit("model.ckpt-3", trained, OWN, "--train_dir")
+
+    assert explain(OWN) == explain(None) == ""
+    assert explain(OWN._replace(crop_size=24)) == (
+        "model.ckpt-3 has been trained with --crop_size=24, not with --crop_size=32; give "
+        "--crop_size=24, or another folder with --train_dir"
+    )
+    assert explain(OWN._replace(class_names=("dog", "cat", "cow"))) == (
+        "model.ckpt-3 has been trained with 3 classes (dog, cat, cow), not with 2 classes (cat, "
+        "hot dog); name the data set that belongs to it, or another folder with --train_dir"
+    )
 
 
 @pytest.mark.parametrize(

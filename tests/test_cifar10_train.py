@@ -193,7 +193,8 @@ def test_training_does_not_go_on_with_other_classes(small_run, tmp_path):
     for names in ([f"own{number}" for number in range(10)], [f"c{number}" for number in range(99)]):
         cifar10_data.write_class_names(folder, names)
         message = (
-            rf"on 10 classes \(airplane, .* has {len(names)} classes \({names[0]}, .*train_dir$"
+            rf"with 10 classes \(airplane, .*, not with {len(names)} classes \({names[0]}, "
+            ".*train_dir$"
         )
         with pytest.raises(UserError, match=message):
             small_run("run", 1, max_steps=8)
@@ -201,16 +202,20 @@ def test_training_does_not_go_on_with_other_classes(small_run, tmp_path):
 
 
 @pytest.mark.parametrize(("flag", "value"), [("crop_size", 22), ("top_layers", "local")])
-def test_training_does_not_go_on_with_another_model(small_run, tmp_path, flag, value):
+def test_training_does_not_go_on_with_another_model(small_run, tmp_path, capsys, flag, value):
     small_run("run", 1)
+    capsys.readouterr()
     before = FLAGS[flag].value
     FLAGS[flag].value = value
-    message = f"trained with --{flag}={before}, not {value}; give --{flag}={before}, .*--train_dir$"
-    with pytest.raises(UserError, match=message):
+    message = f"trained with --{flag}={before}, not with --{flag}={value}; give --{flag}={before}, "
+    with pytest.raises(UserError, match=f"{message}.*--train_dir$"):
         small_run("run", 1, max_steps=8)
+    assert capsys.readouterr().out == ""  # it has not begun
     small_run("other", 1)
     FLAGS[flag].value = before
-    with pytest.raises(UserError, match=f"trained with --{flag}={value}, not {before}; give"):
+    with pytest.raises(
+        UserError, match=f"trained with --{flag}={value}, not with --{flag}={before}"
+    ):
         small_run("other", 1, max_steps=8)
 
 

@@ -130,7 +130,7 @@ def test_a_conversion_shows_its_progress_on_a_terminal_only_and_can_be_interrupt
     with subprocess.Popen(
         [sys.executable, *command], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     ) as process:
-        while not (tmp_path / "out.part").exists():
+        while not (tmp_path / ".out.part").exists():
             time.sleep(0.01)
         process.send_signal(signal.SIGINT)
         output, errors = process.communicate(timeout=60)
@@ -152,9 +152,7 @@ def test_a_conversion_shows_its_progress_on_a_terminal_only_and_can_be_interrupt
     shutil.rmtree(tmp_path / "out")
     process = run_script(*command)
     assert re.fullmatch(r"\S+/cat/notes.txt: it is not .*\n", process.stderr)
-    assert process.stdout.startswith(
-        "450 pictures to train on and 150 to test on, of 2 classes, are"
-    )
+    assert process.stdout.startswith("450 pictures to train on and 150 to test on, of 2 classes (")
 
 
 @pytest.mark.slow
@@ -168,7 +166,7 @@ def test_the_readmes_example_goes_from_nothing_to_predictions(tmp_path):
         outputs.append(run_script(*arguments).stdout)
     drawn, converted, trained, evaluated, predicted = outputs
     assert drawn == ""
-    assert converted.startswith("300 pictures to train on and 60 to test on, of 3 classes, are in ")
+    assert converted.startswith("300 pictures to train on and 60 to test on, of 3 classes (")
     assert re.search(r"step 190, loss = \S+ .*\n$", trained)
     # Guessing has 0.333.
     assert float(re.search(r"precision @ 1 = (\S+)\n$", evaluated)[1]) > 0.8
@@ -202,8 +200,8 @@ def test_local_layers_learn_and_their_checkpoints_are_evaluated_and_predict(
         assert process.returncode == 1
         (line,) = process.stderr.splitlines()[-1:]
         assert re.fullmatch(
-            r"\S+: error: \S+ckpt-200 has been trained with --top_layers=local, not full; give "
-            r"--top_layers=local, or name a folder of another run with --checkpoint_dir",
+            r"\S+: error: \S+ckpt-200 has been trained with --top_layers=local, not with "
+            r"--top_layers=full; give --top_layers=local, or another folder with --checkpoint_dir",
             line,
         )
 
