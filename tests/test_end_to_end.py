@@ -187,20 +187,20 @@ def test_local_layers_learn_and_their_checkpoints_are_evaluated_and_predict(
         *data,
         *local,
         f"--train_dir={train_dir}",
-        "--max_steps=200",
+        "--max_steps=100",
         "--batch_size=64",
         "--min_fraction_of_examples_in_queue=0.1",
     )
     evaluate = ("cifar10_eval.py", *data, "--run_once", f"--eval_dir={eval_dir}")
     process = run_script(*evaluate, *local, "--num_examples=2000", f"--checkpoint_dir={train_dir}")
     # Guessing has 0.1.
-    assert float(re.search(r"precision @ 1 = (\S+)\n$", process.stdout)[1]) > 0.3
+    assert float(re.search(r"precision @ 1 = (\S+)\n$", process.stdout)[1]) > 0.2
     for script in (evaluate, ("cifar10_predict.py", "nothing.png")):
         process = run_script(*script, f"--checkpoint_dir={train_dir}", check=False)
         assert process.returncode == 1
         (line,) = process.stderr.splitlines()[-1:]
         assert re.fullmatch(
-            r"\S+: error: \S+ckpt-200 has been trained with --top_layers=local, not with "
+            r"\S+: error: \S+ckpt-100 has been trained with --top_layers=local, not with "
             r"--top_layers=full; give --top_layers=local, or another folder with --checkpoint_dir",
             line,
         )
