@@ -197,14 +197,14 @@ def test_a_checkpoint_of_another_model_is_refused_with_the_flag(records, setting
 def test_names_that_change_while_it_evaluates_are_not_mixed_with_the_models(records, monkeypatch):
     save_checkpoint(FLAGS.checkpoint_dir, 7)
     names = cifar10_data.CLASS_NAMES
-    restore = cifar10_eval.restore
+    check_fits = cifar10_eval.check_fits
 
     def change(*arguments):
         folder = pathlib.Path(FLAGS.data_dir) / cifar10_data.EXTRACTED_FOLDER
         cifar10_data.write_class_names(folder, [*names, "emu"])
-        return restore(*arguments)
+        check_fits(*arguments)
 
-    monkeypatch.setattr(cifar10_eval, "restore", change)
+    monkeypatch.setattr(cifar10_eval, "check_fits", change)
     cifar10_eval.evaluate()
     (line,) = (pathlib.Path(FLAGS.eval_dir) / "results.jsonl").read_text().splitlines()
     assert json.loads(line)["class_names"] == list(names)
