@@ -3,7 +3,7 @@
     python benchmarks/compare.py
     python benchmarks/compare.py --turns=2 --steps=2     # a quick look
 
-Needs nothing but the requirements; takes under five minutes on two cores. What is compared takes
+Needs nothing but the requirements; takes about five minutes on two cores. What is compared takes
 turns, as the speed of a shared machine drifts: a figure is the median over the turns of the ratio
 within a turn, with its range. The stock formulation is stock.py.
 """
