@@ -198,6 +198,14 @@ def take_turns(turns, participants):
     return figures
 
 
+def make_timers(trainings):
+    """Returns for `take_turns` what times the steps of a turn of each training, by its name."""
+    return {
+        name: lambda training=training: training.seconds_per_step(FLAGS.steps)
+        for name, training in trainings.items()
+    }
+
+
 def stock_training(data_dir, fraction):
     def build_inputs():
         return stock.distorted_inputs(data_dir, BATCH_SIZE, fraction)
@@ -238,12 +246,7 @@ def compare_training(data_dir):
         "own fp16": own_training(data_dir, fraction, use_fp16=True),
         "resident fp16": Training(resident_inputs, RESIDENT_WARM_UP_STEPS, use_fp16=True),
     }
-    participants = {
-        name: lambda training=training: training.seconds_per_step(FLAGS.steps)
-        for name, training in trainings.items()
-    }
-    participants["rate"] = matrix_multiply_rate
-    figures = take_turns(FLAGS.turns, participants)
+    figures = take_turns(FLAGS.turns, make_timers(trainings) | {"rate": matrix_multiply_rate})
     for training in trainings.values():
         training.close()
 

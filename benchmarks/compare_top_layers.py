@@ -17,27 +17,20 @@ FLAGS = flags.FLAGS
 
 
 def build(kind):
-    """Returns a `compare.Training` with top layers of a kind, and its number of parameters."""
+    """Returns a `compare.Training` with top layers of a kind; prints its number of parameters."""
     FLAGS.top_layers = kind
     training = compare.Training(compare.resident_inputs, compare.RESIDENT_WARM_UP_STEPS)
     with training.graph.as_default():
-        shapes = [variable.shape.as_list() for variable in tf.trainable_variables()]
-    return training, sum(map(math.prod, shapes))
+        parameters = sum(math.prod(v.shape.as_list()) for v in tf.trainable_variables())
+    print(f"--top_layers={kind}: {parameters:,} parameters")
+    return training
 
 
 def main():
     print(f"{compare.describe_machine()}, {FLAGS.turns} turns\n")
     trainings = {kind: build(kind) for kind in ("full", "local")}
-    for kind, (_, parameters) in trainings.items():
-        print(f"--top_layers={kind}: {parameters:,} parameters")
-    figures = compare.take_turns(
-        FLAGS.turns,
-        {
-            kind: lambda training=training: training.seconds_per_step(FLAGS.steps)
-            for kind, (training, _) in trainings.items()
-        },
-    )
-    for training, _ in trainings.values():
+    figures = compare.take_turns(FLAGS.turns, compare.make_timers(trainings))
+    for training in trainings.values():
         training.close()
     print("\n| | median | range | at most |\n| --- | --- | --- | --- |")
     compare.print_row(

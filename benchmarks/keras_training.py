@@ -161,13 +161,7 @@ def main():
             "own": compare.own_training(records, fraction),
             "keras": keras,
         }
-        figures = compare.take_turns(
-            FLAGS.turns,
-            {
-                name: lambda training=training: training.seconds_per_step(FLAGS.steps)
-                for name, training in trainings.items()
-            },
-        )
+        figures = compare.take_turns(FLAGS.turns, compare.make_timers(trainings))
         for training in trainings.values():
             training.close()
     print("| | median | range |\n| --- | --- | --- |")
