@@ -68,3 +68,20 @@ def test_local_top_layers_cost_at_most_half_a_step_more():
     *_, row = process.stdout.splitlines()
     assert re.fullmatch(rf"{ROW} 1.5 \|", row)
     assert 0.5 < float(row.split("|")[2]) <= 1.5
+
+
+@pytest.mark.slow
+def test_clusters_are_compared_with_towers_for_the_numbers_that_are_asked_for():
+    process = run_script(
+        "benchmarks/cluster.py", "--workers=2", "--cluster_turns=1", "--cluster_steps=40"
+    )
+    first, _, _, _, row = process.stdout.splitlines()
+    assert first.endswith("median of 1 turns")
+    workers, towers_speed, speed, ratio, megabytes, needed = re.fullmatch(
+        r"\| (\d) \| (\d+) \| (\d+) \| (\S+) \(\S+ to \S+\) \| (\S+) \| (\S+) \|", row
+    ).groups()
+    assert workers == "2"
+    assert float(ratio) == pytest.approx(int(speed) / int(towers_speed), abs=0.02)
+    # Two workers send gradients and fetch variables, 4 bytes each of 1,068,298 parameters.
+    assert float(needed) == pytest.approx(2 * 2 * 4 * 1.068298, abs=0.01)
+    assert float(megabytes) == pytest.approx(float(needed), rel=0.1)
