@@ -1,14 +1,13 @@
-"""The CIFAR-10 model of the tutorial: inputs, inference, loss, train.
+"""The CIFAR-10 model of the tutorial: inputs, inference, loss and training.
 
     images, labels = distorted_inputs()
     logits = inference(images)
     total_loss = loss(logits, labels)
     train_op = train(total_loss, global_step)
 
-1,068,298 parameters; about 19.5 million multiply-adds per image for inference. The architecture
-follows Alex Krizhevsky's cuda-convnet, with fully connected layers at the top, or with the locally
-connected ones that cuda-convnet has there (1,116,490 parameters). Both numbers are for CIFAR-10's
-ten classes and crops of 24 x 24 pixels; the layers follow other data.
+The model has 1,068,298 parameters, and inference takes about 19.5 million multiply-adds per image,
+for ten classes and crops of 24 x 24 pixels. The architecture follows Alex Krizhevsky's
+cuda-convnet, with fully connected instead of locally connected layers at the top.
 """
 
 import math
@@ -16,395 +15,354 @@ import re
 
 from absl import flags
 
-import cifar10_data
 import cifar10_input
-import cifar10_summaries
-from cifar10_runtime import GPUS, check_flags, tf
+from support import (
+    checkpoints,
+    command_line,
+    dataset,
+    download,
+    fast_nn,
+    session,
+    summaries,
+    synthetic,
+)
+from support.errors import DataError
+from support.tensorflow_v1 import GPUS, tf, with_loss_scaling
 
 FLAGS = flags.FLAGS
 
-flags.DEFINE_integer(
-    "batch_size",
-    128,
-    "Images per batch (in training: per tower and step).",
-    lower_bound=1,
-    upper_bound=2**20,
-)
-flags.DEFINE_string("data_dir", "/tmp/cifar10_data", "Folder that holds the data sets.")
-flags.register_validator("data_dir", bool, "it must name a folder")
-flags.DEFINE_string(
-    "data_url",
-    cifar10_data.DATA_URL,
-    "Source of cifar-10-binary.tar.gz where data_dir has no CIFAR-10 yet: http(s)://, file:// or "
-    "a path. Its SHA-256 must be the original's.",
-)
-flags.DEFINE_boolean(
-    "synthetic_data",
-    False,
-    "Use a generated stand-in for CIFAR-10 (ten kinds of coloured shapes); needs no network.",
-)
-flags.DEFINE_enum(
-    "top_layers",
-    "full",
-    ["full", "local"],
-    "What local3 and local4 are: fully connected layers, or locally connected ones, whose filters "
-    "are not shared between the positions of an image.",
-)
-flags.DEFINE_boolean(
-    "use_fp16",
-    False,
-    "Compute in 16 bits where that is safe (float16 on GPUs, bfloat16 on CPUs); variables and "
-    "checkpoints stay float32.",
-)
-
+# Constants of the dataset; see cifar10_input.py.
 IMAGE_SIZE = cifar10_input.IMAGE_SIZE
 NUM_CLASSES = cifar10_input.NUM_CLASSES
 NUM_EXAMPLES_PER_EPOCH_FOR_TRAIN = cifar10_input.NUM_EXAMPLES_PER_EPOCH_FOR_TRAIN
 NUM_EXAMPLES_PER_EPOCH_FOR_EVAL = cifar10_input.NUM_EXAMPLES_PER_EPOCH_FOR_EVAL
 
-# The recipe; flags of these names change it for a run.
-MOVING_AVERAGE_DECAY = 0.9999  # per step, of the learned variables
-NUM_EPOCHS_PER_DECAY = 350.0  # epochs until the learning rate decays
+# Constants of the training process. A flag of the same name overrides each of them.
+INITIAL_LEARNING_RATE = 0.1  # per update
+NUM_EPOCHS_PER_DECAY = 350.0  # epochs after which the learning rate decays
 LEARNING_RATE_DECAY_FACTOR = 0.1
-INITIAL_LEARNING_RATE = 0.1
-WEIGHT_DECAY = 0.004  # of the top layers, times half the sum of the squared weights
+MOVING_AVERAGE_DECAY = 0.9999  # per update, of the trainable variables
+WEIGHT_DECAY = 0.004  # of local3 and local4, times half the sum of the squared weights
 
+# Per step, of the losses in TensorBoard. It does not affect training.
+LOSS_AVERAGE_DECAY = 0.9
+
+# The operations of tower N are named tower_N/...; see cifar10_multi_gpu_train.py.
+TOWER_NAME = "tower"
+
+DATA_URL = download.DATA_URL
+
+flags.DEFINE_string("data_dir", "/tmp/cifar10_data", "Folder for the dataset.")
+flags.DEFINE_boolean(
+    "synthetic_data",
+    False,
+    "Use a generated dataset (ten kinds of colored shapes) instead of CIFAR-10. Needs no network.",
+)
+flags.DEFINE_string(
+    "data_url",
+    DATA_URL,
+    "Where to download cifar-10-binary.tar.gz if data_dir has no dataset: http(s)://, file:// or a "
+    "path. Its SHA-256 must be that of the original.",
+)
+flags.DEFINE_integer(
+    "batch_size",
+    128,
+    "Number of images in a batch (when training, per tower and step).",
+    lower_bound=1,
+    upper_bound=2**20,
+)
+flags.DEFINE_boolean(
+    "use_fp16",
+    False,
+    "Compute in 16 bits where that is safe (float16 on GPUs, bfloat16 on CPUs). Variables and "
+    "checkpoints stay float32.",
+)
+flags.DEFINE_enum(
+    "top_layers",
+    "full",
+    ["full", "local"],
+    "Type of the layers local3 and local4: fully connected, or locally connected with separate "
+    "filters for each position.",
+)
 flags.DEFINE_float(
     "initial_learning_rate",
     INITIAL_LEARNING_RATE,
-    "Learning rate, until it decays; what a step multiplies the gradients by. Over 0.",
+    "Learning rate until its first decay, greater than 0.",
 )
 flags.DEFINE_float(
     "num_epochs_per_decay",
     NUM_EPOCHS_PER_DECAY,
-    "Epochs (as many images each as there are to train on, over all towers) until the learning "
-    "rate decays, and again. Over 0.",
+    "Number of epochs after which the learning rate decays, each time. Greater than 0.",
 )
 flags.DEFINE_float(
     "learning_rate_decay_factor",
     LEARNING_RATE_DECAY_FACTOR,
-    "What the learning rate is multiplied by when it decays; over 0. 1: it never does.",
+    "Factor for the learning rate at each decay, greater than 0. With 1, it never decays.",
 )
 flags.DEFINE_float(
     "moving_average_decay",
     MOVING_AVERAGE_DECAY,
-    "Share of a learned variable's moving average that a step leaves as it is; the rest is the "
-    "variable's new value. 0 or more, and under 1.",
+    "Decay of the moving averages of the variables per update, from 0 to less than 1.",
 )
 flags.DEFINE_float(
     "weight_decay",
     WEIGHT_DECAY,
-    "What half the sum of the squared weights of local3 and of local4 (and, with "
-    "--top_layers=local, of softmax_linear) is multiplied by in the loss; 0: no weight decay.",
+    "Weight of the L2 loss of local3 and local4 (with --top_layers=local, of softmax_linear as "
+    "well). The L2 loss is half the sum of the squared weights. 0 turns weight decay off.",
 )
-check_flags(
+flags.register_validator("data_dir", bool, "it must name a folder")
+command_line.check_flags(
     ["initial_learning_rate", "num_epochs_per_decay"],
-    lambda value: 0 < value <= 1e9,  # such that float32 and int64 hold what comes of it
-    "it must be more than 0, a thousand million at most",
+    lambda value: 0 < value <= 1e9,  # float32 and int64 can hold the results
+    "it must be greater than 0 and at most 1e9",
 )
-check_flags(
+command_line.check_flags(
     ["learning_rate_decay_factor"],
     lambda value: 0 < value <= 1,
-    "it must be more than 0, 1 at most",
+    "it must be greater than 0 and at most 1",
 )
-check_flags(
-    ["moving_average_decay"], lambda value: 0 <= value < 1, "it must be 0 or more, and less than 1"
+command_line.check_flags(
+    ["moving_average_decay"], lambda value: 0 <= value < 1, "it must be at least 0 and less than 1"
 )
-check_flags(
-    ["weight_decay"],
-    lambda value: 0 <= value <= 1e9,
-    "it must be 0 or more, a thousand million at most",
+command_line.check_flags(
+    ["weight_decay"], lambda value: 0 <= value <= 1e9, "it must be at least 0 and at most 1e9"
 )
-
-# Per step, of the losses that TensorBoard shows; not a part of the recipe.
-LOSS_AVERAGE_DECAY = 0.9
-
-# Collections of what a run looks at after each step: scalars that are finite if all is well, each
-# named for the tensor that it stands for within the scope; and the learning rate of that step.
-MUST_BE_FINITE = "must_be_finite"
-FINITE_SCOPE = "must_be_finite/"
-LEARNING_RATE = "learning_rate"
-
-# The operations of tower N are named tower_N/..., see cifar10_multi_gpu_train.py.
-TOWER_NAME = "tower"
-
-DATA_URL = cifar10_data.DATA_URL
 
 
 def maybe_download_and_extract():
-    """Makes sure that the data set the flags ask for is in place, and checks every record of it.
+    """Provides the dataset that the flags name, and checks all of its records.
 
     Returns:
       The path of the folder with the record files.
 
     Raises:
-      cifar10_data.DataError: it cannot be had, or a record is wrong.
+      DataError: the dataset cannot be provided, or a record is invalid.
     """
     if FLAGS.synthetic_data:
-        if cifar10_data.find_folder(FLAGS.data_dir) == FLAGS.data_dir:
-            raise cifar10_data.DataError(
-                f"{FLAGS.data_dir} holds records, which --synthetic_data would leave aside; leave "
-                "that flag away, or name another folder with --data_dir"
+        if dataset.find_folder(FLAGS.data_dir) == FLAGS.data_dir:
+            raise DataError(
+                f"{FLAGS.data_dir} holds records, which --synthetic_data would ignore; remove that "
+                "flag, or choose another folder with --data_dir"
             )
-        folder = cifar10_data.maybe_generate_synthetic(FLAGS.data_dir)
+        folder = synthetic.maybe_generate(FLAGS.data_dir)
     else:
-        folder = cifar10_data.maybe_download_and_extract(FLAGS.data_dir, FLAGS.data_url)
-    cifar10_data.check_records(folder)
+        folder = download.maybe_download_and_extract(FLAGS.data_dir, FLAGS.data_url)
+    dataset.check_records(folder, _edited_num_classes())
     return folder
 
 
 def find_data_folder():
-    """Returns the path of the folder with the record files that the flags ask for."""
+    """Returns the path of the folder with the record files that the flags name."""
     if FLAGS.synthetic_data:
-        return f"{FLAGS.data_dir}/{cifar10_data.SYNTHETIC_FOLDER}"
-    return cifar10_data.find_folder(FLAGS.data_dir)
+        return f"{FLAGS.data_dir}/{dataset.SYNTHETIC_FOLDER}"
+    return dataset.find_folder(FLAGS.data_dir)
 
 
 def find_class_names():
-    """Returns the names of the data set's classes; see `cifar10_data.read_class_names`."""
-    return cifar10_data.read_class_names(find_data_folder())
+    """Returns the names of the dataset's classes; see `support.dataset.read_class_names`."""
+    return dataset.read_class_names(find_data_folder(), _edited_num_classes())
 
 
-def count_examples_per_epoch():
-    """Returns how many images there are to train on; CIFAR-10's number where there are no files."""
-    try:
-        return cifar10_data.count_records(find_data_folder(), eval_data=False)
-    except (FileNotFoundError, NotADirectoryError):  # as for a graph that is only looked at
-        return NUM_EXAMPLES_PER_EPOCH_FOR_TRAIN
+def num_examples_per_epoch(eval_data=False):
+    """Returns the number of examples in an epoch: the edited constant, or what the files hold.
+
+    Args:
+      eval_data: bool; True for the test file, False for the training files.
+    """
+    name = f"NUM_EXAMPLES_PER_EPOCH_FOR_{'EVAL' if eval_data else 'TRAIN'}"
+    constant = _constant(name)
+    if constant != getattr(dataset, name):
+        return constant
+    return cifar10_input.num_examples_per_epoch(find_data_folder(), eval_data)
 
 
-def make_change_check(eval_data):
-    """Returns a function that raises DataError if the records change; see `ChangeCheck`."""
-    return cifar10_data.ChangeCheck(find_data_folder(), eval_data)
+def crop_size():
+    """Returns the side of the images that the model sees, in pixels."""
+    return command_line.flag_or_constant("crop_size", _constant("IMAGE_SIZE"))
+
+
+def _constant(name):
+    """Returns a constant of the dataset, which may have been edited here or in cifar10_input."""
+    constant = globals()[name]
+    return constant if constant != getattr(dataset, name) else getattr(cifar10_input, name)
+
+
+def _edited_num_classes():
+    num_classes = _constant("NUM_CLASSES")
+    return num_classes if num_classes != dataset.NUM_CLASSES else None
+
+
+def training_settings(class_names=None):
+    """Returns the `checkpoints.TrainingSettings` of the flags and, without names, the dataset."""
+    return checkpoints.TrainingSettings(
+        class_names=class_names or find_class_names(),
+        examples_per_epoch=num_examples_per_epoch(),
+        crop_size=crop_size(),
+        top_layers=FLAGS.top_layers,
+        random_flip=FLAGS.random_flip,
+    )
+
+
+def make_change_detector(eval_data):
+    """Returns a `dataset.ChangeDetector` for the test file or the training files."""
+    return dataset.ChangeDetector(find_data_folder(), eval_data)
 
 
 def distorted_inputs(batch_size=None, shard=None):
-    """Makes the training input from what the flags say; see `cifar10_input.distorted_inputs`.
+    """Creates the training input that the flags describe; see `cifar10_input.distorted_inputs`.
 
     Args:
-      batch_size: int; the flag `batch_size` where None.
-      shard: (index, count) of the part of the records to read; all where None.
+      batch_size: int; --batch_size if None.
+      shard: (index, count); the part of the records to read. All records if None.
 
     Returns:
-      images, float32 [batch_size, crop_size, crop_size, 3], and labels, int32 [batch_size].
+      images: float32 [batch_size, 24, 24, 3], or another size with --crop_size.
+      labels: int32 [batch_size].
     """
+    flag_or_constant = command_line.flag_or_constant
     return cifar10_input.distorted_inputs(
         find_data_folder(),
         batch_size or FLAGS.batch_size,
-        FLAGS.min_fraction_of_examples_in_queue,
-        FLAGS.num_preprocess_threads,
+        flag_or_constant(
+            "min_fraction_of_examples_in_queue", cifar10_input.MIN_FRACTION_OF_EXAMPLES_IN_QUEUE
+        ),
+        flag_or_constant("num_preprocess_threads", cifar10_input.NUM_PREPROCESS_THREADS),
         cifar10_input.Distortion(
-            FLAGS.max_brightness_delta,
-            FLAGS.min_contrast_factor,
-            FLAGS.max_contrast_factor,
+            flag_or_constant("max_brightness_delta", cifar10_input.MAX_BRIGHTNESS_DELTA),
+            flag_or_constant("min_contrast_factor", cifar10_input.MIN_CONTRAST_FACTOR),
+            flag_or_constant("max_contrast_factor", cifar10_input.MAX_CONTRAST_FACTOR),
             FLAGS.random_flip,
         ),
         shard,
-        FLAGS.crop_size,
+        crop_size(),
+        FLAGS.fast_ops,
+        num_examples_per_epoch(),
     )
 
 
 def inputs(eval_data, num_epochs=None):
-    """Makes the evaluation input from what the flags say; see `cifar10_input.inputs`.
+    """Creates the evaluation input that the flags describe; see `cifar10_input.inputs`.
 
     Args:
       eval_data: bool; True for the test file, False for the training files.
-      num_epochs: how often each record comes; None for ever.
+      num_epochs: int; how often each record is read. None: without end.
 
     Returns:
-      images, float32 [batch_size, crop_size, crop_size, 3], and labels, int32 [batch_size].
+      images: float32 [batch_size, 24, 24, 3], or another size with --crop_size.
+      labels: int32 [batch_size].
     """
     return cifar10_input.inputs(
-        eval_data, find_data_folder(), FLAGS.batch_size, num_epochs, FLAGS.crop_size
+        eval_data, find_data_folder(), FLAGS.batch_size, num_epochs, crop_size(), FLAGS.fast_ops
     )
 
 
 def _variable_on_cpu(name, shape, initializer):
-    """Makes, or in later towers finds, a float32 variable in the memory that towers share."""
+    """Creates a float32 variable in the CPU's memory, or returns that of an earlier tower."""
     with tf.device("/cpu:0"):
         return tf.get_variable(name, shape, tf.float32, initializer)
 
 
-def _variable_with_weight_decay(name, shape, stddev, weight_decay):
-    """Makes a variable that starts as a truncated normal, and returns its value.
+def _variable_with_weight_decay(name, shape, stddev, wd):
+    """Creates a variable with truncated normal values, and adds its weight decay to the losses.
 
     Args:
       name: string.
       shape: list of ints.
-      stddev: float; the standard deviation before truncation at twice that.
-      weight_decay: float or None; adds `weight_decay * l2_loss(variable)` to the losses, where
-        l2_loss is half the sum of squares.
+      stddev: float; the standard deviation before truncation at two standard deviations.
+      wd: float or None; adds `wd * tf.nn.l2_loss(variable)` to the collection `losses`.
+
+    Returns:
+      The variable.
     """
     variable = _variable_on_cpu(name, shape, tf.truncated_normal_initializer(stddev=stddev))
-    # Read once for both uses, or a variable on another machine would be sent twice a step.
+    if wd is not None:
+        weight_decay = tf.multiply(tf.nn.l2_loss(_value(variable)), wd, name="weight_decay")
+        tf.add_to_collection("losses", weight_decay)
+    return variable
+
+
+def _value(variable):
+    """Returns the value of a variable, within a layer from the same read operation at each call.
+
+    In a cluster, each read operation sends the value across the network.
+    """
+    for value in tf.get_collection("variable_values", tf.get_default_graph().get_name_scope()):
+        if value.op.inputs[0] is variable.handle:
+            return value
     value = tf.convert_to_tensor(variable)
-    if weight_decay is not None:
-        decay = tf.multiply(tf.nn.l2_loss(value), weight_decay, name="weight_decay")
-        tf.add_to_collection("losses", decay)
+    tf.add_to_collection("variable_values", value)
     return value
 
 
 def _tag(operation):
-    """Turns an operation's name into a TensorBoard tag: `tower_0/conv1/weights`: `weights/conv1`.
+    """Returns a TensorBoard tag for an operation: `weights/conv1` for `tower_0/conv1/weights`.
 
-    The kind comes first, so that TensorBoard shows the layers of one kind side by side; the tower
-    goes, so that the tags are the same for any number of towers.
+    The kind comes first, so TensorBoard groups the layers by kind. The tower is left out, so the
+    tags do not depend on the number of towers.
     """
-    name = re.sub(f"^{TOWER_NAME}_[0-9]+/", "", operation.name)
-    return "/".join(reversed(name.split("/")))
+    return "/".join(reversed(_name_without_tower(operation).split("/")))
 
 
-def _summarize_activation(activation, layer):
-    """Adds a histogram of a layer's output, and the share of it that is zero; returns it."""
-    # A model that is built again over the same variables, as a later tower is, would only repeat
-    # the summaries of the first.
-    if not tf.get_variable_scope().reuse:
-        cifar10_summaries.histogram(f"activations/{layer}", activation)
-        cifar10_summaries.sparsity(f"sparsity/{layer}", activation)
-    return activation
+def _name_without_tower(operation):
+    return re.sub(f"^{TOWER_NAME}_[0-9]+/", "", operation.name)
 
 
-def _convolution(images, layer, channels, bias):
-    """5 x 5 convolution, bias, ReLU: [batch, n, n, m] to [batch, n, n, channels].
+def _activation_summary(x):
+    """Adds a histogram and the sparsity of a layer's output to the summaries.
 
     Args:
-      images: float32 [batch, n, n, m].
-      layer: string; the variables' scope.
-      channels: int; the number of filters.
-      bias: float; what the biases start at.
+      x: float32 of any shape; named `LAYER/LAYER` or `LAYER`.
     """
-    with tf.variable_scope(layer):
+    if tf.get_variable_scope().reuse:  # another tower: only the first one is summarized
+        return
+    layer = re.sub(r"^(.*)/\1$", r"\1", _name_without_tower(x.op))
+    summaries.histogram(f"activations/{layer}", x)
+    summaries.sparsity(f"sparsity/{layer}", x)
+
+
+def _convolution(nn, images, name, channels, bias):
+    """5 x 5 convolution, bias and ReLU: float32 [batch, n, n, m] to [batch, n, n, channels]."""
+    with tf.variable_scope(name):
         shape = [5, 5, images.shape.as_list()[3], channels]
-        kernel = _variable_with_weight_decay("weights", shape, stddev=5e-2, weight_decay=None)
+        kernel = _variable_with_weight_decay("weights", shape, stddev=5e-2, wd=None)
         biases = _variable_on_cpu("biases", [channels], tf.constant_initializer(bias))
-        convolved = tf.nn.conv2d(images, kernel, strides=[1, 1, 1, 1], padding="SAME")
-        activation = tf.nn.relu(tf.nn.bias_add(convolved, biases), name=layer)
-        return _summarize_activation(activation, layer)
+        conv = nn.conv2d(images, _value(kernel), strides=[1, 1, 1, 1], padding="SAME")
+        activation = nn.relu(nn.bias_add(conv, biases), name=name)
+        _activation_summary(activation)
+        return activation
 
 
-def _pool(images, name):
-    """3 x 3 max pool with stride 2: [batch, n, n, m] to [batch, n / 2, n / 2, m]."""
-    return tf.nn.max_pool(
-        images, ksize=[1, 3, 3, 1], strides=[1, 2, 2, 1], padding="SAME", name=name
-    )
-
-
-# Local response normalization, section 3.3 of the AlexNet paper, with the constants of cuda-convnet
-# (which divides alpha by the size of the window; TensorFlow does not).
-_LRN_RADIUS = 4  # channels on each side
-_LRN_ALPHA = 0.001 / 9.0
-_LRN_BETA = 0.75
-
-
-def _window_sums(rows, scale):
-    """Sums each channel and its neighbours within _LRN_RADIUS, times `scale`: [n, m] to [n, m].
-
-    A multiplication by a banded matrix of ones: processors do that at full speed, which makes up
-    for the additions of zeros.
-    """
-    channels = rows.shape.as_list()[1]
-    band = tf.linalg.band_part(tf.ones([channels, channels]), _LRN_RADIUS, _LRN_RADIUS)
-    return tf.matmul(rows, scale * band)
-
-
-@tf.custom_gradient
-def _lrn(rows):
-    """Gives x / s^0.75 with s = 1 + alpha * (window sum of x^2), and its gradient."""
-    # As a bias, the 1 is added within the multiplication, not in a pass of its own.
-    ones = tf.ones(rows.shape.as_list()[1:])
-    sums = tf.nn.bias_add(_window_sums(tf.square(rows), _LRN_ALPHA), ones)
-    root = tf.rsqrt(sums)
-    scale = root * tf.sqrt(root)  # s^-0.75, without the cost of a general power
-    normalized = rows * scale
-
-    def gradient(upstream):
-        # dx = dy / s^0.75 - 2 * alpha * beta * x * (window sum of dy * y / s)
-        shared = _window_sums(upstream * normalized / sums, 2.0 * _LRN_ALPHA * _LRN_BETA)
-        return upstream * scale - rows * shared
-
-    return normalized, gradient
-
-
-def local_response_normalization(images, name):
-    """Divides each value by a power of what its 9 neighbouring channels have at the same place.
-
-    The result is `tf.nn.lrn`'s, to the last bits of a float32, in a quarter of the time on a CPU.
-
-    Args:
-      images: float32 [batch, n, n, m].
-      name: string; the name of the operation.
-
-    Returns:
-      float32 [batch, n, n, m].
-    """
-    shape = images.shape.as_list()
-    with tf.name_scope(name) as scope:
-        rows = tf.reshape(images, [-1, shape[3]])
-        return tf.reshape(_lrn(rows), [-1, *shape[1:]], name=scope)
-
-
-def _fully_connected(features, layer, units, stddev, bias, weight_decay, relu=True):
-    """Fully connected layer, with ReLU unless `relu` is false: [batch, n] to [batch, units].
-
-    Args:
-      features: float32 [batch, n].
-      layer: string; the variables' scope.
-      units: int.
-      stddev: float; the spread of the weights at the start.
-      bias: float; what the biases start at.
-      weight_decay: float or None; see `_variable_with_weight_decay`.
-      relu: bool.
-    """
-    with tf.variable_scope(layer):
+def _fully_connected(features, name, units, stddev, bias, wd, relu=True):
+    """Fully connected layer, with ReLU or not: float32 [batch, n] to [batch, units]."""
+    with tf.variable_scope(name):
         shape = [features.shape.as_list()[1], units]
-        weights = _variable_with_weight_decay("weights", shape, stddev, weight_decay)
+        weights = _variable_with_weight_decay("weights", shape, stddev, wd)
         biases = _variable_on_cpu("biases", [units], tf.constant_initializer(bias))
-        product = tf.matmul(features, weights)
+        product = tf.matmul(features, _value(weights))
         if relu:
-            activation = tf.nn.relu(product + biases, name=layer)
+            activation = tf.nn.relu(product + biases, name=name)
         else:
-            activation = tf.add(product, biases, name=layer)
-        return _summarize_activation(activation, layer)
+            activation = tf.add(product, biases, name=name)
+        _activation_summary(activation)
+        return activation
 
 
-def _locally_connected(images, layer, channels, stddev, bias, weight_decay):
-    """3 x 3 filters of each position's own, padding 1, bias, ReLU: [b, n, n, m] to [b, n, n, c].
-
-    As a convolution, but its filters are not shared: position (y, x) has the filters weights[y, x],
-    [3, 3, m, c], and the biases biases[y, x], [c].
-
-    Args:
-      images: float32 [batch, n, n, m].
-      layer: string; the variables' scope.
-      channels: int; the number of filters.
-      stddev: float; the spread of the weights at the start.
-      bias: float; what the biases start at.
-      weight_decay: float or None; see `_variable_with_weight_decay`.
-    """
+def _locally_connected(images, name, channels, stddev, wd):
+    """3 x 3 filters that differ by position, bias, ReLU: float32 [b, n, n, m] to [b, n, n, c]."""
     height, width, depth = images.shape.as_list()[1:]
-    with tf.variable_scope(layer):
+    with tf.variable_scope(name):
         shape = [height, width, 3, 3, depth, channels]
-        weights = _variable_with_weight_decay("weights", shape, stddev, weight_decay)
+        weights = _variable_with_weight_decay("weights", shape, stddev, wd)
         shape = [height, width, channels]
-        biases = _variable_on_cpu("biases", shape, tf.constant_initializer(bias))
-        # Position first: then each has a matrix product of its own, and they lie in a row.
-        padded = tf.pad(tf.transpose(images, [1, 2, 0, 3]), [[1, 1], [1, 1], [0, 0], [0, 0]])
-        windows = [  # by tf.slice, whose gradient is many times faster than that of padded[...]
-            tf.slice(padded, [y, x, 0, 0], [height, width, -1, -1])
-            for y in range(3)
-            for x in range(3)
-        ]
-        patches = tf.concat(windows, axis=3)  # [height, width, batch, 3 * 3 * depth]
-        product = tf.matmul(
-            patches, tf.reshape(weights, [height, width, 3 * 3 * depth, channels])
-        )  # [height, width, batch, channels]
-        sums = tf.transpose(product, [2, 0, 1, 3])
-        activation = tf.nn.relu(sums + biases, name=layer)
-        return _summarize_activation(activation, layer)
+        biases = _variable_on_cpu("biases", shape, tf.constant_initializer(0.0))
+        product = fast_nn.locally_connected(images, _value(weights))
+        activation = tf.nn.relu(product + biases, name=name)
+        _activation_summary(activation)
+        return activation
 
 
 def _flatten(images):
-    """Makes a row of each image: [batch, n, n, m] to [batch, n * n * m]."""
+    """[batch, n, n, m] to [batch, n * n * m]."""
     return tf.reshape(images, [-1, math.prod(images.shape.as_list()[1:])], name="features")
 
 
@@ -412,147 +370,92 @@ def inference(images, num_classes=None):
     """Builds the model up to the logits.
 
     Args:
-      images: float32 [batch, 24, 24, 3] from `distorted_inputs` or `inputs`; the batch may be of
-        any size, or of a size that is not known yet, and the images of another, which the layers
-        follow.
-      num_classes: int; as many as the data set has where None.
+      images: float32 [batch, 24, 24, 3] from `distorted_inputs` or `inputs`. The batch size may be
+        unknown. The layers adapt to other sizes of images.
+      num_classes: int; the number of classes of the dataset if None.
 
     Returns:
-      Logits, float32 [batch, num_classes]. They are not normalized; `tf.nn.softmax` makes
-      probabilities.
+      Logits, float32 [batch, num_classes]. Apply `tf.nn.softmax` to get probabilities.
     """
     if num_classes is None:
         num_classes = len(find_class_names())
-    conv1 = _convolution(images, "conv1", channels=64, bias=0.0)  # [batch, 24, 24, 64]
-    pool1 = _pool(conv1, "pool1")  # [batch, 12, 12, 64]
-    norm1 = local_response_normalization(pool1, "norm1")
+    nn = fast_nn if FLAGS.fast_ops else tf.nn
+    wd = command_line.flag_or_constant("weight_decay", WEIGHT_DECAY)
 
-    conv2 = _convolution(norm1, "conv2", channels=64, bias=0.1)  # [batch, 12, 12, 64]
-    norm2 = local_response_normalization(
-        conv2, "norm2"
-    )  # this time before the pool, as in cuda-convnet
-    pool2 = _pool(norm2, "pool2")  # [batch, 6, 6, 64]
+    conv1 = _convolution(nn, images, "conv1", channels=64, bias=0.0)  # [batch, 24, 24, 64]
+    pool1 = nn.max_pool(
+        conv1, ksize=[1, 3, 3, 1], strides=[1, 2, 2, 1], padding="SAME", name="pool1"
+    )  # [batch, 12, 12, 64]
+    # Radius and alpha as in cuda-convnet, which divides alpha by the size of the window.
+    norm1 = nn.lrn(pool1, 4, bias=1.0, alpha=0.001 / 9.0, beta=0.75, name="norm1")
 
-    decay = FLAGS.weight_decay
+    conv2 = _convolution(nn, norm1, "conv2", channels=64, bias=0.1)  # [batch, 12, 12, 64]
+    norm2 = nn.lrn(conv2, 4, bias=1.0, alpha=0.001 / 9.0, beta=0.75, name="norm2")
+    pool2 = nn.max_pool(
+        norm2, ksize=[1, 3, 3, 1], strides=[1, 2, 2, 1], padding="SAME", name="pool2"
+    )  # [batch, 6, 6, 64]
+
     if FLAGS.top_layers == "local":
-        # Source: layers-conv-local-11pct.cfg and layer-params-conv-local-11pct.cfg of cuda-convnet,
-        # where biases start at 0 unless it is said otherwise.
-        local3 = _locally_connected(
-            pool2, "local3", channels=32, stddev=0.04, bias=0.0, weight_decay=decay
-        )  # [batch, 6, 6, 32]
-        local4 = _locally_connected(
-            local3, "local4", channels=32, stddev=0.04, bias=0.0, weight_decay=decay
-        )  # [batch, 6, 6, 32]
-        features = _flatten(local4)  # [batch, 1152]
+        # Source: layers-conv-local-11pct.cfg and layer-params-conv-local-11pct.cfg of cuda-convnet.
+        local3 = _locally_connected(pool2, "local3", channels=32, stddev=0.04, wd=wd)
+        local4 = _locally_connected(local3, "local4", channels=32, stddev=0.04, wd=wd)
+        features, softmax_wd = _flatten(local4), wd  # [batch, 1152]
     else:
-        local3 = _fully_connected(
-            _flatten(pool2),  # [batch, 2304]
-            "local3",
-            units=384,
-            stddev=0.04,
-            bias=0.1,
-            weight_decay=decay,
-        )  # [batch, 384]
-        features = _fully_connected(
-            local3, "local4", units=192, stddev=0.04, bias=0.1, weight_decay=decay
-        )  # [batch, 192]
-    # No softmax here: the loss below takes logits, which is faster and numerically safer.
+        flat = _flatten(pool2)  # [batch, 2304]
+        local3 = _fully_connected(flat, "local3", 384, stddev=0.04, bias=0.1, wd=wd)
+        local4 = _fully_connected(local3, "local4", 192, stddev=0.04, bias=0.1, wd=wd)
+        features, softmax_wd = local4, None  # [batch, 192]
+
+    # No softmax here: the loss takes logits, which is faster and numerically more stable.
+    stddev = 1.0 / features.shape.as_list()[1]
     return _fully_connected(
-        features,
-        "softmax_linear",
-        units=num_classes,
-        stddev=1.0 / features.shape.as_list()[1],
-        bias=0.0,
-        weight_decay=decay if FLAGS.top_layers == "local" else None,
-        relu=False,
+        features, "softmax_linear", num_classes, stddev, bias=0.0, wd=softmax_wd, relu=False
     )  # [batch, num_classes]
 
 
 def loss(logits, labels, scope=None):
-    """Adds the cross-entropy to the collection `losses`, and sums that collection.
+    """Adds the cross-entropy to the collection `losses` and returns the sum of the collection.
 
     Args:
       logits: float32 [batch, classes] from `inference`.
       labels: int [batch]; 0 to classes - 1.
-      scope: string; only losses in this name scope count, as one tower's do. All where None.
+      scope: string; sum only the losses in this name scope, for example those of a tower.
 
     Returns:
-      float32 []; the mean cross-entropy of the batch, in nats, plus the weight decay terms.
+      float32 []; the mean cross-entropy of the batch, in nats, plus the weight decay.
     """
     cross_entropy = tf.nn.sparse_softmax_cross_entropy_with_logits(
         labels=tf.cast(labels, tf.int64), logits=logits, name="cross_entropy_per_example"
     )
     tf.add_to_collection("losses", tf.reduce_mean(cross_entropy, name="cross_entropy"))
     total_loss = tf.add_n(tf.get_collection("losses", scope), name="total_loss")
-    tf.add_to_collection(MUST_BE_FINITE, total_loss)
+    session.check_finite(total_loss)
     return total_loss
 
 
-def decayed_learning_rate(global_step, examples_per_step, examples_per_epoch=None):
-    """Returns the learning rate at a step, and shows it in TensorBoard.
-
-    It falls to a tenth every 350 epochs (or as the flags say), at once, not gradually. An epoch is
-    as many examples as there are to train on, whoever consumes them: with N towers it takes N times
-    fewer steps.
+def _add_loss_summaries(total_loss):
+    """Shows the losses in TensorBoard; see `average_losses`.
 
     Args:
-      global_step: int []; how many updates there have been.
-      examples_per_step: int; the images that one update consumes, over all towers.
-      examples_per_epoch: int; the data set's where None.
+      total_loss: float32 [] from `loss`.
 
     Returns:
-      float32 [].
+      The operation that updates the moving averages of the losses.
     """
-    if examples_per_epoch is None:
-        examples_per_epoch = count_examples_per_epoch()
-    steps_per_epoch = examples_per_epoch / examples_per_step
-    learning_rate = tf.train.exponential_decay(
-        FLAGS.initial_learning_rate,
-        global_step,
-        decay_steps=max(1, int(steps_per_epoch * FLAGS.num_epochs_per_decay)),
-        decay_rate=FLAGS.learning_rate_decay_factor,
-        staircase=True,
-        name="learning_rate",
-    )
-    cifar10_summaries.scalar("learning_rate", learning_rate)
-    tf.add_to_collection(LEARNING_RATE, learning_rate)
-    return learning_rate
-
-
-def make_optimizer(learning_rate):
-    """Returns the optimizer: gradient descent; with dynamic loss scaling if float16 is used.
-
-    float16 has no numbers as small as many gradients are. So the loss is multiplied by a large
-    scale, and the gradients are divided by it; a step with gradients that overflow changes nothing
-    but halves the scale, and 2,000 steps without one double it.
-
-    Args:
-      learning_rate: float32 [].
-    """
-    optimizer = tf.train.GradientDescentOptimizer(learning_rate)
-    if not (FLAGS.use_fp16 and GPUS):
-        return optimizer  # bfloat16, on CPUs, has the range of float32
-
-    def make_local(next_creator, **arguments):
-        return next_creator(**{**arguments, "collections": [tf.GraphKeys.LOCAL_VARIABLES]})
-
-    # Not in checkpoints, so that those are the same for every precision: a run starts its own.
-    with tf.device("/cpu:0"), tf.variable_creator_scope(make_local):
-        scale = tf.mixed_precision.DynamicLossScale()
-    return tf.mixed_precision.MixedPrecisionLossScaleOptimizer(optimizer, scale)
+    return average_losses([[*tf.get_collection("losses"), total_loss]])
 
 
 def average_losses(tower_losses):
-    """Averages each loss over the towers, and keeps and shows its moving average over the steps.
+    """Averages each loss over the towers, and shows it with its moving average in TensorBoard.
 
-    One batch's loss is noisy; TensorBoard shows the moving average under the loss's name, and the
-    batch's own value under that name with `_raw`.
+    The loss of a single batch is noisy. TensorBoard shows the moving average under the name of the
+    loss, and the value of the batch with `_raw` appended.
 
     Args:
-      tower_losses: for each tower the list of its losses, float32 [] each, in the same order.
+      tower_losses: for each tower the list of its losses, float32 [], in the same order.
 
     Returns:
-      The operation that updates the moving averages.
+      The operation that updates the moving averages of the losses.
     """
     with tf.device("/cpu:0"), tf.name_scope("loss_averages"):
         means = {
@@ -561,92 +464,134 @@ def average_losses(tower_losses):
         }
         averages = tf.train.ExponentialMovingAverage(
             LOSS_AVERAGE_DECAY,
-            zero_debias=True,  # or the curves would start near 0
+            zero_debias=True,  # without it, the curves start near 0
             name="avg",
         )
-        averages_op = averages.apply(list(means.values()))
-        with tf.control_dependencies([averages_op]):  # shown are the averages with this step's loss
+        loss_averages_op = averages.apply(list(means.values()))
+        with tf.control_dependencies([loss_averages_op]):
             for tag, mean in means.items():
-                cifar10_summaries.scalar(f"{tag}_raw", mean)
-                cifar10_summaries.scalar(tag, averages.average(mean))
-    return averages_op
+                summaries.scalar(f"{tag}_raw", mean)
+                summaries.scalar(tag, averages.average(mean))
+    return loss_averages_op
 
 
-def update_variables(optimizer, gradients, global_step):
-    """Shows the gradients, applies them, and then, and only then, updates the moving averages.
+def decayed_learning_rate(global_step, examples_per_step, examples_per_epoch=None):
+    """Returns the learning rate at a step, and shows it in TensorBoard.
+
+    It decays by a factor of 10 every 350 epochs, in a staircase. With N towers, an epoch takes N
+    times fewer steps.
 
     Args:
-      optimizer: from `make_optimizer`.
-      gradients: list of (gradient, variable).
-      global_step: int64 [] variable; counts this update.
+      global_step: int []; the number of updates so far.
+      examples_per_step: int; images that one update consumes, over all towers or workers.
+      examples_per_epoch: int; `num_examples_per_epoch()` if None.
 
     Returns:
-      The operation that does all of it.
+      float32 [].
     """
-    watch_gradients(optimizer, gradients)
-    update_op = apply_gradients(optimizer, gradients, global_step)
-    with tf.control_dependencies([update_op]):  # shown is what the step has made of them
-        summarize_variables(gradients)
-    return update_op
+    flag_or_constant = command_line.flag_or_constant
+    num_batches_per_epoch = (examples_per_epoch or num_examples_per_epoch()) / examples_per_step
+    num_epochs_per_decay = flag_or_constant("num_epochs_per_decay", NUM_EPOCHS_PER_DECAY)
+    learning_rate = tf.train.exponential_decay(
+        flag_or_constant("initial_learning_rate", INITIAL_LEARNING_RATE),
+        global_step,
+        decay_steps=max(1, int(num_batches_per_epoch * num_epochs_per_decay)),
+        decay_rate=flag_or_constant("learning_rate_decay_factor", LEARNING_RATE_DECAY_FACTOR),
+        staircase=True,
+        name="learning_rate",
+    )
+    summaries.scalar("learning_rate", learning_rate)
+    session.record_learning_rate(learning_rate)
+    return learning_rate
 
 
-def watch_gradients(optimizer, gradients):
-    """Shows gradients in TensorBoard, and has them checked after each step.
-
-    Args:
-      optimizer: from `make_optimizer`.
-      gradients: list of (gradient, variable).
-    """
-    scales_loss = isinstance(optimizer, tf.mixed_precision.MixedPrecisionLossScaleOptimizer)
-    for gradient, variable in gradients:
-        if scales_loss:  # where one that overflows is no error, as it would be to a histogram
-            gradient = tf.where_v2(tf.is_finite(gradient), gradient, 0.0)
-        else:
-            with tf.name_scope(FINITE_SCOPE):  # a sum has no infinity or NaN but from its terms
-                total = tf.reduce_sum(gradient, name=f"gradients/{variable.op.name}")
-            tf.add_to_collection(MUST_BE_FINITE, total)
-        cifar10_summaries.histogram(f"gradients/{variable.op.name}", gradient)
-
-
-def summarize_variables(gradients):
-    """Shows the variables of a list of (gradient, variable) in TensorBoard."""
-    for _, variable in gradients:
-        cifar10_summaries.histogram(_tag(variable.op), variable)
+def make_optimizer(learning_rate):
+    """Returns gradient descent with a learning rate, float32 []; in float16, with loss scaling."""
+    optimizer = tf.train.GradientDescentOptimizer(learning_rate)
+    if FLAGS.use_fp16 and GPUS:  # bfloat16, which CPUs use, has the range of float32
+        optimizer = with_loss_scaling(optimizer)
+    return optimizer
 
 
 def apply_gradients(optimizer, gradients, global_step):
-    """Applies gradients, counts the step, then updates the moving averages; see `update_variables`.
+    """Applies gradients, then counts the step, and then updates the moving averages.
+
+    Args:
+      optimizer: from `make_optimizer`.
+      gradients: list of (gradient, variable).
+      global_step: int64 [] variable.
 
     Returns:
-      The operation that does all of it.
+      The operation that does all of this.
     """
     with tf.name_scope("update"):
-        # Counted here, because loss scaling skips updates, and a step that is skipped is a step.
-        apply_gradients_op = optimizer.apply_gradients(gradients)
-        with tf.control_dependencies([apply_gradients_op]):
+        # Loss scaling may skip the update. The step counts anyway.
+        apply_gradient_op = optimizer.apply_gradients(gradients)
+        with tf.control_dependencies([apply_gradient_op]):
             count_op = tf.assign_add(global_step, 1)
-        averages = tf.train.ExponentialMovingAverage(FLAGS.moving_average_decay, global_step)
+        decay = command_line.flag_or_constant("moving_average_decay", MOVING_AVERAGE_DECAY)
+        variable_averages = tf.train.ExponentialMovingAverage(decay, global_step)
         with tf.control_dependencies([count_op]):
-            return averages.apply(tf.trainable_variables())
+            return variable_averages.apply(tf.trainable_variables())
 
 
-def train(total_loss, global_step, examples_per_step=None):
-    """Builds one training step: gradients, update, moving averages.
+def update_variables(optimizer, gradients, global_step, worker=None):
+    """Applies gradients as `apply_gradients` does, checks them and shows them in TensorBoard.
+
+    Args:
+      optimizer: from `make_optimizer`.
+      gradients: list of (gradient, variable).
+      global_step: int64 [] variable.
+      worker: `support.cluster.training.Worker`, whose gradients are averaged with those of the
+        other workers; or None.
+
+    Returns:
+      The operation that does all of this.
+    """
+    _summarize_gradients(optimizer, gradients)
+
+    def apply(gradients):
+        return apply_gradients(optimizer, gradients, global_step)
+
+    if worker is None:
+        update_op = apply(gradients)
+    else:
+        update_op = worker.synchronize(gradients, global_step, apply)
+    with tf.control_dependencies([update_op]):  # show the updated variables
+        for _, variable in gradients:
+            summaries.histogram(_tag(variable.op), variable)
+    return update_op
+
+
+def _summarize_gradients(optimizer, gradients):
+    """Shows gradients in TensorBoard, and makes the session check that they are finite."""
+    scales_loss = isinstance(optimizer, tf.mixed_precision.MixedPrecisionLossScaleOptimizer)
+    for gradient, variable in gradients:
+        tag = f"gradients/{variable.op.name}"
+        if scales_loss:  # an overflow is not an error here, but would be one in a histogram
+            gradient = tf.where_v2(tf.is_finite(gradient), gradient, 0.0)
+        else:
+            session.check_finite(gradient, tag)
+        summaries.histogram(tag, gradient)
+
+
+def train(total_loss, global_step, worker=None):
+    """Builds one training step: gradients, update and moving averages.
 
     Args:
       total_loss: float32 [] from `loss`.
       global_step: int64 [] variable; counts the updates.
-      examples_per_step: int; the images of a batch; the flag `batch_size` where None.
+      worker: `support.cluster.training.Worker` in a cluster, or None.
 
     Returns:
       The operation that trains on one batch.
     """
-    optimizer = make_optimizer(
-        decayed_learning_rate(global_step, examples_per_step or FLAGS.batch_size)
-    )
+    num_workers = worker.count if worker else 1
+    learning_rate = decayed_learning_rate(global_step, FLAGS.batch_size * num_workers)
+    optimizer = make_optimizer(learning_rate)
+    loss_averages_op = _add_loss_summaries(total_loss)
     gradients = optimizer.compute_gradients(total_loss)
-    return tf.group(
-        average_losses([[*tf.get_collection("losses"), total_loss]]),
-        update_variables(optimizer, gradients, global_step),
-        name="train",
-    )
+    train_ops = [update_variables(optimizer, gradients, global_step, worker)]
+    if worker is None or worker.is_chief:  # the workers share the averages of the losses
+        train_ops.append(loss_averages_op)
+    return tf.group(*train_ops, name="train")

@@ -1,17 +1,32 @@
-"""Makes a data set for the other scripts of your pictures, or of SVHN's digits.
+"""Converts your own images, or the SVHN digits, to a dataset for the other scripts.
+
+Put the images of each class into a folder that has the name of the class:
+
+    photos/train/cat/1.jpg    photos/test/cat/1.png
+    photos/train/dog/1.jpg    photos/test/dog/1.png
+
+Then convert them and train on the result:
 
     python cifar10_convert.py --pictures=photos --output=/tmp/photos
-    python cifar10_convert.py --pictures=photos --test_fraction=0.2 --output=/tmp/photos
-    python cifar10_convert.py --svhn=downloads --output=/tmp/svhn
     python cifar10_train.py --data_dir=/tmp/photos --train_dir=/tmp/photos_train
 
-The pictures of a class are in a folder with its name: photos/train/cat and photos/test/cat, or with
---test_fraction photos/cat. They become 32 x 32 pixels as cifar10_predict.py makes them, and records
-in the binary format of CIFAR-10. One that cannot be read is named on stderr and left out.
+If your images are not divided into training and test images (photos/cat, photos/dog), use a fifth
+of each class as test images:
+
+    python cifar10_convert.py --pictures=photos --test_fraction=0.2 --output=/tmp/photos
+
+Images are scaled and cropped to 32 x 32 pixels, in the same way as in cifar10_predict.py, and
+written in the binary format of CIFAR-10. Files that cannot be read are listed and skipped.
+
+To convert SVHN, download train_32x32.mat and test_32x32.mat from
+http://ufldl.stanford.edu/housenumbers/ to a folder:
+
+    python cifar10_convert.py --svhn=downloads --output=/tmp/svhn
 """
 
 import contextlib
 import hashlib
+import itertools
 import math
 import os
 import sys
@@ -19,138 +34,170 @@ import sys
 import numpy as np
 from absl import app, flags
 
-import cifar10_data
-from cifar10_data import DataError
-from cifar10_pictures import PictureError, make_printable, read_picture
-from cifar10_progress import show_progress
-from cifar10_runtime import UserError, check_flags, check_new_folder, run
+from support import command_line, dataset, files
+from support.errors import DataError, UserError
+from support.image_files import ImageError, make_printable, read_image
+from support.progress import show_progress
 
 FLAGS = flags.FLAGS
+
+SPLITS = ("train", "test")
+SVHN_URL = "http://ufldl.stanford.edu/housenumbers/"
 
 flags.DEFINE_string(
     "pictures",
     None,
-    "Folder of pictures: train/CLASS/* and test/CLASS/* in it, or with --test_fraction CLASS/*. "
-    "Any size; PNG, JPEG, GIF, BMP and WebP.",
+    "Folder that contains your images as train/CLASS/* and test/CLASS/*, or as CLASS/* if you give "
+    "--test_fraction. Images can be PNG, JPEG, GIF, BMP or WebP files of any size.",
 )
 flags.DEFINE_string(
     "svhn",
     None,
-    "Folder that holds train_32x32.mat and test_32x32.mat, the cropped digits of "
-    "http://ufldl.stanford.edu/housenumbers/.",
+    f"Folder with train_32x32.mat and test_32x32.mat, the cropped digits from {SVHN_URL}.",
 )
 flags.DEFINE_string(
-    "output", None, "Folder to make, for --data_dir; it must not hold anything yet."
+    "output",
+    None,
+    "Folder to create for the dataset; pass it to the other scripts as --data_dir. It may exist if "
+    "it is empty.",
 )
 flags.DEFINE_float(
     "test_fraction",
     None,
-    "Share of each class's pictures to test on, where no folders train and test tell which.",
+    "Fraction of each class to use as test images, for images that are not divided into train and "
+    "test.",
 )
 flags.DEFINE_integer(
     "shuffle_seed",
     0,
-    "Decides the order of the records, and which pictures --test_fraction takes. The same pictures "
-    "and seed give the same files.",
+    "Seed that determines the order of the records, and which images --test_fraction selects. The "
+    "same images and seed produce the same files.",
     lower_bound=0,
-    upper_bound=2**31 - 1,
 )
-check_flags(
+command_line.check_flags(
     ["test_fraction"],
     lambda value: value is None or 0 < value < 1,
     "it must be more than 0 and less than 1",
 )
 
-BUCKET_BYTES = 1 << 23  # of keys and records that are sorted in memory at a time, about
-
-PARTS = ("train", "test")  # the folders that tell what to train on, and what to test on
-
-_KEYED_RECORD = np.dtype(
-    [("key", "<u8"), ("record", np.uint8, cifar10_data.RECORD_BYTES)]  # sorted by the first
-)
+BUCKET_BYTES = 1 << 23  # average size of a bucket; one bucket at a time is in memory
 
 
-class _Shuffler:
-    """Puts records in an order that a seed decides, in files, so that memory does not grow.
+class RecordShuffler:
+    """Shuffles records on disk, so that memory use does not grow with their number.
 
-    A record's place is given by a hash of the seed and of its name. It is kept in one of many
-    files, by the first bits of that hash; when all are there, one file after the other is read,
-    and sorted.
+    This is an external bucket sort. The sort key is a hash of the seed and of the record's name, so
+    the order does not depend on the order in which the file system lists the files.
 
     Args:
-      folder: where those files go.
-      most: int; how many records may come.
+      folder: path of an existing folder for the bucket files.
+      capacity: int; the expected number of records, which determines the number of buckets.
       seed: int.
     """
 
-    def __init__(self, folder, most, seed):
+    _ENTRY = np.dtype(
+        [("key", "<u8"), ("is_test", np.bool_), ("record", np.uint8, dataset.RECORD_BYTES)]
+    )
+
+    def __init__(self, folder, capacity, seed):
         self._folder = folder
         self._seed = seed
-        self._num_buckets = max(1, math.ceil(most * _KEYED_RECORD.itemsize / BUCKET_BYTES))
+        self._num_buckets = max(1, math.ceil(capacity * self._ENTRY.itemsize / BUCKET_BYTES))
 
-    def _path(self, bucket):
+    def _bucket_path(self, bucket):
         return os.path.join(self._folder, f"bucket_{bucket}")
 
-    def add(self, name, label, planes):
-        """Takes a record: a name of its own (bytes), a label, and uint8 [3, 32, 32]."""
+    def add(self, name, is_test, label, image):
+        """Adds a record.
+
+        Args:
+          name: bytes that identify the image within the training or the test images.
+          is_test: bool.
+          label: int.
+          image: uint8 [32, 32, 3].
+        """
         digest = hashlib.blake2b(b"%d %s" % (self._seed, name), digest_size=8).digest()
-        keyed = np.zeros([], _KEYED_RECORD)
-        keyed["key"] = key = int.from_bytes(digest)
-        keyed["record"][0] = label
-        keyed["record"][cifar10_data.LABEL_BYTES :] = planes.reshape(-1)
-        # Opened for each: there may be more of them than files that a process may have open.
-        with open(self._path(key * self._num_buckets >> 64), "ab") as file:
-            file.write(keyed.tobytes())
+        key = int.from_bytes(digest)
+        entry = np.zeros([], self._ENTRY)
+        entry["key"] = key
+        entry["is_test"] = is_test
+        entry["record"][0] = label
+        entry["record"][dataset.LABEL_BYTES :] = image.transpose(2, 0, 1).reshape(-1)
+        # The most significant bits of the key select the bucket. Its file is not kept open because
+        # there can be more buckets than a process may have open files.
+        with open(self._bucket_path(key * self._num_buckets >> 64), "ab") as file:
+            file.write(entry.tobytes())
 
-    def records(self):
-        """Gives the records in their order, uint8 [RECORD_BYTES] each."""
+    def sorted_records(self):
+        """Yields (is_test, record) in the shuffled order: bool, bytes."""
         for bucket in range(self._num_buckets):
-            with contextlib.suppress(FileNotFoundError):  # no record came to lie there
-                keyed = np.fromfile(self._path(bucket), _KEYED_RECORD)
-                os.remove(self._path(bucket))
-                yield from keyed["record"][np.argsort(keyed["key"], kind="stable")]
+            path = self._bucket_path(bucket)
+            if os.path.exists(path):
+                entries = np.fromfile(path, self._ENTRY)
+                os.remove(path)
+                for index in np.argsort(entries["key"], kind="stable"):
+                    yield bool(entries["is_test"][index]), entries["record"][index].tobytes()
+                del entries  # frees the memory before the next bucket is loaded
 
 
-class _Files:
-    """Deals out records to several open files in turn."""
+class ImageFolders:
+    """Images in folders, one folder for each class.
 
-    def __init__(self, files):
-        self._files = files
-        self.count = 0
+    `len()` is the number of files. Iterating yields (name, label, image): bytes, int, and uint8
+    [32, 32, 3] or the `ImageError` that reading the file raised.
 
-    def write(self, record):
-        self._files[self.count % len(self._files)].write(record.tobytes())
-        self.count += 1
+    Args:
+      parent: path of the folder that contains the folders.
 
+    Attributes:
+      class_names: tuple of strings; the sorted names of the folders, in printable form.
+      num_stray_files: int; files in `parent` itself, which belong to no class.
 
-def _walk(folder, ancestors=()):
-    """Gives the paths of all files in a folder, and in those within, but hidden ones.
-
-    A folder that cannot be read is given itself. A link to a folder is followed, but not back to
-    one that it lies in.
+    Raises:
+      DataError: there are not 2 to 256 classes, or one of them has no files.
     """
-    try:
-        status = os.stat(folder)
-        entries = os.scandir(folder)
-    except OSError:
-        yield folder
-        return
-    here = (status.st_dev, status.st_ino)
-    with entries:
-        for entry in entries if here not in ancestors else ():
-            if entry.name.startswith("."):
-                continue
-            if os.path.isdir(entry.path):
-                yield from _walk(entry.path, (*ancestors, here))
-            else:
-                yield entry.path
+
+    def __init__(self, parent):
+        self._parent = parent
+        folders, self.num_stray_files = _list_folders(parent)
+        if not dataset.MIN_CLASSES <= len(folders) <= dataset.MAX_CLASSES:
+            raise DataError(
+                f"{parent} must have {dataset.MIN_CLASSES} to {dataset.MAX_CLASSES} folders, one "
+                f"for each class; it has {len(folders)}"
+            )
+        # Class names have no surrounding spaces, because `read_class_names` strips them.
+        classes = sorted((make_printable(folder.strip()), folder) for folder in folders)
+        self.class_names, self._folders = zip(*classes, strict=True)
+        if len(set(self.class_names)) < len(folders):
+            raise DataError(
+                f"two folders in {parent} have the same name except for leading or trailing spaces"
+            )
+        self._num_files = 0
+        for folder in self._folders:
+            path = os.path.join(parent, folder)
+            count = sum(1 for _ in _find_files(path))
+            if not count:
+                raise DataError(f"the class {folder} is empty: {path} has no files")
+            self._num_files += count
+
+    def __len__(self):
+        return self._num_files
+
+    def __iter__(self):
+        for label, folder in enumerate(self._folders):
+            for path in _find_files(os.path.join(self._parent, folder)):
+                try:
+                    image = read_image(path)
+                except ImageError as error:
+                    image = error
+                yield os.fsencode(os.path.relpath(path, self._parent)), label, image
 
 
 def _list_folders(parent):
-    """Returns the names of the folders in a folder, and how many files there are; no hidden ones.
+    """Returns the names of the folders in a folder, and the number of files; ignores hidden ones.
 
     Raises:
-      DataError: it cannot be read.
+      DataError: the folder cannot be read.
     """
     try:
         names = [name for name in os.listdir(parent) if not name.startswith(".")]
@@ -160,270 +207,287 @@ def _list_folders(parent):
     return folders, len(names) - len(folders)
 
 
-class Pictures:
-    """Folders of pictures, one for each class.
+def _find_files(folder, ancestors=()):
+    """Yields the paths of all files in a folder and its subfolders, except hidden ones.
 
-    Args:
-      parent: the folder that they are in.
-
-    Attributes:
-      class_names: the folders' names, so that they can be printed, sorted: tuple of strings.
-      total: int; the files in them.
-      strays: int; the files beside them, which are of no class.
-
-    Raises:
-      DataError: there are not 2 to 256 classes, or one of them has no files.
+    Links to folders are followed unless they form a cycle; `ancestors` identifies the folders that
+    contain this one. A folder that cannot be read is yielded itself; `read_image` raises the error
+    for it.
     """
-
-    def __init__(self, parent):
-        self._parent = parent
-        names, self.strays = _list_folders(parent)
-        low, high = cifar10_data.MIN_CLASSES, cifar10_data.MAX_CLASSES
-        if not low <= len(names) <= high:
-            raise DataError(
-                f"{parent} has {len(names)} folders; there must be {low} to {high}, one for each "
-                "class"
-            )
-        # In the order of the classes' names, as there may be more to the folders'.
-        classes = sorted((make_printable(name.strip()), name) for name in names)
-        self.class_names, self._folders = zip(*classes, strict=True)
-        if len(set(self.class_names)) < len(names):
-            raise DataError(f"two folders in {parent} name the same class, but for spaces")
-        self.total = 0
-        for folder in self._folders:
-            count = sum(1 for _ in _walk(os.path.join(parent, folder)))
-            if not count:
-                raise DataError(f"the class {folder} is empty: {parent}/{folder} holds no files")
-            self.total += count
-
-    def __iter__(self):
-        """Gives (name, label, uint8 [3, 32, 32] or PictureError) for each file."""
-        for label, folder in enumerate(self._folders):
-            for path in _walk(os.path.join(self._parent, folder)):
-                try:
-                    result = read_picture(path).transpose(2, 0, 1)
-                except PictureError as error:
-                    result = error
-                yield os.fsencode(os.path.relpath(path, self._parent)), label, result
+    try:
+        status = os.stat(folder)
+        identity = (status.st_dev, status.st_ino)
+        if identity in ancestors:
+            return
+        listing = os.scandir(folder)
+    except OSError:
+        yield folder
+        return
+    with listing as entries:
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            if os.path.isdir(entry.path):
+                yield from _find_files(entry.path, (*ancestors, identity))
+            else:
+                yield entry.path
 
 
 class SVHN:
     """The Street View House Numbers, cropped to 32 x 32 pixels.
 
-    A file holds `X`, uint8 [32, 32, 3, n], and `y`, [n, 1], the digits, where 10 is a 0. Source:
-    http://ufldl.stanford.edu/housenumbers/.
+    `len()` is the number of images. Iterating yields (name, label, image): bytes, int, uint8
+    [32, 32, 3].
 
     Args:
-      path: a MATLAB file, of version 5; it is read as a whole.
+      path: path of a MATLAB 5 file with `X`, uint8 [32, 32, 3, n], and `y`, [n, 1], the digits,
+        where 10 stands for 0. The file is loaded into memory.
 
     Attributes:
-      class_names: the digits.
-      total: int; images.
+      class_names: tuple of strings; the digits.
 
     Raises:
-      DataError: it cannot be read, or holds something else.
+      DataError: the file is missing, damaged, or has other contents.
+      UserError: SciPy is not installed.
     """
 
     class_names = tuple("0123456789")
 
     def __init__(self, path):
         images, labels = _load_svhn(path)
-        shape = (cifar10_data.HEIGHT, cifar10_data.WIDTH, cifar10_data.DEPTH, labels.size)
+        shape = (dataset.HEIGHT, dataset.WIDTH, dataset.DEPTH, labels.size)
         if images.shape != shape or images.dtype != np.uint8:
             raise DataError(
-                f"{path}: X is {images.dtype} {list(images.shape)}, not uint8 {list(shape)} as y "
-                f"with its {labels.size} labels has it"
+                f"{path}: X is {images.dtype} {list(images.shape)}, not uint8 {list(shape)}, which "
+                f"the {labels.size} labels in y require"
             )
-        wrong = np.setdiff1d(labels, np.arange(1, 11))
-        if wrong.size:
-            raise DataError(f"{path}: y has {wrong[0]}, but labels are 1 to 10")
+        invalid = np.setdiff1d(labels, np.arange(1, 11))
+        if invalid.size:
+            raise DataError(f"{path}: y contains {invalid[0]}, but labels are 1 to 10")
         self._images, self._labels = images, labels
-        self.total = labels.size
+
+    def __len__(self):
+        return self._labels.size
 
     def __iter__(self):
-        """Gives (name, label, uint8 [3, 32, 32]) for each image."""
         for number, label in enumerate(self._labels):
-            yield b"%d" % number, int(label) % 10, self._images[..., number].transpose(2, 0, 1)
+            yield b"%d" % number, int(label) % 10, self._images[..., number]
 
 
 def _load_svhn(path):
-    """Returns the arrays X and y, flattened, of a MATLAB file."""
+    """Returns the arrays `X` and `y` of a MATLAB file, `y` as [n]."""
     try:
         import scipy.io
     except ImportError as error:
         raise UserError(
-            "--svhn needs SciPy, which reads MATLAB's files: pip install -r requirements-svhn.txt"
+            "--svhn needs SciPy to read MATLAB files: pip install -r requirements-svhn.txt"
         ) from error
     try:
         arrays = scipy.io.loadmat(path, variable_names=["X", "y"])
         return arrays["X"], arrays["y"].ravel()
     except KeyError as error:
-        raise DataError(f"{path} does not hold the array {error}; it is not SVHN's") from error
+        raise DataError(f"{path} is not an SVHN file: it has no array {error}") from error
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise DataError(
-            f"{path} is missing; http://ufldl.stanford.edu/housenumbers/ has it"
-        ) from error
-    except Exception as error:  # of any kind, as SciPy raises on damaged files
+        raise DataError(f"{path} is missing; download it from {SVHN_URL}") from error
+    except Exception as error:  # SciPy raises errors of many types on damaged files
         reason = str(error) or type(error).__name__
-        raise DataError(f"{path} cannot be read ({reason}); it is not SVHN's") from error
+        raise DataError(f"{path} is not an SVHN file: it cannot be read ({reason})") from error
 
 
-def shuffle(source, folder, seed, progress):
-    """Reads all that a source has.
-
-    Args:
-      source: `Pictures` or `SVHN`.
-      folder: where to put files meanwhile.
-      seed: int.
-      progress: from `show_progress`; what cannot be read is told there.
-
-    Returns:
-      shuffler: a `_Shuffler` with the records.
-      counts: list of ints; the records of each class.
-
-    Raises:
-      DataError: nothing of a class could be read.
-    """
-    shuffler = _Shuffler(folder, source.total, seed)
-    counts = [0] * len(source.class_names)
-    for name, label, planes in source:
-        if isinstance(planes, PictureError):
-            progress.tell(str(planes))
-        else:
-            shuffler.add(name, label, planes)
-            counts[label] += 1
-        progress.update(1)
-    for name, count in zip(source.class_names, counts, strict=True):
-        if not count:
-            raise DataError(f"the class {name} is empty: it has no picture that can be read")
-    return shuffler, counts
-
-
-def _count_tests(names, counts, fraction):
-    """Returns how many of each class's records to test on: at least 1, and at least 1 left."""
-    for name, count in zip(names, counts, strict=True):
-        if count < 2:
-            raise DataError(
-                f"the class {name} has a single picture; --test_fraction needs one to train on and "
-                "one to test on"
-            )
-    return [min(max(1, round(fraction * count)), count - 1) for count in counts]
-
-
-def convert(train, test, output, seed=0, test_fraction=None):
-    """Writes a data set.
+def find_splits(folder, test_fraction=None):
+    """Finds the training and test images in a folder.
 
     Args:
-      train: `Pictures` or `SVHN`.
-      test: as `train`; None to take `test_fraction` of each class of `train`.
-      output: the folder to make.
-      seed: int; decides the order.
-      test_fraction: float; over 0, under 1.
+      folder: path. The folder contains `train` and `test`, both with a folder for each class. With
+        `test_fraction`, it contains the folders of the classes itself.
+      test_fraction: float or None.
 
     Returns:
-      (int, int, int): the records to train on, those to test on, and what could not be read.
+      (train, test): `ImageFolders`. `test` is None if `test_fraction` is given.
 
     Raises:
-      DataError: a class is empty, there are too few pictures, or the folder cannot be written.
+      DataError: the folder has another layout.
     """
-    total = train.total + (test.total if test else 0)
-    with (
-        cifar10_data.preparing(output, "--output"),
-        cifar10_data.make_whole(output) as staging,
-        contextlib.ExitStack() as stack,
-    ):
-        check_new_folder("--output", output)  # another process may have made it meanwhile
-        with show_progress("Converting", total, " pictures") as progress:
-            shuffled, counts = shuffle(train, staging, seed, progress)
-            train_files, test_files = (
-                _Files(
-                    [
-                        stack.enter_context(open(path, "wb"))
-                        for path in cifar10_data.record_files(staging, eval_data)
-                    ]
-                )
-                for eval_data in (False, True)
-            )
-            left = [0] * len(counts)  # of each class, to test on
-            if test is None:
-                left = _count_tests(train.class_names, counts, test_fraction)
-            for record in shuffled.records():
-                label = record[0]
-                (test_files if left[label] else train_files).write(record)
-                left[label] = max(0, left[label] - 1)
-            if test is not None:
-                shuffled, _ = shuffle(test, staging, seed, progress)
-                for record in shuffled.records():
-                    test_files.write(record)
-        if train_files.count < len(cifar10_data.TRAIN_FILES):
-            raise DataError(
-                f"there are {train_files.count} pictures to train on; at least "
-                f"{len(cifar10_data.TRAIN_FILES)} are needed, one for each file"
-            )
-        cifar10_data.write_class_names(staging, train.class_names)
-    written = train_files.count + test_files.count
-    return train_files.count, test_files.count, total - written
-
-
-def find_pictures(parent, test_fraction):
-    """Returns the `Pictures` to train on, and those to test on or None, in a folder.
-
-    Raises:
-      DataError: the folders are not as `--pictures` tells.
-    """
-    folders, _ = _list_folders(parent)
+    folders, _ = _list_folders(folder)
     if test_fraction is not None:
-        # Of any spelling: as classes they would make a data set that means nothing.
-        if parts := [name for name in folders if name.lower() in PARTS]:
+        # In any spelling, for example `Train`: as classes they would give meaningless labels.
+        if splits := [name for name in folders if name.lower() in SPLITS]:
             raise DataError(
-                f"{parent} has a folder {parts[0]}, which is no class; leave --test_fraction away, "
-                f"and have folders train and test in {parent}; or name the folder with the classes"
+                f"{folder} has a folder {splits[0]}, which is not a class; omit --test_fraction to "
+                "use the folders train and test, or set --pictures to the folder with the classes"
             )
-        return Pictures(parent), None
-    if missing := [name for name in PARTS if name not in folders]:
+        return ImageFolders(folder), None
+    if missing := [name for name in SPLITS if name not in folders]:
         raise DataError(
-            f"{parent} has no folder {missing[0]}; it must have train and test, with a folder for "
-            "each class in both. Or name the folder that has those of the classes, with "
-            "--test_fraction=0.2"
+            f"{folder} has no folder {missing[0]}; it must have the folders train and test, both "
+            "with a folder for each class. If your images are not divided, set --pictures to the "
+            "folder with the classes and add --test_fraction=0.2"
         )
-    for name in sorted(set(folders) - set(PARTS)):
-        print(f"{parent}/{name} is neither train nor test: left out", file=sys.stderr)
-    train, test = (Pictures(os.path.join(parent, name)) for name in PARTS)
-    if odd := sorted(set(train.class_names) ^ set(test.class_names)):
-        raise DataError(f"the class {odd[0]} must be in both {parent}/train and {parent}/test")
+    for name in sorted(set(folders) - set(SPLITS)):
+        print(f"Skipping {folder}/{name}, which is neither train nor test", file=sys.stderr)
+    train, test = (ImageFolders(os.path.join(folder, name)) for name in SPLITS)
+    if unmatched := sorted(set(train.class_names) ^ set(test.class_names)):
+        raise DataError(
+            f"the class {unmatched[0]} must be in both {folder}/train and {folder}/test"
+        )
     return train, test
 
 
-def check_output(output, pictures):
-    """Raises UserError where `output` would be taken for a class the next time."""
-    inside, around = os.path.realpath(output), os.path.realpath(pictures)
-    if os.path.commonpath([inside, around]) == around:
-        raise UserError(f"--output={output} lies in --pictures={pictures}; name another folder")
+def count_held_out_images(class_names, counts, test_fraction):
+    """Returns how many images of each class to use as test images: int [classes].
+
+    Every class keeps at least one training image and gets at least one test image.
+
+    Args:
+      class_names: list of strings.
+      counts: int [classes]; the images of each class.
+      test_fraction: float, more than 0 and less than 1.
+
+    Raises:
+      DataError: a class has only one image.
+    """
+    for name, count in zip(class_names, counts, strict=True):
+        if count < 2:
+            raise DataError(
+                f"the class {name} has only one image; --test_fraction requires two, one for "
+                "training and one for testing"
+            )
+    return np.clip(np.rint(test_fraction * counts), 1, counts - 1).astype(int)
 
 
-def main():
+def read_all_images(sources, shuffler):
+    """Adds all images to a shuffler and prints an error message for each unreadable file.
+
+    Args:
+      sources: list of `ImageFolders` or `SVHN`; the training images and, if there are any, the
+        test images.
+      shuffler: `RecordShuffler`.
+
+    Returns:
+      int [len(sources), classes]; the images that were read.
+
+    Raises:
+      DataError: a class has no readable image.
+    """
+    class_names = sources[0].class_names
+    counts = np.zeros([len(sources), len(class_names)], int)
+    with show_progress("Converting", sum(map(len, sources)), " images") as progress:
+        for is_test, source in enumerate(sources):
+            for name, label, image in source:
+                if isinstance(image, ImageError):
+                    progress.write_line(str(image))
+                else:
+                    shuffler.add(name, is_test, label, image)
+                    counts[is_test, label] += 1
+                progress.update(1)
+            for name, count in zip(class_names, counts[is_test], strict=True):
+                if not count:
+                    raise DataError(f"the class {name} is empty: it has no readable image")
+    return counts
+
+
+def write_records(shuffler, folder, held_out_counts):
+    """Writes shuffled records to the record files of a dataset.
+
+    Args:
+      shuffler: `RecordShuffler`.
+      folder: path.
+      held_out_counts: int [classes]; the training records of each class to write to the test file.
+    """
+    remaining = held_out_counts.copy()
+    with contextlib.ExitStack() as stack:
+        train_files = _open_record_files(stack, folder, eval_data=False)
+        test_files = _open_record_files(stack, folder, eval_data=True)
+        for is_test, record in shuffler.sorted_records():
+            if remaining[record[0]]:
+                remaining[record[0]] -= 1
+                is_test = True
+            next(test_files if is_test else train_files).write(record)
+
+
+def _open_record_files(stack, folder, eval_data):
+    """Returns an endless iterator that yields the open record files in turn."""
+    paths = dataset.record_files(folder, eval_data)
+    return itertools.cycle([stack.enter_context(open(path, "wb")) for path in paths])
+
+
+def convert(train, test, output, seed=0, test_fraction=None):
+    """Writes a dataset in the binary format of CIFAR-10.
+
+    Args:
+      train: `ImageFolders` or `SVHN`; the training images.
+      test: the test images, of the same classes; None to use `test_fraction` of each class of
+        `train`.
+      output: path of the folder to create.
+      seed: int; determines the order of the records.
+      test_fraction: float, more than 0 and less than 1; None if `test` is given.
+
+    Returns:
+      (train_count, test_count, unreadable_count): int; the records written and the files skipped.
+
+    Raises:
+      DataError: a class is empty, there are too few images, or the folder cannot be written.
+      UserError: the folder exists and is not empty.
+    """
+    sources = [train] if test is None else [train, test]
+    total = sum(map(len, sources))
+    with (
+        files.prepare_folder(output, "--output"),
+        files.atomic_folder(output) as staging,
+    ):
+        files.check_new_folder("--output", output)  # another process may have just created it
+        shuffler = RecordShuffler(staging, total, seed)
+        counts = read_all_images(sources, shuffler)
+        if test is None:
+            held_out_counts = count_held_out_images(train.class_names, counts[0], test_fraction)
+        else:
+            held_out_counts = np.zeros_like(counts[0])
+        train_count = int(np.sum(counts[0] - held_out_counts))
+        if train_count < len(dataset.TRAIN_FILES):
+            raise DataError(
+                f"there are {train_count} training images; at least {len(dataset.TRAIN_FILES)} are "
+                "required, one for each training file"
+            )
+        write_records(shuffler, staging, held_out_counts)
+        dataset.write_class_names(staging, train.class_names)
+    num_read = int(np.sum(counts))
+    return train_count, num_read - train_count, total - num_read
+
+
+def check_output_is_outside(output, image_folder):
+    """Raises UserError if `output` is inside `image_folder`, where the next run would find it."""
+    inner, outer = os.path.realpath(output), os.path.realpath(image_folder)
+    if os.path.commonpath([inner, outer]) == outer:
+        raise UserError(
+            f"--output={output} is inside --pictures={image_folder}; choose another folder"
+        )
+
+
+def main(argv=None):
     if bool(FLAGS.pictures) == bool(FLAGS.svhn):
-        raise app.UsageError("name either --pictures or --svhn")
+        raise app.UsageError("give either --pictures or --svhn")
     if not FLAGS.output:
-        raise app.UsageError("name the folder to make with --output")
-    check_new_folder("--output", FLAGS.output)  # before anything is done in vain
+        raise app.UsageError("give the folder to create with --output")
+    files.check_new_folder("--output", FLAGS.output)  # fail before reading the images
     if FLAGS.svhn:
         if FLAGS.test_fraction is not None:
-            raise app.UsageError("--svhn has images to test on; leave --test_fraction away")
-        train, test = (SVHN(os.path.join(FLAGS.svhn, f"{name}_32x32.mat")) for name in PARTS)
+            raise app.UsageError("--svhn has its own test images; omit --test_fraction")
+        train, test = (SVHN(os.path.join(FLAGS.svhn, f"{name}_32x32.mat")) for name in SPLITS)
     else:
-        check_output(FLAGS.output, FLAGS.pictures)
-        train, test = find_pictures(FLAGS.pictures, FLAGS.test_fraction)
-        if strays := sum(part.strays for part in (train, test) if part is not None):
-            print(f"{strays} files are in no class's folder: left out", file=sys.stderr)
-    output = os.path.realpath(FLAGS.output)  # it may be a link to an empty folder
-    counts = convert(train, test, output, FLAGS.shuffle_seed, FLAGS.test_fraction)
+        check_output_is_outside(FLAGS.output, FLAGS.pictures)
+        train, test = find_splits(FLAGS.pictures, FLAGS.test_fraction)
+        if count := sum(split.num_stray_files for split in (train, test) if split is not None):
+            print(f"Skipping files that are not in the folder of a class: {count}", file=sys.stderr)
+    output = os.path.realpath(FLAGS.output)  # --output may be a link to an empty folder
+    train_count, test_count, unreadable_count = convert(
+        train, test, output, FLAGS.shuffle_seed, FLAGS.test_fraction
+    )
     print(
-        f"{counts[0]} pictures to train on and {counts[1]} to test on, of "
-        f"{cifar10_data.describe_classes(train.class_names)}, are in {FLAGS.output}; {counts[2]} "
-        "could not be read"
+        f"Wrote {train_count} training images and {test_count} test images of "
+        f"{dataset.describe_classes(train.class_names)} to {FLAGS.output}; unreadable files: "
+        f"{unreadable_count}"
     )
 
 
 if __name__ == "__main__":
-    run(main)
+    command_line.run(main)

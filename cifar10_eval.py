@@ -1,12 +1,13 @@
-"""Evaluates the CIFAR-10 model: the share of images whose likeliest class is the right one.
+"""Evaluates the CIFAR-10 model: precision @ 1, the fraction of images classified correctly.
 
-    python cifar10_eval.py                # every new checkpoint, beside the training
-    python cifar10_eval.py --run_once     # the newest one
+    python cifar10_eval.py                # every new checkpoint, while training runs
+    python cifar10_eval.py --run_once     # the newest checkpoint
 
-Each test image counts exactly once. The variables' moving averages stand in for the variables.
-Every evaluation is a line of EVAL_DIR/results.jsonl, and a step in TensorBoard.
+Each test image counts exactly once. By default, the moving averages of the variables are evaluated.
+Each evaluation appends a line to EVAL_DIR/results.jsonl and writes summaries for TensorBoard.
 """
 
+import contextlib
 import math
 import os
 import sys
@@ -17,80 +18,70 @@ import numpy as np
 from absl import flags
 
 import cifar10
-import cifar10_charts
-import cifar10_data
-from cifar10_progress import show_progress
-from cifar10_restore import (
-    CheckpointError,
-    check_fits,
-    check_settings,
-    read_step,
-    require_checkpoint,
-    restore,
-    variables_to_restore,
-)
-from cifar10_runtime import (
-    STOP_REQUEST,
-    UserError,
-    append_json_line,
-    find_latest_checkpoint,
-    find_reason,
-    format_now,
-    is_histogram_of_nonfinite,
-    quiet_cancellation,
-    run,
-    session_config,
-    tf,
-)
-from cifar10_settings import find_settings
+from support import charts, checkpoints, command_line, dataset, files, progress
+from support.errors import CheckpointError, UserError, first_line
+from support.tensorflow_v1 import is_nonfinite_histogram, session_config, tf
 
 FLAGS = flags.FLAGS
 
-flags.DEFINE_string("eval_dir", "/tmp/cifar10_eval", "Folder for summaries.")
+flags.DEFINE_string("eval_dir", "/tmp/cifar10_eval", "Folder for summaries and results.")
+flags.DEFINE_string("checkpoint_dir", "/tmp/cifar10_train", "Folder with the checkpoints.")
+flags.DEFINE_boolean("run_once", False, "Evaluate the newest checkpoint, then exit.")
+flags.DEFINE_integer(
+    "num_examples",
+    cifar10.NUM_EXAMPLES_PER_EPOCH_FOR_EVAL,
+    "Maximum number of images to evaluate.",
+    lower_bound=1,
+    upper_bound=2**31 - 1,
+)
 flags.DEFINE_enum(
-    "eval_data", "test", ["test", "train_eval"], "Images: the test file's or the training files'."
+    "eval_data",
+    "test",
+    ["test", "train_eval"],
+    "Which images to evaluate: those of the test file or those of the training files.",
 )
 flags.DEFINE_integer(
     "eval_interval_secs",
     300,
-    "Seconds between two evaluations, at least.",
+    "Minimum seconds between the starts of two evaluations.",
     lower_bound=0,
     upper_bound=2**31 - 1,
 )
-flags.register_validator("eval_dir", bool, "it must name a folder")
-flags.DEFINE_integer(
-    "num_examples", 10000, "Images to evaluate, at most.", lower_bound=1, upper_bound=2**31 - 1
+flags.DEFINE_boolean(
+    "use_moving_averages",
+    True,
+    "Use the moving averages of the variables. With false, use the variables themselves.",
 )
-flags.DEFINE_boolean("run_once", False, "Evaluate the newest checkpoint, then exit.")
+command_line.check_flags(["eval_dir", "checkpoint_dir"], bool, "it must name a folder")
 
 RESULTS_FILE = "results.jsonl"
 MAX_MISTAKES = 36  # images on the sheet of mistakes
 
 
-class _Tally:
-    """What the evaluation of one checkpoint has counted.
+class _Counts:
+    """Counts of one evaluation.
 
     Attributes:
-      correct: int; images that the model got right.
-      total: int; images.
-      precision: float; the first as a share of the second.
-      summary: serialized summary of the first batch; None without one.
+      correct, total: int; images.
       cross_entropy: float; the sum over the images, in nats.
       confusion: int [classes, classes]; images by true class (row) and predicted class (column).
-      mistakes: list of (image, true class, predicted class), the first of them.
+      mistakes: list of (image, true class, predicted class), at most MAX_MISTAKES.
+      summary: the serialized summaries of the first batch, or None.
     """
 
     def __init__(self, num_classes):
-        self.correct, self.total, self.summary = 0, 0, None
-        self.cross_entropy, self.mistakes = 0.0, []
+        self.correct = self.total = 0
+        self.cross_entropy = 0.0
         self.confusion = np.zeros([num_classes, num_classes], int)
+        self.mistakes = []
+        self.summary = None
 
     @property
     def precision(self):
         return self.correct / self.total
 
     def add(self, is_correct, outputs):
-        """Adds a batch: bool [batch], and the values of `eval_once`'s `outputs` or None."""
+        """Adds a batch: bool [n], and the values of `eval_once`'s `outputs`, or None."""
         self.correct += np.count_nonzero(is_correct)
         self.total += len(is_correct)
         if outputs is None:
@@ -104,28 +95,26 @@ class _Tally:
 
 
 def _count(session, top_k_op, outputs, summary_op, num_examples, num_classes):
-    """Runs batches until the input ends or `num_examples` are counted; returns a `_Tally`."""
-    tally = _Tally(num_classes)
+    """Evaluates batches until the input ends or `num_examples` are counted; returns `_Counts`."""
+    counts = _Counts(num_classes)
     coordinator = tf.train.Coordinator()
     threads = tf.train.start_queue_runners(session, coordinator)
     try:
-        with show_progress("Evaluating", num_examples, " images") as bar:
-            while tally.total < num_examples:
-                STOP_REQUEST.raise_if_made()
+        with progress.show_progress("Evaluating", num_examples, " images") as bar:
+            while counts.total < num_examples:
                 fetches = [top_k_op, outputs or {}]
-                if tally.total == 0 and summary_op is not None:
+                if counts.total == 0 and summary_op is not None:
                     fetches.append(summary_op)
                 is_correct, values, *summaries = session.run(fetches)
-                tally.summary = summaries[0] if summaries else tally.summary
-                tally.add(is_correct[: num_examples - tally.total], values or None)
-                bar.update(tally.total - bar.n)
+                counts.summary = summaries[0] if summaries else counts.summary
+                counts.add(is_correct[: num_examples - counts.total], values or None)
+                bar.update(counts.total - bar.n)
     except tf.errors.OutOfRangeError:
-        pass  # the epoch is over; if a thread's error was the cause, join raises that
+        pass  # the end of the epoch; if a thread failed instead, join raises its error
     finally:
-        with quiet_cancellation():
-            coordinator.request_stop()
-            coordinator.join(threads, ignore_live_threads=False)
-    return tally
+        coordinator.request_stop()
+        coordinator.join(threads, ignore_live_threads=False)
+    return counts
 
 
 def eval_once(
@@ -143,37 +132,37 @@ def eval_once(
     Args:
       saver: the `tf.train.Saver` that restores the variables.
       summary_writer: a `tf.summary.FileWriter`.
-      top_k_op: bool [batch]; whether each prediction is right. Its input should end after one
+      top_k_op: bool [batch]; whether each prediction is correct. Its input should end after one
         epoch, so that each image counts once.
       summary_op: string []; serialized summaries, written for the first batch. Or None.
-      checkpoint: the checkpoint's path; the newest in --checkpoint_dir where None.
-      num_examples: int; images to evaluate, fewer are an error. Where None, --num_examples at
-        most.
-      outputs: what else to evaluate, or None: a dict of `images`, float32 [batch, 24, 24, 3];
-        `labels` and `predictions`, int [batch]; `cross_entropy`, float32 [batch]. Adds
-        the precision of each class, the mean cross-entropy, the confusion matrix and a sheet of
-        mistakes to the summaries, and a line to the file `results.jsonl` beside them.
-      class_names: the names of the classes; the data set's where None.
+      checkpoint: path; the newest checkpoint in --checkpoint_dir if None.
+      num_examples: int; the number of images to evaluate, and an error if there are fewer. If None,
+        at most --num_examples are evaluated.
+      outputs: dict of tensors for more results, or None: `images`, float32 [batch, 24, 24, 3];
+        `labels` and `predictions`, int [batch]; `cross_entropy`, float32 [batch]. They add
+        precision by class, mean cross-entropy, a confusion matrix and a sheet of mistakes to the
+        summaries, and a line to the file `results.jsonl` in the same folder.
+      class_names: the names of the classes; those of the dataset if None.
 
     Returns:
-      float; the share of the images that were right, 0 to 1.
+      float; precision @ 1, from 0 to 1.
 
     Raises:
-      UserError: there is no checkpoint, or too few images.
-      CheckpointError: the checkpoint cannot be restored, or holds values that are not finite.
+      UserError: there is no checkpoint, or there are too few images.
+      CheckpointError: the checkpoint cannot be restored, or has values that are not finite.
     """
     if checkpoint is None:
-        checkpoint = require_checkpoint(FLAGS.checkpoint_dir)
+        checkpoint = checkpoints.require_checkpoint(FLAGS.checkpoint_dir)
     if class_names is None:
         class_names = cifar10.find_class_names()
     if not tf.get_collection(tf.GraphKeys.LOCAL_INIT_OP):
-        # Once per graph, and before a session runs it: the next evaluation uses it again.
+        # Create it once per graph, before any session runs.
         tf.add_to_collection(tf.GraphKeys.LOCAL_INIT_OP, tf.local_variables_initializer())
     with tf.Session(config=session_config(FLAGS.use_fp16)) as session:
-        step = restore(session, saver, checkpoint)
+        step = checkpoints.restore(session, saver, checkpoint)
         session.run(tf.get_collection(tf.GraphKeys.LOCAL_INIT_OP))
         try:
-            tally = _count(
+            counts = _count(
                 session,
                 top_k_op,
                 outputs,
@@ -182,130 +171,152 @@ def eval_once(
                 len(class_names),
             )
         except tf.errors.InvalidArgumentError as error:
-            if is_histogram_of_nonfinite(error):
+            if is_nonfinite_histogram(error):
                 raise CheckpointError(
-                    f"{checkpoint} has values that are not finite: {find_reason(error)}"
+                    f"{checkpoint} gives values that are not finite: {first_line(error)}"
                 ) from error
             raise
-    if tally.total < (num_examples or 1):
-        raise UserError(
-            f"the input has ended after {tally.total} of {num_examples or 'the'} images"
-        )
-    if not math.isfinite(tally.cross_entropy):
-        raise CheckpointError(f"{checkpoint} gives a cross-entropy of {tally.cross_entropy}")
-    print(f"{format_now()}: precision @ 1 = {tally.precision:.3f}", flush=True)
+    if counts.total < (num_examples or 1):
+        expected = "" if num_examples is None else f" of {num_examples}"
+        raise UserError(f"the input ended after {counts.total}{expected} images")
+    if not math.isfinite(counts.cross_entropy):
+        raise CheckpointError(f"{checkpoint} gives a cross-entropy of {counts.cross_entropy}")
+    print(f"{progress.timestamp()}: precision @ 1 = {counts.precision:.3f}", flush=True)
 
-    summary = tf.Summary()
-    if tally.summary is not None:
-        summary.ParseFromString(tally.summary)
-    summary.value.add(tag="precision @ 1", simple_value=tally.precision)
+    summary = tf.Summary.FromString(counts.summary or b"")
+    summary.value.add(tag="precision @ 1", simple_value=counts.precision)
     if outputs is not None:
-        _report(tally, class_names, summary, summary_writer.get_logdir(), step, checkpoint)
+        _report(counts, class_names, summary, summary_writer.get_logdir(), step, checkpoint)
     summary_writer.add_summary(summary, step)
     summary_writer.flush()
-    return tally.precision
+    return counts.precision
 
 
-def _report(tally, names, summary, eval_dir, step, checkpoint):
-    """Adds the details of an evaluation to its summary, and a line to the file of results."""
-    # Of the images of a class, the share that is right; their mean, weighted, is precision @ 1.
-    of_class = {
+def _report(counts, class_names, summary, eval_dir, step, checkpoint):
+    """Adds the details of an evaluation to its summary and to the file of results."""
+    precision_of_class = {
         name: int(row[label]) / int(row.sum()) if row.any() else None
-        for label, (name, row) in enumerate(zip(names, tally.confusion, strict=True))
+        for label, (name, row) in enumerate(zip(class_names, counts.confusion, strict=True))
     }
-    cross_entropy = tally.cross_entropy / tally.total
+    cross_entropy = counts.cross_entropy / counts.total
     summary.value.add(tag="cross_entropy", simple_value=cross_entropy)
-    for name, share in of_class.items():
-        if share is not None:
-            summary.value.add(tag=f"precision/{name}", simple_value=share)
-    images, labels, predictions = zip(*tally.mistakes, strict=True) if tally.mistakes else [()] * 3
+    for name, precision in precision_of_class.items():
+        if precision is not None:
+            summary.value.add(tag=f"precision/{name}", simple_value=precision)
+    images, labels, predictions = (
+        zip(*counts.mistakes, strict=True) if counts.mistakes else [()] * 3
+    )
     for tag, png in (
-        ("confusion_matrix", cifar10_charts.draw_confusion_matrix(tally.confusion, names)),
-        ("mistakes", cifar10_charts.draw_mistakes(np.array(images), labels, predictions, names)),
+        ("confusion_matrix", charts.draw_confusion_matrix(counts.confusion, class_names)),
+        ("mistakes", charts.draw_mistakes(np.array(images), labels, predictions, class_names)),
     ):
         summary.value.add(tag=tag, image=tf.Summary.Image(encoded_image_string=png))
-    append_json_line(
+    files.append_json_line(
         os.path.join(eval_dir, RESULTS_FILE),
         {
             "step": step,
             "checkpoint": checkpoint,
             "eval_data": FLAGS.eval_data,
             "use_moving_averages": FLAGS.use_moving_averages,
-            "count": tally.total,
-            "precision": tally.precision,
+            "count": counts.total,
+            "precision": counts.precision,
             "cross_entropy": cross_entropy,
-            "precision_of_class": of_class,
-            "class_names": list(names),
-            "confusion_matrix": tally.confusion.tolist(),
+            "precision_of_class": precision_of_class,
+            "class_names": list(class_names),
+            "confusion_matrix": counts.confusion.tolist(),
         },
     )
 
 
-def _wait_for_checkpoint(checkpoint_dir, done, check_trainer):
-    """Waits until the newest checkpoint in a folder, which may come later, is not `done`."""
-    if done is None and find_latest_checkpoint(checkpoint_dir) is None:
+def variables_to_restore():
+    """Returns the variables of the default graph by the names of the values to restore.
+
+    Those are the moving averages of the trainable variables, unless --use_moving_averages is false.
+    """
+    if FLAGS.use_moving_averages:
+        variable_averages = tf.train.ExponentialMovingAverage(cifar10.MOVING_AVERAGE_DECAY)
+        return variable_averages.variables_to_restore()
+    return {variable.op.name: variable for variable in tf.trainable_variables()}
+
+
+def _count_examples(eval_test):
+    """Returns how many images to evaluate; says on stderr if that is not all, or not as many."""
+    available = dataset.count_records(cifar10.find_data_folder(), eval_test)
+    constant = cifar10.num_examples_per_epoch(eval_data=True)
+    is_edited = constant != available and eval_test
+    limit = FLAGS.num_examples
+    if FLAGS["num_examples"].using_default_value and is_edited:
+        limit = constant
+    if available < limit:
+        print(
+            f"--num_examples={limit}, but there are only {available} images: evaluating all of "
+            "them",
+            file=sys.stderr,
+        )
+    elif available > limit and FLAGS["num_examples"].using_default_value:
+        print(
+            f"There are {available} images: evaluating the first {limit} of them (--num_examples)",
+            file=sys.stderr,
+        )
+    return min(available, limit)
+
+
+def _wait_for_checkpoint(checkpoint_dir, evaluated, check_trainer):
+    """Waits for a checkpoint in a folder that has not been evaluated, and returns its path."""
+    newest = checkpoints.find_latest_checkpoint(checkpoint_dir)
+    if newest is None and evaluated is None:
         print(f"Waiting for a checkpoint in {checkpoint_dir}", file=sys.stderr, flush=True)
-    while (newest := find_latest_checkpoint(checkpoint_dir)) in (None, done):
-        STOP_REQUEST.raise_if_made()
+    while newest in (None, evaluated):
         check_trainer()
         time.sleep(1)
+        newest = checkpoints.find_latest_checkpoint(checkpoint_dir)
     return newest
 
 
-def _check_folders():
-    """Raises UserError where summaries would go among the checkpoints, as a second trainer's."""
-    if os.path.realpath(FLAGS.eval_dir) == os.path.realpath(FLAGS.checkpoint_dir):
+@contextlib.contextmanager
+def _summary_writer(eval_dir, graph):
+    """Yields a `tf.summary.FileWriter` for a folder that must not be that of the training."""
+    if os.path.realpath(eval_dir) == os.path.realpath(FLAGS.checkpoint_dir):
         raise UserError(
-            f"--eval_dir and --checkpoint_dir are both {FLAGS.eval_dir}; summaries of evaluations "
-            "need a folder of their own"
+            f"--eval_dir and --checkpoint_dir are both {eval_dir}; choose a separate folder for "
+            "the summaries of evaluations"
         )
-
-
-def _make_summary_writer(eval_dir, graph):
     try:
-        # A name of its own: by itself it would be the second's, and two in one second would clash.
-        return tf.summary.FileWriter(eval_dir, graph, filename_suffix=f".{uuid.uuid4().hex}")
+        # The default name contains only the second, so two writers could use the same file.
+        suffix = f".{uuid.uuid4().hex}"
+        writer = tf.summary.FileWriter(eval_dir, graph, filename_suffix=suffix)
     except tf.errors.OpError as error:
-        raise UserError(f"cannot write to --eval_dir={eval_dir}: {find_reason(error)}") from error
+        raise UserError(f"cannot write to --eval_dir={eval_dir}: {first_line(error)}") from error
+    with writer:
+        yield writer
 
 
 def evaluate(last_step=None, check_trainer=lambda: None):
-    """Evaluates as the flags say: the newest checkpoint, or each new one for ever.
+    """Evaluates the newest checkpoint, or each new one forever, depending on --run_once.
 
     Args:
-      last_step: int; the global step to stop after, once a checkpoint of it has been evaluated.
-      check_trainer: called while a new checkpoint is waited for; raises UserError when there will
-        be none any more.
+      last_step: int; the global step after whose checkpoint to stop. Never if None.
+      check_trainer: called while waiting for a new checkpoint; raises UserError if there will be
+        none.
 
     Raises:
-      UserError: the folder for summaries cannot be written; with --run_once also, there is no
+      UserError: the folder for summaries cannot be written. With --run_once also: there is no
         checkpoint, or it cannot be evaluated.
     """
-    _check_folders()
-    settings = find_settings()
-    if FLAGS.run_once:  # before anything is made in vain
-        check_settings(require_checkpoint(FLAGS.checkpoint_dir), settings)
+    settings = cifar10.training_settings()
+    if FLAGS.run_once:  # before spending time on the graph
+        newest = checkpoints.require_checkpoint(FLAGS.checkpoint_dir)
+        checkpoints.check_settings(newest, settings)
     eval_test = FLAGS.eval_data == "test"
-    available = cifar10_data.count_records(cifar10.find_data_folder(), eval_test)
-    check_input = cifar10.make_change_check(eval_test)
-    if available < FLAGS.num_examples:
-        print(
-            f"--num_examples={FLAGS.num_examples}, but there are {available}: evaluating those",
-            file=sys.stderr,
-        )
-    elif available > FLAGS.num_examples == FLAGS["num_examples"].default:
-        print(
-            f"There are {available} images: evaluating the first {FLAGS.num_examples} of them "
-            "(--num_examples)",
-            file=sys.stderr,
-        )
+    detector = cifar10.make_change_detector(eval_test)
+    num_examples = _count_examples(eval_test)
     with tf.Graph().as_default() as graph:
         images, labels = cifar10.inputs(eval_test, num_epochs=1)
         logits = cifar10.inference(images)
         top_k_op = tf.nn.in_top_k(logits, labels, 1)
-        variables = variables_to_restore(FLAGS.use_moving_averages)
+        variables = variables_to_restore()
         saver = tf.train.Saver(variables)
-        # How many zeros a layer puts out is a matter of the training, and shown there.
+        # Sparsity describes the training, and is shown there.
         summaries = tf.get_collection(tf.GraphKeys.SUMMARIES)
         summary_op = tf.summary.merge([s for s in summaries if s.op.type != "ScalarSummary"])
         outputs = {
@@ -316,22 +327,24 @@ def evaluate(last_step=None, check_trainer=lambda: None):
                 labels=labels, logits=logits
             ),
         }
-        with _make_summary_writer(FLAGS.eval_dir, graph) as summary_writer:
-            done, evaluated_step = None, -1
+        with _summary_writer(FLAGS.eval_dir, graph) as summary_writer:
+            checkpoint, evaluated_step = None, -1
             while True:
                 if FLAGS.run_once:
-                    checkpoint = require_checkpoint(FLAGS.checkpoint_dir)
+                    checkpoint = checkpoints.require_checkpoint(FLAGS.checkpoint_dir)
                 else:
-                    checkpoint = _wait_for_checkpoint(FLAGS.checkpoint_dir, done, check_trainer)
+                    checkpoint = _wait_for_checkpoint(
+                        FLAGS.checkpoint_dir, checkpoint, check_trainer
+                    )
                 start = time.monotonic()
-                done = checkpoint
                 try:
-                    step = read_step(checkpoint)
-                    check_fits(checkpoint, variables, settings)
+                    step = checkpoints.read_global_step(checkpoint)
+                    checkpoints.check_settings(checkpoint, settings)
+                    checkpoints.check_variables(checkpoint, variables)
                     if step < evaluated_step:
                         raise CheckpointError(
-                            f"{checkpoint} is of step {step}, before step {evaluated_step}, which "
-                            "has been evaluated: passed over"
+                            f"skipping {checkpoint}: its step {step} comes before step "
+                            f"{evaluated_step}, which has been evaluated"
                         )
                     eval_once(
                         saver,
@@ -339,29 +352,30 @@ def evaluate(last_step=None, check_trainer=lambda: None):
                         top_k_op,
                         summary_op,
                         checkpoint,
-                        num_examples=min(available, FLAGS.num_examples),
-                        outputs=outputs,
-                        class_names=settings.class_names,
+                        num_examples,
+                        outputs,
+                        settings.class_names,
                     )
                     evaluated_step = step
                 except CheckpointError as error:
-                    # The trainer may have deleted it: then there is a newer one.
-                    if FLAGS.run_once and find_latest_checkpoint(FLAGS.checkpoint_dir) == done:
+                    # The trainer may have deleted it. Then there is a newer one.
+                    newest = checkpoints.find_latest_checkpoint(FLAGS.checkpoint_dir)
+                    if FLAGS.run_once and newest == checkpoint:
                         raise
                     tf.logging.warning("%s", error)
                     continue
                 except (UserError, tf.errors.OpError):
-                    check_input()  # the data may explain it
+                    detector.check()  # a change of the data may be the cause
                     raise
                 if FLAGS.run_once or (last_step is not None and step >= last_step):
                     return
                 time.sleep(max(0.0, start + FLAGS.eval_interval_secs - time.monotonic()))
 
 
-def main():
+def main(argv=None):
     cifar10.maybe_download_and_extract()
     evaluate()
 
 
 if __name__ == "__main__":
-    run(main)
+    command_line.run(main)

@@ -1,58 +1,61 @@
-"""Trains the CIFAR-10 model on several GPUs at once, in step.
+"""Trains the CIFAR-10 model on several GPUs with synchronous updates.
 
     python cifar10_multi_gpu_train.py --num_gpus=2
 
-Each GPU has a tower: a copy of the model that works on a batch of its own. The variables are in the
-CPU's memory, shared by all towers. In a step every tower computes its gradients; their average
-updates the variables once. So a step consumes --batch_size images per GPU.
+Each GPU runs a tower: a copy of the model that processes its own batch of --batch_size images. The
+towers share variables, which are in the CPU's memory. In each step, every tower computes its
+gradients, and their average updates the variables once.
 """
 
 from absl import flags
 
 import cifar10
-import cifar10_session
-from cifar10_runtime import GPUS, run, tf
+import cifar10_train  # defines the flags of training
+from support import command_line, session
+from support.tensorflow_v1 import GPUS, session_config, tf, warn_of_unusable_gpus
 
 FLAGS = flags.FLAGS
 
 flags.DEFINE_integer(
-    "num_gpus", 1, "Towers to train, one per GPU.", lower_bound=1, upper_bound=1024
+    "num_gpus", 1, "Number of towers, one per GPU.", lower_bound=1, upper_bound=1024
 )
+for name in [*session.Options._fields, "seed", "log_device_placement"]:
+    flags.declare_key_flag(name)
 
 
 def tower_loss(scope, images, labels):
-    """Builds one tower of the model.
+    """Builds a tower up to its total loss.
 
     Args:
-      scope: string; the tower's name scope, such as `tower_0/`.
+      scope: string; the name scope of the tower, for example `tower_0/`.
       images: float32 [batch, 24, 24, 3].
       labels: int32 [batch].
 
     Returns:
-      float32 []; the total loss of this tower's batch.
+      float32 []; the total loss of the tower's batch.
     """
     return cifar10.loss(cifar10.inference(images), labels, scope)
 
 
 def average_gradients(tower_grads):
-    """Averages each variable's gradients over the towers. The towers are synchronized here.
+    """Averages the gradients of each variable over the towers. This synchronizes the towers.
 
     Args:
-      tower_grads: for each tower its list of (gradient, variable), the variables in one order.
+      tower_grads: for each tower its list of (gradient, variable), in the same order.
 
     Returns:
       list of (average gradient, variable).
     """
-    averages = []
+    average_grads = []
     for grads_and_vars in zip(*tower_grads, strict=True):
-        gradients = [gradient for gradient, _ in grads_and_vars]
+        grads = [grad for grad, _ in grads_and_vars]
         variable = grads_and_vars[0][1]  # the towers share it
-        averages.append((tf.add_n(gradients) / len(gradients), variable))
-    return averages
+        average_grads.append((tf.add_n(grads) / len(grads), variable))
+    return average_grads
 
 
 def build_training(num_gpus, batch_size):
-    """Builds the towers, and the update from their averaged gradients, in the default graph.
+    """Builds the towers and the update with their averaged gradients in the default graph.
 
     Args:
       num_gpus: int; the number of towers.
@@ -60,7 +63,7 @@ def build_training(num_gpus, batch_size):
 
     Returns:
       train_op: the operation that trains one step.
-      loss: float32 []; the mean of the towers' total losses.
+      loss: float32 []; the mean of the total losses of the towers.
     """
     with tf.device("/cpu:0"):
         global_step = tf.train.get_or_create_global_step()
@@ -92,28 +95,38 @@ def build_training(num_gpus, batch_size):
 
 
 def train():
-    """Trains as the flags say, up to --max_steps."""
-    with cifar10_session.prepare_train_dir(FLAGS.train_dir, FLAGS.max_steps) as is_needed:
-        if not is_needed:
-            return
-        if FLAGS.num_gpus > len(GPUS):
-            tf.logging.warning(
-                "--num_gpus=%d, but TensorFlow sees %d: the towers share what there is%s.",
-                FLAGS.num_gpus,
-                len(GPUS),
-                "" if GPUS else ", which is the CPU",
-            )
-        with cifar10_session.seeded_graph():
-            train_op, loss = build_training(FLAGS.num_gpus, FLAGS.batch_size)
-            cifar10_session.run_training_as_flags_say(
-                train_op, loss, examples_per_step=FLAGS.batch_size * FLAGS.num_gpus
-            )
+    """Trains up to --max_steps, from the newest checkpoint in --train_dir if there is one."""
+    options = cifar10_train.training_options()
+    settings = cifar10.training_settings()
+    if not session.has_steps_left(options, settings):
+        return
+    if FLAGS.num_gpus > len(GPUS):
+        tf.logging.warning(
+            "--num_gpus=%d, but TensorFlow finds %d GPU(s): the towers share %s.",
+            FLAGS.num_gpus,
+            len(GPUS),
+            "them" if GPUS else "the CPU",
+        )
+    with session.training_graph(FLAGS.seed):
+        train_op, loss = build_training(FLAGS.num_gpus, FLAGS.batch_size)
+        with session.training_session(
+            loss,
+            FLAGS.batch_size * FLAGS.num_gpus,
+            options,
+            settings,
+            session_config(FLAGS.use_fp16, FLAGS.log_device_placement),
+            check_input=cifar10.make_change_detector(eval_data=False).check,
+            flags=command_line.flag_values(),
+        ) as sess:
+            while not sess.should_stop():
+                sess.run(train_op)
 
 
-def main():
+def main(argv=None):
+    warn_of_unusable_gpus()
     cifar10.maybe_download_and_extract()
     train()
 
 
 if __name__ == "__main__":
-    run(main)
+    command_line.run(main)

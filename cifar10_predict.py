@@ -1,12 +1,13 @@
-"""Tells what is on pictures: for each the three likeliest classes, with their probabilities.
+"""Predicts the classes of your images: the three most likely ones, with their probabilities.
 
     python cifar10_predict.py cat.png dog.jpg photos/
     python cifar10_predict.py --json photos/
     python cifar10_predict.py --export_dir=/tmp/cifar10_model/1
 
-Any size and shape; PNG, JPEG, GIF, BMP and WebP. The newest checkpoint's moving averages predict,
-and each picture goes the way of the test images. A picture that cannot be read is named on stderr;
-the others go on, and the exit code is 1. --export_dir writes the model as a SavedModel.
+Images can have any size and shape, in the formats PNG, JPEG, GIF, BMP and WebP. They are prepared
+like the test images, and the newest checkpoint classifies them. An image that cannot be read is
+reported on stderr; the others are still classified, and the exit code is 1. --export_dir writes the
+model as a SavedModel.
 """
 
 import contextlib
@@ -20,32 +21,33 @@ import numpy as np
 from absl import app, flags
 
 import cifar10
-import cifar10_data
+import cifar10_eval  # defines --checkpoint_dir and --use_moving_averages
 import cifar10_input
-import cifar10_pictures
-from cifar10_restore import CheckpointError, read_newest_settings, restore_newest
-from cifar10_runtime import UserError, check_new_folder, find_reason, run, session_config, tf
-from cifar10_settings import find_settings
+from support import checkpoints, command_line, dataset, files, image_files
+from support.errors import CheckpointError, UserError, first_line
+from support.tensorflow_v1 import session_config, tf
 
 FLAGS = flags.FLAGS
 
-flags.DEFINE_boolean("json", False, "Print a JSON object in a line for each picture.")
+flags.declare_key_flag("checkpoint_dir")
+flags.declare_key_flag("use_moving_averages")
+flags.DEFINE_boolean("json", False, "Print one JSON object per line and image.")
 flags.DEFINE_string(
     "export_dir",
     None,
-    "Folder to write the model to, as a SavedModel; it must not hold anything yet.",
+    "Folder to write the model to, as a SavedModel. It must be new or empty.",
 )
 flags.register_validator("export_dir", lambda value: value != "", "it must name a folder")
 
-TOP = 3  # classes that are told of a picture
+TOP_CLASSES = 3  # printed for each image
 
 
-class _Model(NamedTuple):
+class Model(NamedTuple):
     """A restored model.
 
     Attributes:
       session: `tf.Session`.
-      pictures: placeholder, uint8 [n, 32, 32, 3].
+      images: placeholder, uint8 [n, 32, 32, 3].
       probabilities: float32 [n, classes].
       class_names: tuple of strings.
       checkpoint: string; the path of the checkpoint.
@@ -53,7 +55,7 @@ class _Model(NamedTuple):
     """
 
     session: tf.Session
-    pictures: tf.Tensor
+    images: tf.Tensor
     probabilities: tf.Tensor
     class_names: tuple
     checkpoint: str
@@ -62,99 +64,107 @@ class _Model(NamedTuple):
 
 @contextlib.contextmanager
 def open_model():
-    """Gives the `_Model` that the flags name, as a context manager.
+    """Yields the `Model` of the newest checkpoint in --checkpoint_dir. No dataset is needed.
 
     Raises:
       UserError: there is no checkpoint, or it cannot be used.
     """
-    trained = read_newest_settings()
-    settings = find_settings(trained and trained.class_names)  # there need be no data set
-    shape = [None, cifar10_data.HEIGHT, cifar10_data.WIDTH, cifar10_data.DEPTH]
+    trained = checkpoints.read_newest_settings(FLAGS.checkpoint_dir)
+    settings = cifar10.training_settings(trained and trained.class_names)
+    shape = [None, dataset.HEIGHT, dataset.WIDTH, dataset.DEPTH]
     with tf.Graph().as_default(), tf.Session(config=session_config(FLAGS.use_fp16)) as session:
-        pictures = tf.placeholder(tf.uint8, shape, name="images")
-        images = cifar10_input.standardized_crops(pictures, settings.crop_size)
-        logits = cifar10.inference(images, len(settings.class_names))
+        images = tf.placeholder(tf.uint8, shape, name="images")
+        crops = cifar10_input.central_crops(images, settings.crop_size)
+        logits = cifar10.inference(crops, len(settings.class_names))
         probabilities = tf.nn.softmax(logits, name="probabilities")
-        checkpoint, step = restore_newest(session, settings)
-        yield _Model(session, pictures, probabilities, settings.class_names, checkpoint, step)
+        variables = cifar10_eval.variables_to_restore()
+        saver = tf.train.Saver(variables)
+        checkpoint, step = checkpoints.restore_newest(
+            session, saver, variables, FLAGS.checkpoint_dir, settings
+        )
+        yield Model(session, images, probabilities, settings.class_names, checkpoint, step)
 
 
-def read_in_batches(paths, size):
-    """Reads pictures, `size` at a time.
+def read_in_batches(paths, batch_size):
+    """Reads images in batches.
 
     Args:
       paths: iterable of paths.
-      size: int.
+      batch_size: int.
 
     Returns:
-      Iterator of batches: lists of (path, uint8 [32, 32, 3] or the `PictureError` of reading it).
+      Iterator of batches: lists of (path, image), where image is uint8 [32, 32, 3] or the
+      `ImageError` raised when reading it.
     """
     batch = []
     for path in paths:
         try:
-            batch.append((path, cifar10_pictures.read_picture(path)))
-        except cifar10_pictures.PictureError as error:
+            batch.append((path, image_files.read_image(path)))
+        except image_files.ImageError as error:
             batch.append((path, error))
-        if len(batch) == size:
+        if len(batch) == batch_size:
             yield batch
             batch = []
     if batch:
         yield batch
 
 
-def predict(model, batch):
-    """Predicts the classes of pictures.
+def predict(model, images):
+    """Predicts the classes of images.
 
     Args:
-      model: a `_Model`.
-      batch: uint8 [n, 32, 32, 3].
+      model: `Model`.
+      images: uint8 [n, 32, 32, 3].
 
     Returns:
-      For each picture its TOP classes, the likeliest first, as (name, probability).
+      For each image its TOP_CLASSES most likely classes as (name, probability), the most likely
+      one first.
 
     Raises:
       CheckpointError: the model gives probabilities that are not finite.
     """
-    probabilities = model.session.run(model.probabilities, {model.pictures: batch})
+    probabilities = model.session.run(model.probabilities, {model.images: images})
     if not np.isfinite(probabilities).all():
         raise CheckpointError(f"{model.checkpoint} gives probabilities that are not finite")
     return [
-        [(model.class_names[i], float(row[i])) for i in np.argsort(-row, kind="stable")[:TOP]]
+        [(model.class_names[i], float(row[i])) for i in np.argsort(-row, kind="stable")][
+            :TOP_CLASSES
+        ]
         for row in probabilities
     ]
 
 
 def predict_files(model, paths, batch_size, as_json):
-    """Prints what is on pictures, a line each, in their order.
+    """Predicts the classes of image files, and prints a line for each of them.
 
     Args:
-      model: a `_Model`.
-      paths: iterable of paths of pictures.
-      batch_size: int; how many are read and predicted at a time.
+      model: `Model`.
+      paths: iterable of paths of images.
+      batch_size: int; the number of images to read and classify at a time.
       as_json: bool; print JSON objects.
 
     Raises:
-      UserError: some could not be read; the others are printed.
+      UserError: some images could not be read. The lines of the others have been printed.
     """
     count = unreadable = 0
     for batch in read_in_batches(paths, batch_size):
-        pictures = [result for _, result in batch if isinstance(result, np.ndarray)]
-        predictions = iter(predict(model, np.stack(pictures)) if pictures else [])
-        for path, result in batch:
+        images = [image for _, image in batch if isinstance(image, np.ndarray)]
+        predictions = iter(predict(model, np.stack(images)) if images else [])
+        for path, image in batch:
             count += 1
-            if isinstance(result, cifar10_pictures.PictureError):
+            if isinstance(image, image_files.ImageError):
                 unreadable += 1
-                print(result, file=sys.stderr, flush=True)
-                found = {"error": str(result)}
+                print(image, file=sys.stderr, flush=True)
+                result = {"error": str(image)}
             else:
-                found = {"predictions": next(predictions)}
+                result = {"predictions": next(predictions)}
             if as_json:
-                _print_json(model, path, **found)
-            elif "predictions" in found:
-                shares = ", ".join(f"{name} {share:.3f}" for name, share in found["predictions"])
-                print(f"{cifar10_pictures.make_printable(path)}: {shares}", flush=True)
+                _print_json(model, path, **result)
+            elif "predictions" in result:
+                classes = ", ".join(f"{name} {p:.3f}" for name, p in result["predictions"])
+                print(f"{image_files.make_printable(path)}: {classes}", flush=True)
     if unreadable:
-        raise UserError(f"{unreadable} of {count} could not be read")
+        raise UserError(f"{unreadable} of {count} images could not be read")
 
 
 def _print_json(model, path, predictions=None, error=None):
@@ -170,32 +180,32 @@ def _print_json(model, path, predictions=None, error=None):
 def export(model, export_dir):
     """Writes a model as a SavedModel with the signature `serving_default`.
 
-    It takes `images`, uint8 [n, 32, 32, 3], and gives `probabilities`, float32 [n, classes];
-    `classes`, int64 [n], the number of each image's likeliest class; and `class_names`, string
-    [n, classes], the names that the probabilities belong to, once for each image, as servers want
-    an answer a row.
+    Its input is `images`, uint8 [n, 32, 32, 3]. Its outputs are `probabilities`, float32
+    [n, classes]; `classes`, int64 [n], the number of the most likely class of each image; and
+    `class_names`, string [n, classes], the names that belong to the probabilities. The names are
+    repeated for each image because servers expect a row per image in each output.
 
     Args:
-      model: a `_Model`.
-      export_dir: path; it may be there already if it is empty.
+      model: `Model`.
+      export_dir: path; the folder must be new or empty.
 
     Raises:
-      UserError: the folder holds something, or cannot be written.
+      UserError: the folder is not empty or cannot be written.
     """
-    check_new_folder("--export_dir", export_dir)
+    files.check_new_folder("--export_dir", export_dir)
     names = tf.constant([model.class_names])
     signature = tf.saved_model.predict_signature_def(
-        {"images": model.pictures},
+        {"images": model.images},
         {
             "probabilities": model.probabilities,
             "classes": tf.argmax(model.probabilities, axis=1),
-            "class_names": tf.tile(names, [tf.shape(model.pictures)[0], 1]),
+            "class_names": tf.tile(names, [tf.shape(model.images)[0], 1]),
         },
     )
     parent, name = os.path.split(os.path.abspath(export_dir))
     try:
         os.makedirs(parent, exist_ok=True)
-        # It gets its name when it is whole. A folder of that name that is not empty stays.
+        # The folder gets its name when it is complete. Renaming fails if the target is not empty.
         with tempfile.TemporaryDirectory(prefix=f".{name}.", dir=parent) as folder:
             staging = os.path.join(folder, name)
             os.mkdir(staging)
@@ -209,16 +219,17 @@ def export(model, export_dir):
             )
             builder.save()
             os.rename(staging, export_dir)
-    # ValueError is the Saver's name for a folder that is gone.
+    # The Saver raises ValueError if the folder is gone.
     except (OSError, ValueError, tf.errors.OpError) as error:
-        raise UserError(f"cannot write --export_dir={export_dir}: {find_reason(error)}") from error
+        raise UserError(f"cannot write --export_dir={export_dir}: {first_line(error)}") from error
 
 
-def main(paths):
+def main(argv):
+    paths = argv[1:]
     if not paths and FLAGS.export_dir is None:
-        raise app.UsageError("name pictures, folders of pictures, or --export_dir")
-    if FLAGS.export_dir is not None:
-        check_new_folder("--export_dir", FLAGS.export_dir)  # before anything is done in vain
+        raise app.UsageError("name images or folders of images, or give --export_dir")
+    if FLAGS.export_dir is not None:  # before spending time on the model
+        files.check_new_folder("--export_dir", FLAGS.export_dir)
     with open_model() as model:
         if FLAGS.export_dir is not None:
             export(model, FLAGS.export_dir)
@@ -226,9 +237,8 @@ def main(paths):
                 f"{FLAGS.export_dir} holds the model of {model.checkpoint}, step {model.step}",
                 file=sys.stderr,
             )
-        pictures = cifar10_pictures.find_pictures(paths)
-        predict_files(model, pictures, FLAGS.batch_size, FLAGS.json)
+        predict_files(model, image_files.find_images(paths), FLAGS.batch_size, FLAGS.json)
 
 
 if __name__ == "__main__":
-    run(main, takes_arguments=True)
+    command_line.run(main, takes_arguments=True)

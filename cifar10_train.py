@@ -1,11 +1,12 @@
-"""Trains the CIFAR-10 model on a CPU or on one GPU; with TF_CONFIG, on several machines in step.
+"""Trains the CIFAR-10 model on a CPU or on one GPU.
 
     python cifar10_train.py
     python cifar10_train.py --synthetic_data --max_steps=400 --train_dir=/tmp/synthetic/train
-    tensorboard --logdir /tmp/cifar10_train
+    tensorboard --logdir=/tmp/cifar10_train
 
-Started again with the same --train_dir it goes on from the newest checkpoint there. The model gets
-to about 86% precision within a few hours on a GPU (source: the TensorFlow tutorial).
+The same command resumes training from the newest checkpoint in --train_dir. On a GPU, the model
+reaches a precision of about 86% within a few hours (source: the TensorFlow tutorial). On several
+machines, start the script on each of them, with the environment variable TF_CONFIG.
 """
 
 import os
@@ -13,53 +14,147 @@ import os
 from absl import flags
 
 import cifar10
-import cifar10_cluster
-import cifar10_session
-from cifar10_runtime import run, tf
+from support import command_line, session
+from support.cluster import server, task, training
+from support.tensorflow_v1 import session_config, tf, warn_of_unusable_gpus
+
+if os.environ.get("TF_CONFIG"):  # all tasks get the same flags, and one may be an evaluator
+    import cifar10_eval
 
 FLAGS = flags.FLAGS
+_MAX_INT = 2**31 - 1
+
+flags.DEFINE_string(
+    "train_dir",
+    "/tmp/cifar10_train",
+    "Folder for checkpoints and summaries. A run that is already there is resumed, never deleted.",
+)
+flags.DEFINE_integer(
+    "max_steps",
+    1000000,
+    "Number of steps, including those of earlier runs in train_dir.",
+    lower_bound=1,
+    upper_bound=_MAX_INT,
+)
+flags.DEFINE_integer(
+    "log_frequency", 10, "Steps between lines of progress.", lower_bound=1, upper_bound=_MAX_INT
+)
+flags.DEFINE_integer(
+    "save_checkpoint_secs",
+    600,
+    "Seconds between checkpoints.",
+    lower_bound=1,
+    upper_bound=_MAX_INT,
+)
+flags.DEFINE_integer(
+    "save_checkpoint_steps",
+    None,
+    "Steps between checkpoints, instead of save_checkpoint_secs.",
+    lower_bound=1,
+    upper_bound=_MAX_INT,
+)
+flags.DEFINE_integer(
+    "max_checkpoints_to_keep",
+    5,
+    "Number of checkpoints to keep. Older checkpoints of the same run are deleted.",
+    lower_bound=1,
+    upper_bound=_MAX_INT,
+)
+flags.DEFINE_integer(
+    "save_summaries_steps",
+    100,
+    "Steps between summaries for TensorBoard. 0 turns them off.",
+    lower_bound=0,
+    upper_bound=_MAX_INT,
+)
+flags.DEFINE_integer(
+    "seed",
+    None,
+    "Seed for the initial variables and all random operations. By default, each run draws a new "
+    "one. On a CPU and with num_preprocess_threads=1, it determines every loss.",
+    lower_bound=0,
+    upper_bound=_MAX_INT,
+)
+flags.DEFINE_boolean(
+    "log_device_placement", False, "Print the device of every operation: hundreds of lines."
+)
+flags.DEFINE_integer(
+    "cluster_timeout_secs", 600, "Seconds to wait for a task that is missing.", lower_bound=1
+)
+flags.DEFINE_boolean(
+    "shard_data",
+    False,
+    "Have each worker read its own part of the records. By default, each worker reads all records, "
+    "in an order of its own.",
+)
+flags.register_validator("train_dir", bool, "it must name a folder")
+CLUSTER_FLAGS = ("Flags for several machines (TF_CONFIG)", ["cluster_timeout_secs", "shard_data"])
 
 
-def train():
-    """Trains as the flags say, up to --max_steps."""
-    with cifar10_session.prepare_train_dir(FLAGS.train_dir, FLAGS.max_steps) as is_needed:
-        if not is_needed:
-            return
-        with cifar10_session.seeded_graph():
-            with tf.device("/cpu:0"):
-                global_step = tf.train.get_or_create_global_step()
-            images, labels = cifar10.distorted_inputs()
-            logits = cifar10.inference(images)
-            loss = cifar10.loss(logits, labels)
-            train_op = cifar10.train(loss, global_step)
-            cifar10_session.run_training_as_flags_say(
-                train_op, loss, examples_per_step=FLAGS.batch_size
-            )
+def training_options():
+    """Returns the `session.Options` that the flags of the same names hold."""
+    return session.Options(**{name: FLAGS[name].value for name in session.Options._fields})
 
 
-def main():
-    task = cifar10_cluster.find_task()
-    if task is None:
+def train(worker=None):
+    """Trains up to --max_steps, from the newest checkpoint in --train_dir if there is one.
+
+    Args:
+      worker: `support.cluster.training.Worker` in a cluster, or None.
+    """
+    options = training_options()
+    settings = cifar10.training_settings()
+    if not session.has_steps_left(options, settings, worker):
+        return
+    with session.training_graph(FLAGS.seed, worker):
+        with tf.device("/cpu:0"):
+            global_step = tf.train.get_or_create_global_step()
+        images, labels = cifar10.distorted_inputs(shard=worker and worker.shard)
+        logits = cifar10.inference(images)
+        loss = cifar10.loss(logits, labels)
+        train_op = cifar10.train(loss, global_step, worker)
+
+        with session.training_session(
+            loss,
+            FLAGS.batch_size * (worker.count if worker else 1),
+            options,
+            settings,
+            session_config(FLAGS.use_fp16, FLAGS.log_device_placement),
+            check_input=cifar10.make_change_detector(eval_data=False).check,
+            flags=command_line.flag_values(CLUSTER_FLAGS),
+            worker=worker,
+        ) as sess:
+            while not sess.should_stop():
+                sess.run(train_op)
+
+
+def train_in_cluster(this_task):
+    """Does the part of one task of a cluster: holds variables, trains or evaluates."""
+    config = session_config(FLAGS.use_fp16)
+    timeout = FLAGS.cluster_timeout_secs
+    if this_task.type == "ps":
+        training.serve_parameters(this_task, config, timeout)
+    elif this_task.type == "evaluator":
+        if not FLAGS["checkpoint_dir"].present:
+            FLAGS.checkpoint_dir = FLAGS.train_dir
+        cifar10.maybe_download_and_extract()
+        cifar10_eval.evaluate(FLAGS.max_steps, training.make_chief_check(this_task, timeout))
+    else:
+        this_server = server.start_server(this_task, config)
+        cifar10.maybe_download_and_extract()
+        settings = cifar10.training_settings()
+        training.run_worker(this_task, this_server, train, settings, timeout, FLAGS.shard_data)
+
+
+def main(argv=None):
+    warn_of_unusable_gpus()
+    this_task = task.find_task()
+    if this_task is None:
         cifar10.maybe_download_and_extract()
         train()
-    elif task.type == "ps":
-        cifar10_cluster.serve(task)
-    elif task.type == "evaluator":
-        evaluate_in_cluster(task)
     else:
-        cifar10_cluster.train(task)
-
-
-def evaluate_in_cluster(task):
-    """Evaluates the checkpoints of --train_dir, or --checkpoint_dir, until the last of the run."""
-    if not FLAGS["checkpoint_dir"].present:
-        FLAGS.checkpoint_dir = FLAGS.train_dir
-    cifar10.maybe_download_and_extract()
-    cifar10_eval.evaluate(FLAGS.max_steps, cifar10_cluster.make_chief_check(task))
+        train_in_cluster(this_task)
 
 
 if __name__ == "__main__":
-    if os.environ.get("TF_CONFIG"):
-        # For an evaluator; but its flags are everybody's, as one command serves for all tasks.
-        import cifar10_eval
-    run(main)
+    command_line.run(main, last_flags=CLUSTER_FLAGS)

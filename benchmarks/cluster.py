@@ -1,12 +1,14 @@
-"""What synchronization costs: workers of a cluster on this machine against as many towers.
+"""Measures what synchronization costs: N workers of a cluster against N towers of one process.
 
     python benchmarks/cluster.py
     python benchmarks/cluster.py --workers=2 --cluster_turns=1      # a quick look
 
-Takes about six minutes on two cores. Each cluster is a parameter server and N workers on loopback,
-each a process; against it, one process with N towers. All work on 128 images a step. They take
-turns; the first WARM_UP_STEPS do not count. The bytes are those that the loopback interface carries
-meanwhile, so nothing else should use it. (Linux only.)
+A cluster is a parameter server and N workers, each a process on this machine. Both trainers process
+128 images a step. They take turns, and the first WARM_UP_STEPS of a turn are not timed. The
+benchmark takes about six minutes on two cores.
+
+It also counts the bytes on the loopback interface, which nothing else should use meanwhile. It runs
+on Linux only.
 """
 
 import json
@@ -19,27 +21,24 @@ import sys
 import tempfile
 import time
 
-BENCHMARKS = pathlib.Path(__file__).parent
-sys.path.insert(0, str(BENCHMARKS.parent))
+import compare
+from absl import flags
 
-import compare  # noqa: E402
-from absl import flags  # noqa: E402
-
-import cifar10_data  # noqa: E402
-from cifar10_runtime import UserError, run  # noqa: E402
+from support import command_line, synthetic
+from support.errors import UserError
 
 FLAGS = flags.FLAGS
 
-flags.DEFINE_list("workers", ["1", "2", "4"], "Numbers of workers, and of towers.")
-flags.DEFINE_integer("cluster_turns", 3, "Turns that each takes.", lower_bound=1)
-flags.DEFINE_integer("cluster_steps", 80, "Steps of a turn.", lower_bound=40)
+flags.DEFINE_list("workers", ["1", "2", "4"], "Numbers of workers and towers to compare.")
+flags.DEFINE_integer("cluster_turns", 3, "Turns of each trainer.", lower_bound=1)
+flags.DEFINE_integer("cluster_steps", 80, "Steps in a turn.", lower_bound=40)
 
 WARM_UP_STEPS = 20
-PARAMETER_BYTES = 4 * 1_068_298  # the variables, or their gradients
+PARAMETER_BYTES = 4 * 1_068_298  # of all variables, and as many of all gradients
 
 
 def find_free_addresses(count):
-    """Returns addresses on loopback whose ports are free."""
+    """Returns loopback addresses whose ports are free."""
     sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
     addresses = [f"127.0.0.1:{one.getsockname()[1]}" for one in sockets]
     for one in sockets:
@@ -48,27 +47,26 @@ def find_free_addresses(count):
 
 
 def read_loopback_bytes():
-    """Returns how many bytes the loopback interface has carried."""
+    """Returns the number of bytes that the loopback interface has transferred since the boot."""
     with open("/sys/class/net/lo/statistics/rx_bytes") as file:
         return int(file.read())
 
 
-def measure(commands, train_dir, batch_size):
-    """Runs a training of one or more processes.
+def measure(commands, train_dir):
+    """Trains with one or more processes.
 
     Args:
-      commands: list of (arguments, environment variables); the first is the one that logs.
-      train_dir: where it logs.
-      batch_size: int; images per step, over all processes.
+      commands: list of (arguments, environment variables), one per process. The first process
+        writes the metrics.
+      train_dir: folder of the metrics.
 
     Returns:
-      Images per second, and bytes on the loopback interface per step.
+      The throughput in images per second, and the bytes on the loopback interface per step.
     """
-    metrics = train_dir / "metrics.jsonl"
     processes = [
         subprocess.Popen(
             [sys.executable, *arguments],
-            cwd=BENCHMARKS.parent,
+            cwd=compare.ROOT,
             env={**os.environ, **variables},
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
@@ -77,42 +75,45 @@ def measure(commands, train_dir, batch_size):
         for arguments, variables in commands
     ]
     try:
-        return _sample(processes, metrics, batch_size)
+        samples = sample_steps(processes[0], train_dir / "metrics.jsonl")
+        for process in processes:
+            _, errors = process.communicate()
+            if process.returncode:
+                raise UserError(f"a trainer failed: {errors.strip().splitlines()[-1]}")
     finally:
         for process in processes:
             process.kill()
             process.wait()
+    first, last = min(step for step in samples if step >= WARM_UP_STEPS), max(samples)
+    (start, bytes_before), (end, bytes_after) = samples[first], samples[last]
+    steps = last - first
+    return steps * compare.BATCH_SIZE / (end - start), (bytes_after - bytes_before) / steps
 
 
-def _sample(processes, metrics, batch_size):
-    samples = {}  # of each step that has been logged: when, and the bytes until then
-    while processes[0].poll() is None:
+def sample_steps(process, metrics):
+    """Follows the metrics of a process until it ends.
+
+    Returns:
+      dict from a step to when it ended, in seconds, and the bytes on the loopback interface so far.
+    """
+    samples = {}
+    while process.poll() is None:
         lines = metrics.read_text().splitlines() if metrics.exists() else []
-        if lines and lines[-1].endswith("}"):
+        if lines and lines[-1].endswith("}"):  # the line is complete
             last = json.loads(lines[-1])
             samples.setdefault(last["step"], (last["time"], read_loopback_bytes()))
         time.sleep(0.02)
-    for process in processes:
-        _, errors = process.communicate()
-        if process.returncode:
-            raise UserError(f"a process has failed: {errors.strip().splitlines()[-1]}")
-    first = min(step for step in samples if step >= WARM_UP_STEPS)
-    last = max(samples)
-    (start, bytes_before), (end, bytes_after) = samples[first], samples[last]
-    return (
-        (last - first) * batch_size / (end - start),
-        (bytes_after - bytes_before) / (last - first),
-    )
+    return samples
 
 
-def run_cluster(count, shared, train_dir):
-    """Measures a cluster of `count` workers; see `measure`."""
+def measure_cluster(count, shared_flags, train_dir):
+    """Trains with a cluster of `count` workers; see `measure`."""
     addresses = find_free_addresses(1 + count)
     cluster = {"ps": addresses[:1], "worker": addresses[1:]}
     tasks = [("worker", index) for index in range(count)] + [("ps", 0)]
     arguments = [
         "cifar10_train.py",
-        *shared,
+        *shared_flags,
         f"--batch_size={compare.BATCH_SIZE // count}",
         f"--train_dir={train_dir}",
     ]
@@ -120,27 +121,49 @@ def run_cluster(count, shared, train_dir):
     for type_, index in tasks:
         task = {"cluster": cluster, "task": {"type": type_, "index": index}}
         commands.append((arguments, {"TF_CONFIG": json.dumps(task)}))
-    return measure(commands, train_dir, compare.BATCH_SIZE)
+    return measure(commands, train_dir)
 
 
-def run_towers(count, shared, train_dir):
-    """Measures one process with `count` towers; see `measure`."""
+def measure_towers(count, shared_flags, train_dir):
+    """Trains with `count` towers in one process; see `measure`."""
     arguments = [
         "cifar10_multi_gpu_train.py",
-        *shared,
+        *shared_flags,
         f"--num_gpus={count}",
         f"--batch_size={compare.BATCH_SIZE // count}",
         f"--train_dir={train_dir}",
     ]
-    return measure([(arguments, {})], train_dir, compare.BATCH_SIZE)
+    return measure([(arguments, {})], train_dir)
 
 
-def main():
+def print_row(count, workers, towers):
+    """Prints a row of the table.
+
+    Args:
+      count: int; the number of workers, and of towers.
+      workers: list of the results of `measure_cluster`, one per turn.
+      towers: list of the results of `measure_towers`, one per turn.
+    """
+    ratios = [worker[0] / tower[0] for worker, tower in zip(workers, towers, strict=True)]
+    # Each worker sends its gradients and fetches the variables.
+    required_bytes = count * 2 * PARAMETER_BYTES
+    print(
+        f"| {count} | {statistics.median(throughput for throughput, _ in towers):.0f} "
+        f"| {statistics.median(throughput for throughput, _ in workers):.0f} "
+        f"| {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}) "
+        f"| {statistics.median(size for _, size in workers) / 1e6:.2f} "
+        f"| {required_bytes / 1e6:.2f} |",
+        flush=True,
+    )
+
+
+def main(argv=None):
     counts = [int(count) for count in FLAGS.workers]
     print(f"{compare.describe_machine()} a step, median of {FLAGS.cluster_turns} turns\n")
+    results = {(count, kind): [] for count in counts for kind in ("workers", "towers")}
     with tempfile.TemporaryDirectory() as folder:
-        cifar10_data.maybe_generate_synthetic(folder)
-        shared = [
+        synthetic.maybe_generate(folder)
+        shared_flags = [
             "--synthetic_data",
             f"--data_dir={folder}",
             f"--max_steps={FLAGS.cluster_steps}",
@@ -148,29 +171,16 @@ def main():
             "--save_summaries_steps=0",
             "--min_fraction_of_examples_in_queue=0.05",
         ]
-        figures = {}
         for turn in range(FLAGS.cluster_turns):
-            for count in counts:
-                for name, measure_one in (("workers", run_cluster), ("towers", run_towers)):
-                    train_dir = pathlib.Path(folder) / f"{name}_{count}_{turn}"
-                    figures.setdefault((name, count), []).append(
-                        measure_one(count, shared, train_dir)
-                    )
-    print("| | towers, images/s | workers, images/s | ratio | MB per step | needed |")
+            for (count, kind), of_turns in results.items():
+                measure_trainer = measure_cluster if kind == "workers" else measure_towers
+                train_dir = pathlib.Path(folder) / f"{kind}_{count}_{turn}"
+                of_turns.append(measure_trainer(count, shared_flags, train_dir))
+    print("| | towers, images/s | workers, images/s | ratio | MB per step | required |")
     print("| --- | --- | --- | --- | --- | --- |")
     for count in counts:
-        workers, towers = figures["workers", count], figures["towers", count]
-        ratios = [own[0] / other[0] for own, other in zip(workers, towers, strict=True)]
-        print(
-            f"| {count} | {statistics.median(speed for speed, _ in towers):.0f} "
-            f"| {statistics.median(speed for speed, _ in workers):.0f} "
-            f"| {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}) "
-            f"| {statistics.median(size for _, size in workers) / 1e6:.2f} "
-            # Each worker sends its gradients, and fetches the variables.
-            f"| {count * 2 * PARAMETER_BYTES / 1e6:.2f} |",
-            flush=True,
-        )
+        print_row(count, results[count, "workers"], results[count, "towers"])
 
 
 if __name__ == "__main__":
-    run(main)
+    command_line.run(main)

@@ -1,10 +1,10 @@
-"""Trains this project's model and the stock formulation from several seeds; compares their losses.
+"""Trains with --fast_ops=false (the baseline) and with --fast_ops=true, and compares the losses.
 
     python benchmarks/compare_losses.py --synthetic_data
     python benchmarks/compare_losses.py --data_dir=FOLDER --seeds=3
 
-They should differ by no more than seeds do. A run's loss is the mean of its last 20 steps: a single
-batch's is noisy. Takes about ten minutes on two cores.
+Both train from several seeds. The mean losses should differ by no more than the losses of two
+seeds do. The benchmark takes about ten minutes on two cores.
 """
 
 import pathlib
@@ -13,64 +13,46 @@ import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
-import stock
 from absl import flags
+from absl.testing import flagsaver
 
 import cifar10
-import cifar10_input
-from cifar10_runtime import quiet_cancellation, run, session_config, tf
+from support import command_line
+from support.session import training_graph
+from support.tensorflow_v1 import session_config, tf
 
 FLAGS = flags.FLAGS
 
-flags.DEFINE_integer("seeds", 5, "Runs of each formulation.", lower_bound=2)
+flags.DEFINE_integer("seeds", 5, "Number of runs with each kind of operations.", lower_bound=2)
 flags.DEFINE_integer("steps", 300, "Steps of a run.", lower_bound=1)
 
-AVERAGED_STEPS = 20  # at the end of a run
-QUEUED_FRACTION = 0.4  # of an epoch, as in training
+AVERAGED_STEPS = 20  # at the end of a run, because the loss of a single batch is noisy
 
 
-def train(seed, build_inputs, inference):
-    """Returns the mean loss of a run's last steps."""
-    losses = []
-    with tf.Graph().as_default():
-        tf.set_random_seed(seed)
+def train(seed, fast_ops):
+    """Returns the mean loss of the last steps of a run."""
+    with training_graph(seed), flagsaver.flagsaver(fast_ops=fast_ops):
         global_step = tf.train.get_or_create_global_step()
-        images, labels = build_inputs(cifar10.find_data_folder(), FLAGS.batch_size, QUEUED_FRACTION)
-        loss = cifar10.loss(inference(images), labels)
+        images, labels = cifar10.distorted_inputs()
+        loss = cifar10.loss(cifar10.inference(images), labels)
         train_op = cifar10.train(loss, global_step)
-        coordinator = tf.train.Coordinator()
-        with tf.Session(config=session_config(FLAGS.use_fp16)) as session:
-            session.run([tf.global_variables_initializer(), tf.local_variables_initializer()])
-            threads = tf.train.start_queue_runners(session, coordinator)
-            for _ in range(FLAGS.steps):
-                losses.append(session.run([loss, train_op])[0])
-            with quiet_cancellation():
-                coordinator.request_stop()
-                coordinator.join(threads)
-    return statistics.mean(map(float, losses[-AVERAGED_STEPS:]))
+        with tf.train.SingularMonitoredSession(config=session_config(FLAGS.use_fp16)) as session:
+            losses = [float(session.run([loss, train_op])[0]) for _ in range(FLAGS.steps)]
+    return statistics.mean(losses[-AVERAGED_STEPS:])
 
 
-def stock_inference(images):
-    with stock.stock_normalization():
-        return cifar10.inference(images)
-
-
-def main():
+def main(argv=None):
     cifar10.maybe_download_and_extract()
-    formulations = {
-        "stock": (stock.distorted_inputs, stock_inference),
-        "own": (cifar10_input.distorted_inputs, cifar10.inference),
-    }
-    losses = {name: [] for name in formulations}
+    losses = {"baseline": [], "fast": []}
     for seed in range(FLAGS.seeds):
-        for name, formulation in formulations.items():
-            losses[name].append(train(seed, *formulation))
+        for name, results in losses.items():
+            results.append(train(seed, fast_ops=name == "fast"))
     print("| | mean loss | standard deviation | each seed |\n| --- | --- | --- | --- |")
-    for name, of_seeds in losses.items():
-        mean, deviation = statistics.mean(of_seeds), statistics.stdev(of_seeds)
-        each = ", ".join(f"{loss:.3f}" for loss in of_seeds)
+    for name, results in losses.items():
+        mean, deviation = statistics.mean(results), statistics.stdev(results)
+        each = ", ".join(f"{loss:.3f}" for loss in results)
         print(f"| {name} | {mean:.3f} | {deviation:.3f} | {each} |")
 
 
 if __name__ == "__main__":
-    run(main)
+    command_line.run(main)

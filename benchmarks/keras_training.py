@@ -1,11 +1,11 @@
-"""Trains the same network in Keras, and prints its row: its speed against the stock formulation's.
+"""Compares the training speed of the same network in Keras 3 with this project and the baseline.
 
     python benchmarks/keras_training.py
     python benchmarks/keras_training.py --policy=mixed_bfloat16
 
-Keras 3 comes with TensorFlow. The input is tf.data's, with the same distortions. Keras works in a
-process of its own, as it needs TensorFlow's eager mode; it, the stock formulation and this project
-take turns, with the others idle.
+Keras comes with TensorFlow. It reads the data with tf.data and distorts it in the same way. It runs
+in a process of its own, because it needs TensorFlow's eager mode. The contenders take turns; while
+one of them trains, the others are idle. The baseline is this project with --fast_ops=false.
 """
 
 import os
@@ -15,12 +15,9 @@ import sys
 import tempfile
 import time
 
-BENCHMARKS = pathlib.Path(__file__).parent
-sys.path.insert(0, str(BENCHMARKS.parent))
 
-
-def _make_dataset(tf, folder, batch_size, queued):
-    """Makes what a Keras user feeds: decoded, shuffled, distorted, batched, prefetched."""
+def make_dataset(tf, folder, batch_size, queued):
+    """Makes a typical Keras input: shuffled, decoded, distorted, batched and prefetched."""
 
     def distort(record):
         record = tf.io.decode_raw(record, tf.uint8)
@@ -33,24 +30,23 @@ def _make_dataset(tf, folder, batch_size, queued):
 
     files = sorted(str(path) for path in pathlib.Path(folder).glob("data_batch_*.bin"))
     records = tf.data.FixedLengthRecordDataset(files, 1 + 3 * 32 * 32).repeat()
-    records = records.shuffle(queued) if queued else records
-    records = records.map(distort, num_parallel_calls=tf.data.AUTOTUNE)
+    records = records.shuffle(queued).map(distort, num_parallel_calls=tf.data.AUTOTUNE)
     return records.batch(batch_size, drop_remainder=True).prefetch(tf.data.AUTOTUNE)
 
 
-def _make_model(tf, keras):
-    """Makes the tutorial's network, with what Keras has for each of its parts."""
+def make_model(tf, keras):
+    """Makes the tutorial's network from Keras layers, and a training step that matches it."""
 
-    def normalize(name):
+    def normalization(name):
         return keras.layers.Lambda(
             lambda x: tf.nn.local_response_normalization(
                 x, depth_radius=4, bias=1.0, alpha=0.001 / 9.0, beta=0.75
             ),
             name=name,
-            dtype="float32",  # the op has no bfloat16
+            dtype="float32",  # the operation does not support bfloat16
         )
 
-    def convolve(name, bias):
+    def convolution(name, bias):
         return keras.layers.Conv2D(
             64,
             5,
@@ -61,28 +57,28 @@ def _make_model(tf, keras):
             name=name,
         )
 
-    def connect(name, units):
+    def fully_connected(name, units):
         return keras.layers.Dense(
             units,
             activation="relu",
             kernel_initializer=keras.initializers.TruncatedNormal(stddev=0.04),
             bias_initializer=keras.initializers.Constant(0.1),
-            kernel_regularizer=keras.regularizers.L2(0.004 / 2),  # Keras does not halve the sum
+            kernel_regularizer=keras.regularizers.L2(0.004 / 2),  # tf.nn.l2_loss halves the sum
             name=name,
         )
 
     model = keras.Sequential(
         [
             keras.Input([24, 24, 3]),
-            convolve("conv1", bias=0.0),
+            convolution("conv1", bias=0.0),
             keras.layers.MaxPooling2D(3, strides=2, padding="same", name="pool1"),
-            normalize("norm1"),
-            convolve("conv2", bias=0.1),
-            normalize("norm2"),
+            normalization("norm1"),
+            convolution("conv2", bias=0.1),
+            normalization("norm2"),
             keras.layers.MaxPooling2D(3, strides=2, padding="same", name="pool2"),
             keras.layers.Flatten(),
-            connect("local3", 384),
-            connect("local4", 192),
+            fully_connected("local3", 384),
+            fully_connected("local4", 192),
             keras.layers.Dense(
                 10,
                 kernel_initializer=keras.initializers.TruncatedNormal(stddev=1 / 192),
@@ -94,37 +90,40 @@ def _make_model(tf, keras):
     model.compile(
         keras.optimizers.SGD(0.1, use_ema=True, ema_momentum=0.9999),
         keras.losses.SparseCategoricalCrossentropy(from_logits=True),
-        # What Keras would choose, XLA, takes twice as long here.
-        jit_compile=False,
+        jit_compile=False,  # on a CPU, a step takes twice as long with XLA
     )
     return model
 
 
 def serve(folder, policy, batch_size, queued):
-    """Takes a turn for each line on stdin, its number of steps; prints the seconds per step."""
+    """Reads numbers of steps from stdin, trains that long, and prints the seconds per step."""
     import keras
     import tensorflow as tf
 
     keras.config.set_dtype_policy(policy)
-    batches = iter(_make_dataset(tf, folder, batch_size, queued))
-    model = _make_model(tf, keras)
-    assert model.count_params() == 1068298
+    batches = iter(make_dataset(tf, folder, batch_size, queued))
+    model = make_model(tf, keras)
+    assert model.count_params() == 1_068_298
     model.train_on_batch(*next(batches))
     print(keras.__version__, flush=True)
     for line in sys.stdin:
         steps = int(line)
-        for _ in range(steps // 2 + 1):
+        for _ in range(steps // 2 + 1):  # not timed: prefetched batches
             model.train_on_batch(*next(batches))
         start = time.perf_counter()
         for _ in range(steps):
             loss = model.train_on_batch(*next(batches))
         seconds = (time.perf_counter() - start) / steps
-        assert loss == loss, "the loss is not a number"
+        assert loss == loss, "the loss is NaN"
         print(seconds, flush=True)
 
 
-class KerasTraining:
-    """A process that trains in Keras; `seconds_per_step` is one turn of it."""
+class KerasContender:
+    """The counterpart of `compare.Contender` for a process that trains with Keras.
+
+    Args:
+      *arguments: those of `serve`.
+    """
 
     def __init__(self, *arguments):
         self._process = subprocess.Popen(
@@ -139,7 +138,7 @@ class KerasTraining:
     def _read(self):
         line = self._process.stdout.readline()
         if not line:
-            raise SystemExit(f"Keras has ended with exit code {self._process.wait()}")
+            raise SystemExit(f"Keras has failed with exit code {self._process.wait()}")
         return line.strip()
 
     def seconds_per_step(self, steps):
@@ -150,27 +149,24 @@ class KerasTraining:
         self._process.communicate()
 
 
-def main():
-    with tempfile.TemporaryDirectory() as folder:
-        records = compare.make_records(folder)
-        keras = KerasTraining(records, FLAGS.policy, compare.BATCH_SIZE, FLAGS.queued)
+def main(argv=None):
+    with tempfile.TemporaryDirectory() as data_dir:
+        folder = compare.prepare_dataset(data_dir)
+        queued = int(FLAGS.min_fraction_of_examples_in_queue * cifar10.num_examples_per_epoch())
+        keras = KerasContender(folder, FLAGS.policy, compare.BATCH_SIZE, max(1, queued))
         print(f"{compare.describe_machine()}, Keras {keras.version}, {FLAGS.turns} turns\n")
-        fraction = compare.find_queued_fraction(records)
-        trainings = {
-            "stock": compare.stock_training(records, fraction),
-            "own": compare.own_training(records, fraction),
-            "keras": keras,
-        }
-        figures = compare.take_turns(FLAGS.turns, compare.make_timers(trainings))
-        for training in trainings.values():
-            training.close()
+        figures = compare.time_steps(
+            {
+                "baseline": compare.Contender(compare.build_training, fast_ops=False),
+                "fast": compare.Contender(compare.build_training),
+                "keras": keras,
+            }
+        )
     print("| | median | range |\n| --- | --- | --- |")
-    names = {
-        "own": "training, float32 (stock = 1)",
-        "keras": f"Keras with tf.data, `{FLAGS.policy}` (stock = 1)",
-    }
-    for name, row in names.items():
-        compare.print_row(row, compare.ratios(figures, "stock", name))
+    for name, row in (("fast", "float32"), ("keras", f"Keras with tf.data, `{FLAGS.policy}`")):
+        compare.print_row(
+            f"training, {row} (baseline = 1)", compare.ratios(figures, "baseline", name)
+        )
 
 
 if __name__ == "__main__":
@@ -180,10 +176,11 @@ if __name__ == "__main__":
         import compare
         from absl import flags
 
-        from cifar10_runtime import run
+        import cifar10
+        from support import command_line
 
         FLAGS = flags.FLAGS
         flags.DEFINE_enum(
             "policy", "float32", ["float32", "mixed_bfloat16"], "Keras's dtype policy."
         )
-        run(main)
+        command_line.run(main)

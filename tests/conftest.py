@@ -1,10 +1,13 @@
-"""What several test modules need: record files, fresh graphs, batches from queues."""
+"""Helpers shared by the tests: record files, fresh graphs, batches from queues, script runs."""
 
 import contextlib
 import os
 import pathlib
+import re
+import signal
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import numpy_model
@@ -12,42 +15,66 @@ import pytest
 from absl import flags
 from absl.testing import flagsaver
 
-import cifar10_data
+from support import dataset, synthetic
 
 ROOT = pathlib.Path(__file__).parent.parent
 
+# Shells start background jobs with SIGINT ignored, and nohup ignores SIGHUP. The scripts that the
+# tests start would inherit that and never receive the signals that the tests send. A handler is not
+# inherited. This one does nothing, so pytest itself still ignores the signals.
+for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, lambda number, frame: None)
+
+# TensorFlow 2.21 prints these lines when it is imported, and no environment variable suppresses
+# them. The last one appears on machines without a GPU.
+START_UP_NOTICES = re.compile(
+    r"WARNING: All log messages before absl::InitializeLog\(\) .*"
+    r"|I0000 .*"
+    r"|E0000 .* failed call to cuInit: .*"
+)
+
 
 def make_records(count, seed=0, num_classes=10):
-    """Returns `count` records of random pixels with labels in turn: uint8 [count, 3073]."""
+    """Returns records of random pixels, with labels 0, 1, 2 and so on: uint8 [count, 3073]."""
     records = np.random.default_rng(seed).integers(0, 256, [count, 3073]).astype(np.uint8)
     records[:, 0] = np.arange(count) % num_classes
     return records
 
 
-def draw_patches(records, generator):
-    """Replaces noise, which averages out in the layers, by patches that tell images apart."""
-    patches = generator.integers(0, 256, [len(records), 3, 4, 4])
+def draw_patches(records, seed=0):
+    """Replaces the pixels with random patches of 8 x 8 pixels.
+
+    Noise averages out in the layers of the model; patches give different predictions.
+    """
+    patches = np.random.default_rng(seed).integers(0, 256, [len(records), 3, 4, 4])
     records[:, 1:] = patches.repeat(8, axis=2).repeat(8, axis=3).reshape(len(records), -1)
 
 
-def write_data_set(folder, train_counts=(3, 4, 5, 6, 7), test_count=11, class_names=None):
-    """Writes six record files and returns the training and the test records."""
+def write_dataset(
+    folder, train_counts=(3, 4, 5, 6, 7), test_count=11, class_names=None, patches=False
+):
+    """Writes six record files of noise, or of patches; returns the training and test records."""
     folder.mkdir(parents=True, exist_ok=True)
     num_classes = 10
     if class_names is not None:
         num_classes = len(class_names)
-        cifar10_data.write_class_names(folder, class_names)
+        dataset.write_class_names(folder, class_names)
     train = []
     for number, count in enumerate(train_counts, start=1):
         train.append(make_records(count, number, num_classes))
+        if patches:
+            draw_patches(train[-1], number)
         train[-1].tofile(folder / f"data_batch_{number}.bin")
     test = make_records(test_count, 99, num_classes)
+    if patches:
+        draw_patches(test, 99)
     test.tofile(folder / "test_batch.bin")
     return np.concatenate(train), test
 
 
 def pixels(records):
-    """Returns the images of records as they are seen: uint8 [n, 32, 32, 3]."""
+    """Returns the images of records with the channels last: uint8 [n, 32, 32, 3]."""
     images = np.empty([len(records), 32, 32, 3], np.uint8)
     for channel in range(3):
         start = 1 + channel * 1024
@@ -56,7 +83,7 @@ def pixels(records):
 
 
 def standardized_centers(records, size=24):
-    """Returns the evaluation images of records, by NumPy in float64: [n, size, size, 3]."""
+    """Returns the evaluation images of records, computed in float64: [n, size, size, 3]."""
     start = (32 - size) // 2
     images = pixels(records)[:, start : start + size, start : start + size].astype(np.float64)
     means = images.mean(axis=(1, 2, 3), keepdims=True)
@@ -67,8 +94,8 @@ def standardized_centers(records, size=24):
 
 @contextlib.contextmanager
 def running_queues():
-    """Gives a session on the default graph with its queue threads running."""
-    from cifar10_runtime import quiet_cancellation, session_config, tf
+    """Yields a session on the default graph with its queue threads running."""
+    from support.tensorflow_v1 import session_config, tf
 
     with tf.Session(config=session_config()) as session:
         session.run([tf.global_variables_initializer(), tf.local_variables_initializer()])
@@ -77,14 +104,13 @@ def running_queues():
         try:
             yield session
         finally:
-            with quiet_cancellation():
-                coordinator.request_stop()
-                coordinator.join(threads)
+            coordinator.request_stop()
+            coordinator.join(threads)
 
 
 def all_batches(session, fetches):
     """Runs `fetches` until the input ends; returns the list of results."""
-    from cifar10_runtime import tf
+    from support.tensorflow_v1 import tf
 
     results = []
     with contextlib.suppress(tf.errors.OutOfRangeError):
@@ -97,12 +123,13 @@ RAW, AVERAGED = 14, 12  # seeds of the variables and of their moving averages
 
 
 def save_checkpoint(checkpoint_dir, step, settings=None):
-    """Saves a checkpoint with different values in the variables and in their averages.
+    """Saves a checkpoint whose variables differ from their moving averages; returns its path.
 
-    With the `cifar10_settings.Settings` it has been trained for; without, as the original tutorial.
+    Without `settings`, a `checkpoints.TrainingSettings`, the checkpoint records none, like those of
+    the original tutorial.
     """
-    import cifar10_settings
-    from cifar10_runtime import tf
+    from support import checkpoints
+    from support.tensorflow_v1 import tf
 
     checkpoint_dir = pathlib.Path(checkpoint_dir)
     checkpoint_dir.mkdir(exist_ok=True)
@@ -110,7 +137,7 @@ def save_checkpoint(checkpoint_dir, step, settings=None):
         tf.get_variable("global_step", initializer=np.int64(step))
         num_classes = 10
         if settings is not None:
-            cifar10_settings.note_settings(settings)
+            checkpoints.record_settings(settings)
             num_classes = len(settings.class_names)
         raw = numpy_model.random_variables(RAW, num_classes)
         averaged = numpy_model.random_variables(AVERAGED, num_classes)
@@ -121,12 +148,19 @@ def save_checkpoint(checkpoint_dir, step, settings=None):
         return tf.train.Saver().save(session, str(checkpoint_dir / "model.ckpt"), step)
 
 
-def run_script(*arguments, check=True, timeout=120):
-    """Runs a script as its user does; returns the completed process with its output as text."""
+def script_environment():
+    """Returns the environment for scripts: no GPU, and nothing that the user or a test has set."""
+    settings = ("TF_CONFIG", "TF_CPP_MIN_LOG_LEVEL")  # importing TensorFlow sets the second one
+    kept = {name: value for name, value in os.environ.items() if name not in settings}
+    return {**kept, "CUDA_VISIBLE_DEVICES": "-1"}
+
+
+def run_script(*arguments, check=True, timeout=200):
+    """Runs a script in a process of its own; returns the completed process with text output."""
     process = subprocess.run(
         [sys.executable, *map(str, arguments)],
         cwd=ROOT,
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": "-1"},
+        env=script_environment(),
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
@@ -138,18 +172,49 @@ def run_script(*arguments, check=True, timeout=120):
     return process
 
 
+@contextlib.contextmanager
+def running_script(*arguments, timeout=200, **options):
+    """Starts a script with pipes for its text output, and yields the `subprocess.Popen`.
+
+    The script is killed at the end of the `with` block, or after `timeout` seconds: reading a line
+    of its output has no time limit of its own.
+    """
+    with subprocess.Popen(
+        [sys.executable, *map(str, arguments)],
+        cwd=ROOT,
+        env=script_environment(),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **options,
+    ) as process:
+        timer = threading.Timer(timeout, process.kill)
+        timer.start()
+        try:
+            yield process
+        finally:
+            timer.cancel()
+            process.kill()
+
+
+def messages(stderr):
+    """Returns the lines of a script's stderr, without TensorFlow's own start-up notices."""
+    return [line for line in stderr.splitlines() if not START_UP_NOTICES.fullmatch(line)]
+
+
 @pytest.fixture(autouse=True)
 def flags_are_restored(tmp_path):
     with flagsaver.flagsaver():
-        if "data_dir" in flags.FLAGS:  # or a test would see what its user has there
+        if "data_dir" in flags.FLAGS:  # not the user's own dataset
             flags.FLAGS.data_dir = str(tmp_path / "no_data")
         yield
 
 
 @pytest.fixture
 def graph():
-    """A graph of the test's own, as the default one."""
-    from cifar10_runtime import tf
+    """A new default graph with a fixed seed."""
+    from support.tensorflow_v1 import tf
 
     with tf.Graph().as_default() as graph:
         tf.set_random_seed(1)
@@ -158,7 +223,7 @@ def graph():
 
 @pytest.fixture(scope="session")
 def synthetic_data_dir(tmp_path_factory):
-    """A `--data_dir` that holds the synthetic stand-in."""
+    """A `--data_dir` that holds the synthetic dataset."""
     data_dir = tmp_path_factory.mktemp("data")
-    cifar10_data.maybe_generate_synthetic(data_dir)
+    synthetic.maybe_generate(data_dir)
     return data_dir

@@ -1,8 +1,9 @@
-"""The model once more, written in NumPy from the table of its layers, for tests to compare with."""
+"""The model in NumPy, written from the table of its layers, as a reference for tests."""
 
 import numpy as np
 
-# name, shape of the weights, standard deviation at the start, start of the biases, weight decay
+# Name, shape of the weights, their initial standard deviation, initial value of the biases, weight
+# decay.
 LAYERS = (
     ("conv1", (5, 5, 3, 64), 0.05, 0.0, None),
     ("conv2", (5, 5, 64, 64), 0.05, 0.1, None),
@@ -13,14 +14,14 @@ LAYERS = (
 
 
 def random_variables(seed, num_classes=10):
-    """Draws variables that are no start of training, so that predictions vary: name to array."""
+    """Returns random variables with which predictions vary: dict of arrays by name."""
     generator = np.random.default_rng(seed)
     variables = {}
     for name, shape, _, _, _ in LAYERS:
         if name == "softmax_linear":
             shape = (shape[0], num_classes)
-        spread = np.sqrt(2 / np.prod(shape[:-1]))  # keeps the size of what goes through a ReLU
-        variables[f"{name}/weights"] = generator.normal(0, spread, shape).astype(np.float32)
+        stddev = np.sqrt(2 / np.prod(shape[:-1]))  # activations keep their scale through the ReLUs
+        variables[f"{name}/weights"] = generator.normal(0, stddev, shape).astype(np.float32)
         variables[f"{name}/biases"] = generator.normal(0, 0.1, shape[-1]).astype(np.float32)
     return variables
 
@@ -32,8 +33,8 @@ def _convolution(images, weights, biases):
 
 
 def _pool(images):
-    # SAME with stride 2 pads one row and one column, behind the last; an odd size before the first
-    # as well.
+    # With SAME and stride 2, TensorFlow adds one row after the last, and for an odd number of rows
+    # also one before the first. The same applies to columns.
     before = images.shape[1] % 2
     padding = [(0, 0), (before, 1), (before, 1), (0, 0)]
     padded = np.pad(images, padding, constant_values=-np.inf)
@@ -48,10 +49,12 @@ def _normalize(images):
 
 
 def locally_connected(images, weights, biases):
-    """Returns the layer of filters that are not shared, before its ReLU, a position at a time.
+    """Returns a locally connected layer before its ReLU: [n, height, width, c].
 
-    Arguments and result: [n, height, width, m], [height, width, 3, 3, m, c] and [height, width, c];
-    [n, height, width, c].
+    Args:
+      images: [n, height, width, m].
+      weights: [height, width, 3, 3, m, c].
+      biases: [height, width, c].
     """
     padded = np.pad(images, [(0, 0), (1, 1), (1, 1), (0, 0)])
     result = np.empty([*images.shape[:3], weights.shape[-1]])
@@ -65,9 +68,9 @@ def locally_connected(images, weights, biases):
 
 
 def locally_connected_gradients(images, weights, upstream):
-    """Returns the gradients of `(locally_connected(...) * upstream).sum()`.
+    """Returns the gradients of `(locally_connected(images, weights, biases) * upstream).sum()`.
 
-    With respect to the images, the weights and the biases.
+    They are those of the images, the weights and the biases.
     """
     padded = np.pad(images, [(0, 0), (1, 1), (1, 1), (0, 0)])
     of_padded, of_weights = np.zeros(padded.shape), np.zeros(weights.shape)
@@ -82,8 +85,7 @@ def locally_connected_gradients(images, weights, upstream):
 
 
 def inference(images, variables):
-    """Returns the logits, [n, classes], of images, [n, size, size, 3]."""
-
+    """Returns the logits, [n, classes], of images, [n, height, width, 3]."""
     features = _flatten(_pool2(images, variables))
     local3 = np.maximum(_linear(features, *_of("local3", variables)), 0)
     local4 = np.maximum(_linear(local3, *_of("local4", variables)), 0)
@@ -91,7 +93,7 @@ def inference(images, variables):
 
 
 def local_inference(images, variables):
-    """As `inference`, with locally connected layers at the top."""
+    """Returns the logits like `inference`, but with locally connected layers at the top."""
     pool2 = _pool2(images, variables)
     local3 = np.maximum(locally_connected(pool2, *_of("local3", variables)), 0)
     local4 = np.maximum(locally_connected(local3, *_of("local4", variables)), 0)

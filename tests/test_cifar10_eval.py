@@ -1,6 +1,5 @@
-"""Evaluation against a recount in NumPy, and how it deals with checkpoints."""
+"""Evaluation: its results match NumPy's, and it handles all kinds of checkpoints."""
 
-import itertools
 import json
 import os
 import pathlib
@@ -12,63 +11,56 @@ import types
 import numpy as np
 import numpy_model
 import pytest
-from conftest import (
-    AVERAGED,
-    RAW,
-    draw_patches,
-    save_checkpoint,
-    standardized_centers,
-    write_data_set,
-)
+from conftest import AVERAGED, RAW, save_checkpoint, standardized_centers, write_dataset
 
 import cifar10
-import cifar10_data
 import cifar10_eval
-from cifar10_data import DataError
-from cifar10_restore import CheckpointError
-from cifar10_runtime import UserError, session_config, tf
-from cifar10_settings import Settings
+import cifar10_input
+from support import checkpoints, dataset
+from support.checkpoints import TrainingSettings
+from support.errors import CheckpointError, DataError, UserError
+from support.tensorflow_v1 import session_config, tf
 
 FLAGS = cifar10_eval.FLAGS
 
 
-def correct_predictions(records, seed):
-    """Returns for each record whether NumPy's model predicts its label."""
-    return all_logits(records, seed).argmax(axis=1) == records[:, 0]
-
-
 @pytest.fixture
 def records(tmp_path):
-    """A small data set and folders that the flags name; returns its training and test records."""
+    """A small dataset, and flags that name it and new folders; the training and test records."""
     FLAGS.data_dir = str(tmp_path)
     FLAGS.checkpoint_dir = str(tmp_path / "train")
     FLAGS.eval_dir = str(tmp_path / "eval")
     FLAGS.run_once = True
-    folder = tmp_path / cifar10_data.EXTRACTED_FOLDER
-    data_set = write_data_set(folder, train_counts=(20, 1, 30, 8, 5), test_count=131)
-    generator = np.random.default_rng(13)
-    for records in data_set:
-        draw_patches(records, generator)
-    train, test = data_set
-    starts = (0, 20, 21, 51, 59, 64)
-    for number, (start, end) in enumerate(itertools.pairwise(starts), start=1):
-        train[start:end].tofile(folder / f"data_batch_{number}.bin")
-    test.tofile(folder / "test_batch.bin")
-    return data_set
+    folder = tmp_path / dataset.EXTRACTED_FOLDER
+    return write_dataset(folder, train_counts=(20, 1, 30, 8, 5), test_count=131, patches=True)
+
+
+def expected_logits(records, seed):
+    return numpy_model.inference(standardized_centers(records), numpy_model.random_variables(seed))
+
+
+def expected_correct(records, seed):
+    """Returns for each record whether NumPy's model predicts its label."""
+    return expected_logits(records, seed).argmax(axis=1) == records[:, 0]
 
 
 def printed_precision(capsys):
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 1
-    now, value = lines[0].split(": precision @ 1 = ")
-    assert len(now) == len("2015-11-06 08:30:44.391206")
+    (line,) = capsys.readouterr().out.splitlines()
+    timestamp, value = line.split(": precision @ 1 = ")
+    assert len(timestamp) == len("2015-11-06 08:30:44.391206")
     return value
 
 
-def recorded(eval_dir):
-    """Returns the (step, precision) pairs in the event files of a folder, and all tags."""
+def written_results():
+    """Returns the lines of `results.jsonl` as dicts."""
+    lines = (pathlib.Path(FLAGS.eval_dir) / "results.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def written_summaries():
+    """Returns the (step, precision) pairs in the event files of --eval_dir, and all tags."""
     pairs, tags = [], set()
-    for path in sorted(pathlib.Path(eval_dir).glob("events.out.tfevents.*")):
+    for path in sorted(pathlib.Path(FLAGS.eval_dir).glob("events.out.tfevents.*")):
         for event in tf.train.summary_iterator(str(path)):
             for value in event.summary.value:
                 tags.add(value.tag)
@@ -77,7 +69,11 @@ def recorded(eval_dir):
     return pairs, tags
 
 
-def test_flags_have_the_tutorials_defaults():
+def evaluated_steps():
+    return [step for step, _ in written_summaries()[0]]
+
+
+def test_flags_have_the_defaults_of_the_tutorial():
     assert FLAGS.eval_dir == "/tmp/cifar10_eval"
     assert FLAGS.eval_data == "test"
     assert FLAGS.checkpoint_dir == "/tmp/cifar10_train"
@@ -88,36 +84,30 @@ def test_flags_have_the_tutorials_defaults():
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 128])
-def test_precision_is_that_of_a_recount_in_numpy(records, capsys, batch_size):
+def test_precision_matches_numpy(records, capsys, batch_size):
     _, test = records
     save_checkpoint(FLAGS.checkpoint_dir, 7)
     FLAGS.batch_size = batch_size
     cifar10_eval.evaluate()
-    expected = correct_predictions(test, AVERAGED).mean()
+    expected = expected_correct(test, AVERAGED).mean()
     assert 0.05 < expected < 0.95
     assert printed_precision(capsys) == f"{expected:.3f}"
-    pairs, tags = recorded(FLAGS.eval_dir)
+    pairs, tags = written_summaries()
     assert pairs == [(7, pytest.approx(expected, rel=1e-6))]
     assert "activations/conv1" in tags
 
 
-def all_logits(records, seed):
-    return numpy_model.inference(standardized_centers(records), numpy_model.random_variables(seed))
-
-
 @pytest.mark.parametrize("batch_size", [7, 128])
-def test_results_are_those_of_a_recount_in_numpy(records, batch_size):
+def test_results_match_numpy(records, batch_size):
     _, test = records
     checkpoint = save_checkpoint(FLAGS.checkpoint_dir, 7)
     FLAGS.batch_size = batch_size
     FLAGS.num_examples = 100
     cifar10_eval.evaluate()
     cifar10_eval.evaluate()
-    lines = (pathlib.Path(FLAGS.eval_dir) / "results.jsonl").read_text().splitlines()
-    assert len(lines) == 2
-    result = json.loads(lines[0])
+    result, _ = written_results()  # one line per evaluation
     labels = test[:100, 0].astype(int)
-    logits = all_logits(test[:100], AVERAGED)
+    logits = expected_logits(test[:100], AVERAGED)
     predictions = logits.argmax(axis=1)
     confusion = np.zeros([10, 10], int)
     for label, prediction in zip(labels, predictions, strict=True):
@@ -130,7 +120,7 @@ def test_results_are_those_of_a_recount_in_numpy(records, batch_size):
     assert result.pop("precision_of_class") == pytest.approx(
         {
             name: (predictions[labels == label] == label).mean()
-            for label, name in enumerate(cifar10_data.CLASS_NAMES)
+            for label, name in enumerate(dataset.CLASS_NAMES)
         }
     )
     assert result == {
@@ -140,15 +130,28 @@ def test_results_are_those_of_a_recount_in_numpy(records, batch_size):
         "count": 100,
         "precision": pytest.approx((predictions == labels).mean()),
         "use_moving_averages": True,
-        "class_names": list(cifar10_data.CLASS_NAMES),
+        "class_names": list(dataset.CLASS_NAMES),
         "confusion_matrix": confusion.tolist(),
     }
 
 
-def test_tensorboard_gets_what_was_counted_and_nothing_else(records):
+@pytest.mark.parametrize("eval_data", ["test", "train_eval"])
+def test_fast_and_reference_operations_give_the_same_results(records, eval_data):
+    save_checkpoint(FLAGS.checkpoint_dir, 7)
+    FLAGS.eval_data = eval_data
+    for fast_ops in (True, False):
+        FLAGS.fast_ops = fast_ops
+        cifar10_eval.evaluate()
+    fast, reference = written_results()
+    assert fast.pop("cross_entropy") == pytest.approx(reference.pop("cross_entropy"), rel=1e-5)
+    del fast["time"], reference["time"]
+    assert fast == reference
+
+
+def test_summaries_have_exactly_these_tags(records):
     save_checkpoint(FLAGS.checkpoint_dir, 7)
     cifar10_eval.evaluate()
-    _, tags = recorded(FLAGS.eval_dir)
+    _, tags = written_summaries()
     layers = ("conv1", "conv2", "local3", "local4", "softmax_linear")
     assert tags == {
         "input",
@@ -156,19 +159,20 @@ def test_tensorboard_gets_what_was_counted_and_nothing_else(records):
         "cross_entropy",
         "confusion_matrix",
         "mistakes",
-        *(f"precision/{name}" for name in cifar10_data.CLASS_NAMES),
+        *(f"precision/{name}" for name in dataset.CLASS_NAMES),
         *(f"activations/{layer}" for layer in layers),
     }
 
 
-def test_a_data_set_of_other_classes_than_the_checkpoints_is_refused(records):
+def test_a_checkpoint_trained_on_other_classes_is_refused(records):
     save_checkpoint(FLAGS.checkpoint_dir, 7)
-    save_checkpoint(FLAGS.checkpoint_dir, 8, Settings(tuple(f"own{n}" for n in range(10)), 64))
-    message = r"ckpt-8 has been trained with 10 classes \(own0, .* with 10 classes \(airplane, "
+    own_names = tuple(f"own{n}" for n in range(10))
+    save_checkpoint(FLAGS.checkpoint_dir, 8, TrainingSettings(own_names, 64))
+    message = r"ckpt-8 was trained with 10 classes \(own0, .* with 10 classes \(airplane, "
     with pytest.raises(CheckpointError, match=message):
         cifar10_eval.evaluate()
-    save_checkpoint(FLAGS.checkpoint_dir, 9, Settings(("cat", "dog"), 64))
-    message = r"with 2 classes \(cat, dog\), not with 10 classes \(airplane, .*; name the data set"
+    save_checkpoint(FLAGS.checkpoint_dir, 9, TrainingSettings(("cat", "dog"), 64))
+    message = r"with 2 classes \(cat, dog\), not with 10 classes \(airplane, .*; use the dataset"
     with pytest.raises(CheckpointError, match=message):
         cifar10_eval.evaluate()
 
@@ -177,73 +181,89 @@ def test_a_data_set_of_other_classes_than_the_checkpoints_is_refused(records):
     ("settings", "message"),
     [
         (
-            Settings(cifar10_data.CLASS_NAMES, 64, crop_size=21),
+            TrainingSettings(dataset.CLASS_NAMES, 64, crop_size=21),
             "--crop_size=21, not with --crop_size=24",
         ),
         (
-            Settings(cifar10_data.CLASS_NAMES, 64, top_layers="local"),
+            TrainingSettings(dataset.CLASS_NAMES, 64, top_layers="local"),
             "--top_layers=local, not with --top_layers=full",
         ),
     ],
 )
-def test_a_checkpoint_of_another_model_is_refused_with_the_flag(records, settings, message, capsys):
+def test_a_checkpoint_of_another_model_is_refused_and_the_error_names_the_flag(
+    records, settings, message, capsys
+):
     save_checkpoint(FLAGS.checkpoint_dir, 8, settings)
     with pytest.raises(CheckpointError, match=f"trained with {message}; .* --checkpoint_dir$"):
         cifar10_eval.evaluate()
     assert capsys.readouterr().err == ""
-    assert not os.path.exists(FLAGS.eval_dir)  # it has not begun
+    assert not os.path.exists(FLAGS.eval_dir)  # refused before the evaluation began
 
 
-def test_names_that_change_while_it_evaluates_are_not_mixed_with_the_models(records, monkeypatch):
+def test_class_names_that_change_during_an_evaluation_do_not_affect_it(records, monkeypatch):
     save_checkpoint(FLAGS.checkpoint_dir, 7)
-    names = cifar10_data.CLASS_NAMES
-    check_fits = cifar10_eval.check_fits
+    names = dataset.CLASS_NAMES
+    check_variables = checkpoints.check_variables
 
-    def change(*arguments):
-        folder = pathlib.Path(FLAGS.data_dir) / cifar10_data.EXTRACTED_FOLDER
-        cifar10_data.write_class_names(folder, [*names, "emu"])
-        check_fits(*arguments)
+    def change_names_and_check(*arguments):
+        dataset.write_class_names(cifar10.find_data_folder(), [*names, "emu"])
+        check_variables(*arguments)
 
-    monkeypatch.setattr(cifar10_eval, "check_fits", change)
+    monkeypatch.setattr(checkpoints, "check_variables", change_names_and_check)
     cifar10_eval.evaluate()
-    (line,) = (pathlib.Path(FLAGS.eval_dir) / "results.jsonl").read_text().splitlines()
-    assert json.loads(line)["class_names"] == list(names)
-    assert np.shape(json.loads(line)["confusion_matrix"]) == (10, 10)
+    assert len(dataset.read_class_names(cifar10.find_data_folder())) == 11
+    (result,) = written_results()
+    assert result["class_names"] == list(names)
+    assert np.shape(result["confusion_matrix"]) == (10, 10)
 
 
-def test_more_images_than_are_evaluated_by_default_are_told(records, capsys, monkeypatch):
+def test_evaluating_fewer_images_than_there_are_is_reported_unless_requested(records, capsys):
     save_checkpoint(FLAGS.checkpoint_dir, 7)
-    FLAGS.num_examples = 100
-    monkeypatch.setattr(FLAGS["num_examples"], "default", 100)
+    FLAGS.set_default("num_examples", 100)
     cifar10_eval.evaluate()
     assert capsys.readouterr().err == (
         "There are 131 images: evaluating the first 100 of them (--num_examples)\n"
     )
-    FLAGS.num_examples = 99  # it was asked for
+    FLAGS.num_examples = 99
     cifar10_eval.evaluate()
     assert capsys.readouterr().err == ""
+    assert [result["count"] for result in written_results()] == [100, 99]
+
+
+@pytest.mark.parametrize("module", [cifar10, cifar10_input])
+def test_an_edited_example_count_limits_the_evaluation_unless_num_examples_is_given(
+    records, capsys, monkeypatch, module
+):
+    save_checkpoint(FLAGS.checkpoint_dir, 7)
+    monkeypatch.setattr(module, "NUM_EXAMPLES_PER_EPOCH_FOR_EVAL", 50)
+    cifar10_eval.evaluate()
+    assert capsys.readouterr().err == (
+        "There are 131 images: evaluating the first 50 of them (--num_examples)\n"
+    )
+    FLAGS.num_examples = 60
+    cifar10_eval.evaluate()
+    assert [result["count"] for result in written_results()] == [50, 60]
 
 
 @pytest.mark.parametrize("names", [("cat", "dog"), tuple(f"class {n}" for n in range(13))])
-def test_other_classes_are_evaluated_and_told_by_their_names(tmp_path, names):
+def test_any_number_of_classes_is_evaluated_and_reported_by_name(tmp_path, names):
     folder = tmp_path / "own"
-    _, test = write_data_set(folder, test_count=40, class_names=names)
+    _, test = write_dataset(folder, test_count=40, class_names=names)
     FLAGS.data_dir = str(folder)
     FLAGS.run_once = True
     FLAGS.checkpoint_dir = str(tmp_path / "checkpoints")
     FLAGS.eval_dir = str(tmp_path / "eval")
-    save_checkpoint(FLAGS.checkpoint_dir, 7, Settings(names, 25))
+    save_checkpoint(FLAGS.checkpoint_dir, 7, TrainingSettings(names, 25))
     variables = numpy_model.random_variables(AVERAGED, len(names))
-    likeliest = numpy_model.inference(standardized_centers(test), variables).argmax(axis=1)
+    predictions = numpy_model.inference(standardized_centers(test), variables).argmax(axis=1)
     confusion = np.zeros([len(names)] * 2, int)
-    np.add.at(confusion, (test[:, 0], likeliest), 1)
+    np.add.at(confusion, (test[:, 0], predictions), 1)
     cifar10_eval.evaluate()
-    (line,) = (tmp_path / "eval" / "results.jsonl").read_text().splitlines()
-    result = json.loads(line)
+    (result,) = written_results()
     assert result["confusion_matrix"] == confusion.tolist()
     assert result["class_names"] == list(names)
     assert result["precision"] == pytest.approx(np.trace(confusion) / 40)
-    _, tags = recorded(FLAGS.eval_dir)
+    _, tags = written_summaries()
     assert {f"precision/{name}" for name in names} <= tags
 
 
@@ -251,20 +271,18 @@ def test_a_class_without_images_has_no_precision(records):
     save_checkpoint(FLAGS.checkpoint_dir, 7)
     FLAGS.num_examples = 3  # of the classes 0, 1 and 2
     cifar10_eval.evaluate()
-    (line,) = (pathlib.Path(FLAGS.eval_dir) / "results.jsonl").read_text().splitlines()
-    of_class = json.loads(line)["precision_of_class"]
-    assert [name for name, share in of_class.items() if share is None] == list(
-        cifar10_data.CLASS_NAMES[3:]
-    )
+    (result,) = written_results()
+    without = [name for name, value in result["precision_of_class"].items() if value is None]
+    assert without == list(dataset.CLASS_NAMES[3:])
 
 
-def test_raw_variables_are_evaluated_on_request(records, capsys):
+def test_the_variables_themselves_are_evaluated_on_request(records, capsys):
     _, test = records
     save_checkpoint(FLAGS.checkpoint_dir, 7)
     FLAGS.use_moving_averages = False
     cifar10_eval.evaluate()
-    expected = correct_predictions(test, RAW).mean()
-    assert expected != correct_predictions(test, AVERAGED).mean()
+    expected = expected_correct(test, RAW).mean()
+    assert expected != expected_correct(test, AVERAGED).mean()
     assert printed_precision(capsys) == f"{expected:.3f}"
 
 
@@ -273,64 +291,63 @@ def test_the_training_files_are_evaluated_on_request(records, capsys):
     save_checkpoint(FLAGS.checkpoint_dir, 7)
     FLAGS.eval_data = "train_eval"
     cifar10_eval.evaluate()
-    assert printed_precision(capsys) == f"{correct_predictions(train, AVERAGED).mean():.3f}"
+    assert printed_precision(capsys) == f"{expected_correct(train, AVERAGED).mean():.3f}"
 
 
-def test_num_examples_limits_the_count_to_the_first_images(records, capsys):
+def test_num_examples_limits_the_evaluation_to_the_first_images(records, capsys):
     _, test = records
     save_checkpoint(FLAGS.checkpoint_dir, 7)
     FLAGS.batch_size = 8
     FLAGS.num_examples = 50
     cifar10_eval.evaluate()
     output = capsys.readouterr()
-    assert f"= {correct_predictions(test, AVERAGED)[:50].mean():.3f}\n" in output.out
+    assert f"= {expected_correct(test, AVERAGED)[:50].mean():.3f}\n" in output.out
     assert output.err == ""
 
 
-def test_fewer_images_than_asked_for_are_told(records, capsys):
+def test_fewer_images_than_num_examples_are_reported(records, capsys):
     save_checkpoint(FLAGS.checkpoint_dir, 7)
     cifar10_eval.evaluate()
-    assert "--num_examples=10000, but there are 131" in capsys.readouterr().err
+    assert "--num_examples=10000, but there are only 131 images" in capsys.readouterr().err
 
 
-def test_without_a_checkpoint_run_once_is_an_error(records):
+def test_run_once_without_a_checkpoint_is_an_error(records):
     with pytest.raises(UserError, match=f"no checkpoint in {FLAGS.checkpoint_dir}"):
         cifar10_eval.evaluate()
     assert not pathlib.Path(FLAGS.eval_dir).exists()
 
 
-def test_a_damaged_checkpoint_is_an_error_that_names_it(records):
+def test_a_damaged_checkpoint_is_an_error_of_one_line_that_names_it(records):
     path = save_checkpoint(FLAGS.checkpoint_dir, 7)
     pathlib.Path(f"{path}.data-00000-of-00001").write_bytes(b"")
-    with pytest.raises(
-        cifar10_eval.CheckpointError, match="model.ckpt-7 cannot be read: Read less bytes"
-    ) as error:
+    message = "model.ckpt-7 cannot be read: Read less bytes"
+    with pytest.raises(CheckpointError, match=message) as error:
         cifar10_eval.evaluate()
     assert "\n" not in str(error.value)
 
 
-def test_a_checkpoint_with_values_that_are_not_finite_is_an_error_that_names_it(
+def test_a_checkpoint_that_is_not_finite_is_an_error_of_one_line_that_names_it(
     records, monkeypatch
 ):
     variables = numpy_model.random_variables(AVERAGED)
     variables["softmax_linear/biases"][3] = np.nan
     monkeypatch.setattr(numpy_model, "random_variables", lambda *_: variables)
     save_checkpoint(FLAGS.checkpoint_dir, 7)
-    with pytest.raises(cifar10_eval.CheckpointError, match="model.ckpt-7 has values") as error:
+    with pytest.raises(CheckpointError, match="model.ckpt-7 has values that are not") as error:
         cifar10_eval.evaluate()
     assert "\n" not in str(error.value)
 
 
-def test_an_eval_dir_that_cannot_be_written_is_told_in_one_line(records, tmp_path):
+def test_an_eval_dir_that_cannot_be_written_is_an_error_of_one_line(records, tmp_path):
     save_checkpoint(FLAGS.checkpoint_dir, 7)
-    (tmp_path / "file").write_text("in the way")
+    (tmp_path / "file").write_text("not a folder")
     FLAGS.eval_dir = str(tmp_path / "file")
     with pytest.raises(UserError, match="cannot write to --eval_dir=.*file") as error:
         cifar10_eval.evaluate()
     assert "\n" not in str(error.value)
 
 
-def test_evaluations_start_at_least_the_interval_apart(records, monkeypatch):
+def test_the_interval_separates_the_starts_of_evaluations(records, monkeypatch):
     save_checkpoint(FLAGS.checkpoint_dir, 7)
     FLAGS.eval_interval_secs = 5000
     slept = []
@@ -347,7 +364,7 @@ def test_evaluations_start_at_least_the_interval_apart(records, monkeypatch):
     assert 4900 < slept[0] < 5000
 
 
-def test_sessions_are_configured_as_the_flags_say(records, monkeypatch):
+def test_the_flags_configure_the_session(records, monkeypatch):
     save_checkpoint(FLAGS.checkpoint_dir, 7)
     FLAGS.use_fp16 = True
     configs = []
@@ -359,23 +376,24 @@ def test_sessions_are_configured_as_the_flags_say(records, monkeypatch):
     assert configs == [session_config(use_fp16=True)]
 
 
-def test_a_checkpoint_of_another_model_is_an_error_that_names_what_is_missing(records):
+def test_a_checkpoint_without_the_variables_is_an_error_that_names_them(records):
     with tf.Graph().as_default(), tf.Session() as session:
         tf.get_variable("global_step", initializer=np.int64(7))
         session.run(tf.global_variables_initializer())
         pathlib.Path(FLAGS.checkpoint_dir).mkdir()
         tf.train.Saver().save(session, f"{FLAGS.checkpoint_dir}/model.ckpt", 7)
-    with pytest.raises(
-        cifar10_eval.CheckpointError,
-        match=r"model: in it conv\d/\w+/ExponentialMovingAverage is missing, .*, and 5 more differ",
-    ):
+    message = (
+        r"another model: in it, conv\d/\w+/ExponentialMovingAverage is missing, .*, and 5 more "
+        "differ"
+    )
+    with pytest.raises(CheckpointError, match=message):
         cifar10_eval.evaluate()
 
 
-def test_eval_once_takes_the_tutorials_arguments_and_the_newest_checkpoint(records, capsys):
+def test_eval_once_works_with_the_arguments_of_the_tutorial(records):
     _, test = records
     save_checkpoint(FLAGS.checkpoint_dir, 3)
-    save_checkpoint(FLAGS.checkpoint_dir, 9)
+    save_checkpoint(FLAGS.checkpoint_dir, 9)  # the newest one is evaluated
     with tf.Graph().as_default():
         images, labels = cifar10.inputs(eval_data=True, num_epochs=1)
         top_k_op = tf.nn.in_top_k(cifar10.inference(images), labels, 1)
@@ -384,67 +402,65 @@ def test_eval_once_takes_the_tutorials_arguments_and_the_newest_checkpoint(recor
         with tf.summary.FileWriter(FLAGS.eval_dir) as writer:
             for _ in range(2):
                 precision = cifar10_eval.eval_once(saver, writer, top_k_op, None)
-                assert precision == correct_predictions(test, AVERAGED).mean()
-    assert [step for step, _ in recorded(FLAGS.eval_dir)[0]] == [9, 9]
+                assert precision == expected_correct(test, AVERAGED).mean()
+    assert evaluated_steps() == [9, 9]
 
 
 class Stop(Exception):  # noqa: N818
-    """Ends an evaluation that would go on for ever."""
+    """Ends an evaluation that would otherwise continue forever."""
 
 
-def evaluate_for_ever(monkeypatch, before_wait):
-    """Runs `evaluate` until `before_wait`, called with the number of the wait, raises `Stop`."""
+def evaluate_forever(monkeypatch, on_wait):
+    """Runs `evaluate` until `on_wait`, called with the number of the wait, raises `Stop`."""
     waits = iter(range(1000))
-    clock = types.SimpleNamespace(
-        sleep=lambda _: before_wait(next(waits)), monotonic=time.monotonic
-    )
+    clock = types.SimpleNamespace(sleep=lambda _: on_wait(next(waits)), monotonic=time.monotonic)
     monkeypatch.setattr(cifar10_eval, "time", clock)
     FLAGS.run_once = False
     with pytest.raises(Stop):
         cifar10_eval.evaluate()
 
 
-def test_each_new_checkpoint_is_evaluated_once_from_the_first_that_appears(
-    records, capsys, monkeypatch
-):
+def test_every_new_checkpoint_is_evaluated_once(records, capsys, monkeypatch):
     def trainer(wait):
         if wait in (2, 6, 7):
             save_checkpoint(FLAGS.checkpoint_dir, wait * 10)
         if wait == 12:
             raise Stop
 
-    evaluate_for_ever(monkeypatch, trainer)
-    assert [step for step, _ in recorded(FLAGS.eval_dir)[0]] == [20, 60, 70]
+    evaluate_forever(monkeypatch, trainer)
+    assert evaluated_steps() == [20, 60, 70]
     assert f"Waiting for a checkpoint in {FLAGS.checkpoint_dir}" in capsys.readouterr().err
 
 
-def test_a_checkpoint_that_is_deleted_meanwhile_is_given_up_for_the_newest(records, monkeypatch):
+def test_if_the_trainer_deletes_a_checkpoint_the_newest_one_is_evaluated_instead(
+    records, monkeypatch
+):
     save_checkpoint(FLAGS.checkpoint_dir, 1)
-    eval_once = cifar10_eval.eval_once
-    taken = []
+    restore = checkpoints.restore
+    restored = []
 
-    def eval_once_after_the_trainer_moved_on(*arguments, **named):
-        taken.append(arguments[-1])
-        if len(taken) == 1:
+    def restore_after_the_trainer_has_continued(session, saver, checkpoint):
+        restored.append(os.path.basename(checkpoint))
+        if len(restored) == 1:
             for path in pathlib.Path(FLAGS.checkpoint_dir).glob("model.ckpt-1.*"):
                 path.unlink()
             save_checkpoint(FLAGS.checkpoint_dir, 2)
-        return eval_once(*arguments, **named)
+        return restore(session, saver, checkpoint)
 
-    monkeypatch.setattr(cifar10_eval, "eval_once", eval_once_after_the_trainer_moved_on)
+    monkeypatch.setattr(checkpoints, "restore", restore_after_the_trainer_has_continued)
     cifar10_eval.evaluate()
-    assert [path.rsplit("-")[-1] for path in taken] == ["1", "2"]
-    assert [step for step, _ in recorded(FLAGS.eval_dir)[0]] == [2]
+    assert restored == ["model.ckpt-1", "model.ckpt-2"]
+    assert evaluated_steps() == [2]
 
 
-def test_a_folder_that_loses_its_checkpoints_is_waited_for(records, monkeypatch):
+def test_after_all_checkpoints_have_disappeared_it_waits_for_a_new_one(records, monkeypatch):
     save_checkpoint(FLAGS.checkpoint_dir, 1)
-    eval_once = cifar10_eval.eval_once
+    restore = checkpoints.restore
 
-    def eval_once_after_a_deletion(*arguments, **named):
-        if arguments[-1].endswith("-1"):
+    def restore_after_a_deletion(session, saver, checkpoint):
+        if checkpoint.endswith("-1"):
             shutil.rmtree(FLAGS.checkpoint_dir)
-        return eval_once(*arguments, **named)
+        return restore(session, saver, checkpoint)
 
     def trainer(wait):
         if wait == 2:
@@ -452,12 +468,12 @@ def test_a_folder_that_loses_its_checkpoints_is_waited_for(records, monkeypatch)
         if wait == 5:
             raise Stop
 
-    monkeypatch.setattr(cifar10_eval, "eval_once", eval_once_after_a_deletion)
-    evaluate_for_ever(monkeypatch, trainer)
-    assert [step for step, _ in recorded(FLAGS.eval_dir)[0]] == [2]
+    monkeypatch.setattr(checkpoints, "restore", restore_after_a_deletion)
+    evaluate_forever(monkeypatch, trainer)
+    assert evaluated_steps() == [2]
 
 
-def test_a_damaged_checkpoint_does_not_end_the_wait_for_a_better_one(records, monkeypatch, capsys):
+def test_after_a_damaged_checkpoint_it_waits_for_the_next_one(records, monkeypatch):
     path = save_checkpoint(FLAGS.checkpoint_dir, 1)
     pathlib.Path(f"{path}.data-00000-of-00001").write_bytes(b"")
 
@@ -467,53 +483,56 @@ def test_a_damaged_checkpoint_does_not_end_the_wait_for_a_better_one(records, mo
         if wait == 8:
             raise Stop
 
-    evaluate_for_ever(monkeypatch, trainer)
-    assert [step for step, _ in recorded(FLAGS.eval_dir)[0]] == [2]
+    evaluate_forever(monkeypatch, trainer)
+    assert evaluated_steps() == [2]
 
 
-def test_evaluations_never_go_back_to_an_earlier_step(records, monkeypatch):
+def test_checkpoints_of_earlier_steps_are_skipped(records, monkeypatch):
     def trainer(wait):
         if wait < 6:
             save_checkpoint(FLAGS.checkpoint_dir, (20, 10, 15, 30, 25, 40)[wait])
         if wait == 12:
             raise Stop
 
-    evaluate_for_ever(monkeypatch, trainer)
-    assert [step for step, _ in recorded(FLAGS.eval_dir)[0]] == [20, 30, 40]
+    evaluate_forever(monkeypatch, trainer)
+    assert evaluated_steps() == [20, 30, 40]
 
 
-def test_an_unreadable_state_file_is_not_taken_for_a_lack_of_checkpoints(records):
+def test_an_unreadable_state_file_is_not_mistaken_for_a_folder_without_checkpoints(records):
     save_checkpoint(FLAGS.checkpoint_dir, 7)
     (pathlib.Path(FLAGS.checkpoint_dir) / "checkpoint").write_text("garbage")
     with pytest.raises(UserError, match="the file `checkpoint` in .* is unreadable or names"):
         cifar10_eval.evaluate()
 
 
-def test_summaries_do_not_go_among_the_checkpoints(records):
+def test_eval_dir_must_differ_from_checkpoint_dir(records):
     save_checkpoint(FLAGS.checkpoint_dir, 7)
     FLAGS.eval_dir = FLAGS.checkpoint_dir + "/../" + pathlib.Path(FLAGS.checkpoint_dir).name
+    before = os.listdir(FLAGS.checkpoint_dir)
     with pytest.raises(UserError, match="--eval_dir and --checkpoint_dir are both"):
         cifar10_eval.evaluate()
+    assert os.listdir(FLAGS.checkpoint_dir) == before
 
 
-def test_test_data_that_is_cut_while_it_is_evaluated_is_told(records, monkeypatch):
+def test_test_data_that_is_truncated_during_an_evaluation_is_an_error(records, monkeypatch):
     save_checkpoint(FLAGS.checkpoint_dir, 7)
     test_file = pathlib.Path(cifar10.find_data_folder()) / "test_batch.bin"
-    restore = cifar10_eval.restore
+    restore = checkpoints.restore
 
-    def restore_then_cut(*arguments):
+    def truncate_and_restore(*arguments):
         os.truncate(test_file, 3073)
         return restore(*arguments)
 
-    monkeypatch.setattr(cifar10_eval, "restore", restore_then_cut)
-    with pytest.raises(DataError, match=r"test_batch.bin has 3073 bytes now; it had \d+ when"):
+    monkeypatch.setattr(checkpoints, "restore", truncate_and_restore)
+    message = r"test_batch.bin has 3073 bytes, but had \d+ when the script started"
+    with pytest.raises(DataError, match=message):
         cifar10_eval.evaluate()
-    assert recorded(FLAGS.eval_dir)[0] == []
+    assert evaluated_steps() == []
 
 
-def test_evaluations_leave_no_threads_behind(records, monkeypatch):
+def test_evaluations_leave_no_threads_behind(records):
     save_checkpoint(FLAGS.checkpoint_dir, 7)
-    FLAGS.num_examples = 10  # the queue still holds images then
+    FLAGS.num_examples = 10  # fewer than the queue holds
     FLAGS.batch_size = 2
     before = threading.active_count()
     for _ in range(3):

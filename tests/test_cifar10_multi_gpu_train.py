@@ -1,41 +1,47 @@
-"""Towers: their devices, their shared variables, and the arithmetic of one synchronous step."""
+"""Tests of the towers: their devices, their shared variables and one synchronous step."""
 
 import re
 
 import numpy as np
 import pytest
-from conftest import write_data_set
+from conftest import write_dataset
 
 import cifar10
-import cifar10_data
 import cifar10_multi_gpu_train
-import cifar10_session
 import cifar10_train
-from cifar10_runtime import UserError, session_config, tf
+from support import checkpoints, dataset, session
+from support.errors import UserError
+from support.tensorflow_v1 import session_config, tf
 
 pytestmark = pytest.mark.usefixtures("graph")
 
-
-@pytest.fixture
-def data(tmp_path):
-    """A small data set that the flags name."""
-    write_data_set(tmp_path / cifar10_data.EXTRACTED_FOLDER)
-    cifar10.FLAGS.data_dir = str(tmp_path)
-    cifar10.FLAGS.min_fraction_of_examples_in_queue = 0.002
-    return tmp_path
+FLAGS = cifar10_multi_gpu_train.FLAGS
 
 
 @pytest.fixture
-def resident_batch(monkeypatch):
-    """Four fixed images in place of the queues."""
-    images = np.random.default_rng(5).normal(0, 1, [4, 24, 24, 3]).astype(np.float32)
-    labels = np.array([3, 1, 4, 1], np.int32)
+def small_dataset(tmp_path):
+    """A small dataset that the flags name."""
+    write_dataset(tmp_path / dataset.EXTRACTED_FOLDER)
+    FLAGS.data_dir = str(tmp_path)
+    FLAGS.min_fraction_of_examples_in_queue = 0.002
+
+
+def use_batch(monkeypatch, images, labels):
+    """Replaces the training input with one fixed batch."""
 
     def distorted_inputs(batch_size):
-        assert batch_size == 4
+        assert batch_size == len(images)
         return tf.constant(images), tf.constant(labels)
 
     monkeypatch.setattr(cifar10, "distorted_inputs", distorted_inputs)
+
+
+@pytest.fixture
+def fixed_batch(monkeypatch):
+    """Four fixed images instead of the training input."""
+    images = np.random.default_rng(5).normal(0, 1, [4, 24, 24, 3]).astype(np.float32)
+    labels = np.array([3, 1, 4, 1], np.int32)
+    use_batch(monkeypatch, images, labels)
     return images, labels
 
 
@@ -49,37 +55,56 @@ def test_gradients_are_averaged_over_the_towers():
         ]
     )
     assert [variable for _, variable in averages] == [first, second]
-    with tf.Session(config=session_config()) as session:
-        values = session.run([gradient for gradient, _ in averages])
+    with tf.Session(config=session_config()) as sess:
+        values = sess.run([gradient for gradient, _ in averages])
     np.testing.assert_allclose(values[0], [2.0, 1.0])
     np.testing.assert_allclose(values[1], 2.0)
 
 
-def variables_of(num_gpus):
+def test_the_loss_of_a_tower_is_the_sum_of_its_own_losses(fixed_batch):
+    images, labels = (tf.constant(each) for each in fixed_batch)
+    with tf.variable_scope(tf.get_variable_scope()):
+        for i in range(2):
+            with tf.name_scope(f"tower_{i}") as scope:
+                loss = cifar10_multi_gpu_train.tower_loss(scope, images, labels)
+                tf.get_variable_scope().reuse_variables()
+    losses = tf.get_collection("losses", "tower_1/")
+    assert loss.op.name == "tower_1/total_loss"
+    assert len(losses) == 3  # the cross-entropy and two weight decays
+    assert len(tf.get_collection("losses")) == 6
+    with tf.Session(config=session_config()) as sess:
+        sess.run(tf.global_variables_initializer())
+        total, terms = sess.run([loss, losses])
+    assert total == pytest.approx(sum(terms), rel=1e-6)
+
+
+def find_variables(num_gpus):
     with tf.Graph().as_default():
         cifar10_multi_gpu_train.build_training(num_gpus, 4)
         return {v.op.name: (v.shape.as_list(), v.dtype, v.device) for v in tf.global_variables()}
 
 
-def test_variables_are_the_same_for_any_number_of_towers_and_for_the_single_trainer(data):
+def test_variables_do_not_depend_on_the_number_of_towers_or_the_script(small_dataset):
     with tf.Graph().as_default():
         with tf.device("/cpu:0"):
             global_step = tf.train.get_or_create_global_step()
         images, labels = cifar10.distorted_inputs()
         cifar10.train(cifar10.loss(cifar10.inference(images), labels), global_step)
         single = {v.op.name: (v.shape.as_list(), v.dtype) for v in tf.global_variables()}
-    one, two, three = (variables_of(number) for number in (1, 2, 3))
+    one, two, three = (find_variables(number) for number in (1, 2, 3))
     assert one == two == three
-    assert {name: spec[:2] for name, spec in one.items()} == single
+    assert {name: specification[:2] for name, specification in one.items()} == single
     assert {device for _, _, device in one.values()} == {"/device:CPU:0"}
 
 
-def test_each_tower_is_on_its_gpu_and_the_rest_on_the_cpu(data):
+@pytest.mark.parametrize("fast_ops", [True, False])
+def test_each_tower_is_on_its_gpu_and_the_rest_on_the_cpu(small_dataset, fast_ops):
+    FLAGS.fast_ops = fast_ops
     cifar10_multi_gpu_train.build_training(2, 4)
     operations = tf.get_default_graph().get_operations()
-    computing = re.compile(r"tower_(\d)/(conv\d/(Conv2D|BiasAdd)|local\d/MatMul|norm\d)$")
-    towers = [(computing.match(op.name), op.device) for op in operations]
-    found = [(f"/device:GPU:{match[1]}", device) for match, device in towers if match]
+    layer = re.compile(r"tower_(\d)/(conv\d/(Conv2D|BiasAdd)|local\d/MatMul|norm\d)$")
+    matches = [(layer.match(operation.name), operation.device) for operation in operations]
+    found = [(f"/device:GPU:{match[1]}", device) for match, device in matches if match]
     assert len(found) == 2 * 8
     assert all(expected == device for expected, device in found)
     for operation in operations:
@@ -91,31 +116,28 @@ def test_each_tower_is_on_its_gpu_and_the_rest_on_the_cpu(data):
     assert not any(name.startswith("tower_2") for name in names)
 
 
-def test_a_step_of_two_towers_is_the_step_of_one_on_both_batches(resident_batch):
-    images, labels = resident_batch
+def test_a_step_of_several_towers_is_the_step_of_one_on_all_their_batches(fixed_batch):
+    images, labels = fixed_batch
 
-    def one_step(build):
-        with (
-            tf.Graph().as_default(),
-            tf.Session(config=session_config()) as session,
-        ):
+    def run_step(build):
+        with tf.Graph().as_default(), tf.Session(config=session_config()) as sess:
             train_op, loss = build()
-            session.run(tf.global_variables_initializer())
+            sess.run(tf.global_variables_initializer())
             generator = np.random.default_rng(6)
             for variable in tf.trainable_variables():
                 start = generator.normal(0, 0.05, variable.shape.as_list())
-                variable.load(start.astype(np.float32), session)
-            value, _ = session.run([loss, train_op])
-            return value, session.run(tf.trainable_variables())
+                variable.load(start.astype(np.float32), sess)
+            value, _ = sess.run([loss, train_op])
+            return value, sess.run(tf.trainable_variables())
 
     def build_single():
         global_step = tf.train.get_or_create_global_step()
         loss = cifar10.loss(cifar10.inference(tf.constant(images)), tf.constant(labels))
         return cifar10.train(loss, global_step), loss
 
-    expected_loss, expected = one_step(build_single)
+    expected_loss, expected = run_step(build_single)
     for num_gpus, batch_size in ((1, 4), (2, 2), (4, 1)):
-        loss, found = one_step(
+        loss, found = run_step(
             lambda: cifar10_multi_gpu_train.build_training(num_gpus, batch_size)  # noqa: B023
         )
         assert loss == pytest.approx(expected_loss, rel=1e-5)
@@ -123,89 +145,117 @@ def test_a_step_of_two_towers_is_the_step_of_one_on_both_batches(resident_batch)
             np.testing.assert_allclose(variable, reference, atol=1e-6)
 
 
-def test_each_tower_has_a_batch_of_its_own(resident_batch):
-    images, _ = resident_batch
+def test_each_tower_has_its_own_batch(fixed_batch):
+    images, _ = fixed_batch
     cifar10_multi_gpu_train.build_training(2, 2)
     graph = tf.get_default_graph()
-    with tf.Session(config=session_config()) as session:
-        seen = [
-            session.run(graph.get_operation_by_name(f"tower_{i}/conv1/Conv2D").inputs[0])
+    with tf.Session(config=session_config()) as sess:
+        batches = [
+            sess.run(graph.get_operation_by_name(f"tower_{i}/conv1/Conv2D").inputs[0])
             for i in range(2)
         ]
-    np.testing.assert_array_equal(np.concatenate(seen), images)
+    np.testing.assert_array_equal(np.concatenate(batches), images)
+
+
+def run_training(train_op, loss, options):
+    settings = checkpoints.TrainingSettings(dataset.CLASS_NAMES, 50000)
+    with session.training_session(loss, 8, options, settings) as sess:
+        while not sess.should_stop():
+            sess.run(train_op)
+
+
+@tf.custom_gradient
+def with_nan_gradient(values):
+    """Returns the values unchanged; their gradient is NaN."""
+    return tf.identity(values), lambda upstream: upstream * np.nan
 
 
 @pytest.mark.parametrize("bad_tower", [0, 1])
-@pytest.mark.parametrize("bad", ["loss", "gradient"])
-def test_what_is_not_finite_in_any_tower_ends_training(data, tmp_path, monkeypatch, bad_tower, bad):
+@pytest.mark.parametrize(
+    ("corrupt", "name"),
+    [
+        (lambda logits: logits * np.nan, "tower_{}/total_loss"),
+        (with_nan_gradient, "gradients/conv1/weights"),
+    ],
+    ids=["loss", "gradient"],
+)
+def test_a_nan_in_any_tower_stops_training(tmp_path, monkeypatch, corrupt, name, bad_tower):
     images = np.random.default_rng(0).normal(size=[8, 24, 24, 3]).astype(np.float32)
-    images[4 * bad_tower] = np.nan
+    use_batch(monkeypatch, images, np.arange(8, dtype=np.int32))
     inference = cifar10.inference
-    # On its way to the loss a NaN gets lost, as the larger of NaN and 0 may be taken to be 0.
-    factor = 0.0 if bad == "loss" else None
 
-    def infer(images):
+    def corrupt_inference(images):
         logits = inference(images)
-        return logits if factor is None else logits + factor * tf.reduce_sum(images)
+        is_bad = logits.op.name.startswith(f"tower_{bad_tower}/")
+        return corrupt(logits) if is_bad else logits
 
-    monkeypatch.setattr(cifar10, "inference", infer)
-    monkeypatch.setattr(
-        cifar10, "distorted_inputs", lambda count: (tf.constant(images), tf.range(8) % 10)
-    )
-    name = {"loss": f"tower_{bad_tower}/total_loss", "gradient": "gradients/conv1/weights"}[bad]
-    with tf.Graph().as_default():
-        train_op, loss = cifar10_multi_gpu_train.build_training(2, 4)
-        tf.get_collection_ref(tf.GraphKeys.SUMMARIES).clear()  # a histogram would notice as well
-        with pytest.raises(UserError, match=f"{name} is nan at step 0, where the learning rate"):
-            cifar10_session.run_training(
-                train_op, loss, 8, str(tmp_path / "train"), 5, 10, session_config()
-            )
-    newest = tf.train.latest_checkpoint(str(tmp_path / "train"))
-    assert newest.endswith("model.ckpt-0")
-
-
-def learning_rate_decay_steps(num_gpus):
-    with tf.Graph().as_default():
-        cifar10_multi_gpu_train.build_training(num_gpus, 128)
-        global_step = tf.train.get_global_step()
-        (rate,) = tf.get_collection(cifar10.LEARNING_RATE)
-        with tf.Session(config=session_config()) as session:
-            session.run(global_step.initializer)
-            rates = []
-            for step in (136718 // num_gpus - 1, 136718 // num_gpus):
-                global_step.load(step, session)
-                rates.append(session.run(rate))
-            return rates
+    monkeypatch.setattr(cifar10, "inference", corrupt_inference)
+    train_op, loss = cifar10_multi_gpu_train.build_training(2, 4)
+    tf.get_collection_ref(tf.GraphKeys.SUMMARIES).clear()  # a histogram would find the NaN as well
+    options = session.Options(train_dir=str(tmp_path / "train"), max_steps=5)
+    message = f"{name.format(bad_tower)} is nan at step 0, where the learning rate is 0.1;"
+    with pytest.raises(UserError, match=f"^{message}"):
+        run_training(train_op, loss, options)
+    assert tf.train.latest_checkpoint(options.train_dir).endswith("model.ckpt-0")
 
 
 @pytest.mark.parametrize("num_gpus", [1, 2])
-def test_n_towers_decay_the_learning_rate_n_times_sooner(data, monkeypatch, num_gpus):
-    monkeypatch.setattr(cifar10, "count_examples_per_epoch", lambda: 50000)
-    assert learning_rate_decay_steps(num_gpus) == pytest.approx([0.1, 0.01])
+def test_n_towers_decay_the_learning_rate_after_an_nth_of_the_steps(
+    small_dataset, monkeypatch, num_gpus
+):
+    # An edited constant replaces the number of records in the files.
+    monkeypatch.setattr(cifar10, "NUM_EXAMPLES_PER_EPOCH_FOR_TRAIN", 50001)
+    cifar10_multi_gpu_train.build_training(num_gpus, 128)
+    global_step = tf.train.get_global_step()
+    rate = tf.get_default_graph().get_tensor_by_name("learning_rate:0")
+    with tf.Session(config=session_config()) as sess:
+        rates = []
+        # 50,001 / 128 * 350, rounded down, is 136,721.
+        for step in (136721 // num_gpus - 1, 136721 // num_gpus):
+            global_step.load(step, sess)
+            rates.append(sess.run(rate))
+    assert rates == pytest.approx([0.1, 0.01])
 
 
-def summary_tags():
+def find_summary_tags():
     summaries = tf.get_collection(tf.GraphKeys.SUMMARIES)
     tags = [tf.get_static_value(summary.op.inputs[0]).item() for summary in summaries]
     return sorted(tag.decode() for tag in tags)
 
 
-def test_summaries_have_the_same_tags_for_any_number_of_towers(data):
+def test_summaries_have_the_same_tags_for_any_number_of_towers(small_dataset):
     found = []
     for num_gpus in (1, 2, 3):
         with tf.Graph().as_default():
             cifar10_multi_gpu_train.build_training(num_gpus, 4)
-            found.append(summary_tags())
+            found.append(find_summary_tags())
     assert found[0] == found[1] == found[2]
     assert {"total_loss_raw", "activations/conv1", "queue/fraction_full"} <= set(found[0])
     assert not any("distorted_inputs" in tag for tag in found[0])
 
 
-def test_both_trainers_can_be_imported_together_and_have_the_tutorials_defaults():
-    flags = cifar10_multi_gpu_train.FLAGS
-    assert flags is cifar10_train.FLAGS
-    assert flags.train_dir == "/tmp/cifar10_train"
-    assert flags.max_steps == 1000000
-    assert flags.log_frequency == 10
-    assert flags.log_device_placement is False
-    assert flags.num_gpus == 1
+@pytest.mark.parametrize(
+    ("gpus", "message"),
+    [
+        ([], "--num_gpus=2, but TensorFlow finds 0 GPU(s): the towers share the CPU."),
+        (["a GPU"], "--num_gpus=2, but TensorFlow finds 1 GPU(s): the towers share them."),
+        (["a GPU", "another GPU"], None),
+    ],
+)
+def test_more_towers_than_gpus_are_reported(small_dataset, tmp_path, monkeypatch, gpus, message):
+    monkeypatch.setattr(cifar10_multi_gpu_train, "GPUS", gpus)
+    warnings = []
+    monkeypatch.setattr(tf.logging, "warning", lambda text, *values: warnings.append(text % values))
+    FLAGS.train_dir = str(tmp_path / "train")
+    FLAGS.batch_size = 4
+    FLAGS.num_gpus = 2
+    FLAGS.max_steps = 1
+    cifar10_multi_gpu_train.train()
+    assert warnings == [message] * (message is not None)
+    assert tf.train.latest_checkpoint(FLAGS.train_dir).endswith("model.ckpt-1")
+
+
+def test_both_training_scripts_can_be_imported_together():
+    assert FLAGS is cifar10_train.FLAGS
+    assert FLAGS.num_gpus == 1
+    assert FLAGS.train_dir == "/tmp/cifar10_train"

@@ -1,4 +1,4 @@
-"""Predictions against NumPy's model and against evaluation; exports, loaded as others load them."""
+"""Predictions match NumPy's model and the evaluation; exports load without this project."""
 
 import json
 import os
@@ -13,222 +13,221 @@ from absl import app, flags
 from conftest import (
     AVERAGED,
     RAW,
-    ROOT,
     draw_patches,
     make_records,
+    messages,
     pixels,
     run_script,
     running_queues,
+    running_script,
     save_checkpoint,
+    script_environment,
     standardized_centers,
-    write_data_set,
+    write_dataset,
 )
 from PIL import Image
 
 import cifar10
-import cifar10_data
 import cifar10_predict
-import cifar10_restore
-from cifar10_runtime import UserError, tf
-from cifar10_settings import Settings
+from support import checkpoints, dataset, files
+from support.checkpoints import TrainingSettings
+from support.errors import UserError
+from support.tensorflow_v1 import tf
 
 FLAGS = cifar10_predict.FLAGS
 
 
 @pytest.fixture
 def records(tmp_path):
-    """Records that differ; the flags name a checkpoint, and a folder `data` that is not there."""
+    """Records, and flags that name a checkpoint and a `--data_dir` that does not exist."""
     FLAGS.checkpoint_dir = str(tmp_path / "train")
     FLAGS.data_dir = str(tmp_path / "data")
     save_checkpoint(FLAGS.checkpoint_dir, 7)
     records = make_records(30)
-    draw_patches(records, np.random.default_rng(8))
+    draw_patches(records)
     return records
 
 
 @pytest.fixture
-def pictures(tmp_path, records):
-    """The same records as a folder of PNGs, named in order."""
-    (tmp_path / "pictures").mkdir()
+def images(tmp_path, records):
+    """A folder with the images of the same records in the same order, as PNG files."""
+    (tmp_path / "images").mkdir()
     for number, image in enumerate(pixels(records)):
-        Image.fromarray(image).save(tmp_path / "pictures" / f"{number:02}.png")
-    return tmp_path / "pictures"
+        Image.fromarray(image).save(tmp_path / "images" / f"{number:02}.png")
+    return tmp_path / "images"
 
 
-def probabilities_by_numpy(records, seed=AVERAGED, crop_size=24):
+def run_main(*paths):
+    cifar10_predict.main(["cifar10_predict.py", *map(str, paths)])
+
+
+def printed_objects(capsys, *paths):
+    """Returns the JSON objects that the script prints for images."""
+    FLAGS.json = True
+    run_main(*paths)
+    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+def expected_probabilities(records, seed=AVERAGED, crop_size=24):
+    """Returns the probabilities according to NumPy's model: [n, 10]."""
     variables = numpy_model.random_variables(seed)
     logits = numpy_model.inference(standardized_centers(records, crop_size), variables)
     powers = np.exp(logits - logits.max(axis=1, keepdims=True))
     return powers / powers.sum(axis=1, keepdims=True)
 
 
-def predicted(capsys, *paths):
-    """Returns the JSON objects that the script prints."""
-    FLAGS.json = True
-    cifar10_predict.main([str(path) for path in paths])
-    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-
-
 @pytest.mark.parametrize("batch_size", [1, 7, 128])
 @pytest.mark.parametrize(("averages", "seed"), [(True, AVERAGED), (False, RAW)])
-def test_predictions_are_numpys_three_likeliest(
-    records, pictures, capsys, batch_size, averages, seed
+def test_the_three_most_likely_classes_match_numpy(
+    records, images, capsys, batch_size, averages, seed
 ):
     FLAGS.batch_size = batch_size
     FLAGS.use_moving_averages = averages
-    lines = predicted(capsys, pictures)
-    assert [line["picture"] for line in lines] == [f"{pictures}/{n:02}.png" for n in range(30)]
-    for line, expected in zip(lines, probabilities_by_numpy(records, seed), strict=True):
+    objects = printed_objects(capsys, images)
+    assert [o["picture"] for o in objects] == [f"{images}/{n:02}.png" for n in range(30)]
+    for found, expected in zip(objects, expected_probabilities(records, seed), strict=True):
         best = np.argsort(-expected)[:3]
-        found = line["predictions"]
-        assert [p["class"] for p in found] == [cifar10_data.CLASS_NAMES[i] for i in best]
-        assert [p["probability"] for p in found] == pytest.approx(expected[best], rel=1e-3)
-        assert line["checkpoint"] == f"{FLAGS.checkpoint_dir}/model.ckpt-7"
-        assert line["step"] == 7
-    orders = {tuple(p["class"] for p in line["predictions"]) for line in lines}
-    assert len(orders) > 3
+        predictions = found["predictions"]
+        assert [p["class"] for p in predictions] == [dataset.CLASS_NAMES[i] for i in best]
+        assert [p["probability"] for p in predictions] == pytest.approx(expected[best], rel=1e-3)
+        assert found["checkpoint"] == f"{FLAGS.checkpoint_dir}/model.ckpt-7"
+        assert found["step"] == 7
+    rankings = {tuple(p["class"] for p in found["predictions"]) for found in objects}
+    assert len(rankings) > 3
 
 
-def test_a_line_tells_the_picture_and_three_classes_with_probabilities(records, pictures, capsys):
-    cifar10_predict.main([str(pictures / "03.png")])
+def test_a_line_shows_the_image_and_three_classes_with_probabilities(records, images, capsys):
+    run_main(images / "03.png")
     output = capsys.readouterr()
-    expected = probabilities_by_numpy(records)[3]
-    shares = ", ".join(
-        f"{cifar10_data.CLASS_NAMES[i]} {expected[i]:.3f}" for i in np.argsort(-expected)[:3]
+    expected = expected_probabilities(records)[3]
+    classes = ", ".join(
+        f"{dataset.CLASS_NAMES[i]} {expected[i]:.3f}" for i in np.argsort(-expected)[:3]
     )
-    assert output.out == f"{pictures / '03.png'}: {shares}\n"
+    assert output.out == f"{images / '03.png'}: {classes}\n"
     assert output.err == ""
 
 
-def test_an_unreadable_picture_is_named_and_the_others_go_on(pictures, capsys):
-    (pictures / "05.png").write_text("no picture")
-    (pictures / "00.png").unlink()
+def test_unreadable_images_are_reported_and_the_others_are_classified(images, capsys):
+    (images / "05.png").write_text("not an image")
+    (images / "00.png").unlink()
     FLAGS.batch_size = 4
-    with pytest.raises(UserError, match="2 of 30 could not be read"):
-        cifar10_predict.main([str(pictures / "00.png"), str(pictures)])
+    with pytest.raises(UserError, match="2 of 30 images could not be read"):
+        run_main(images / "00.png", images)
     output = capsys.readouterr()
     assert len(output.out.splitlines()) == 28
     assert "05.png" not in output.out
     first, second = output.err.splitlines()
-    assert first == f"{pictures / '00.png'}: there is no such file"
-    assert second.startswith(f"{pictures / '05.png'}: it is not a PNG")
+    assert first == f"{images / '00.png'}: there is no such file"
+    assert second.startswith(f"{images / '05.png'}: it is not a PNG")
 
 
-def test_an_unreadable_picture_is_an_object_with_its_error_for_machines(pictures, capsys):
-    (pictures / "01.png").write_text("no picture")
+def test_json_output_has_an_object_with_the_error_for_an_unreadable_image(images, capsys):
+    (images / "01.png").write_text("not an image")
     FLAGS.json = True
-    with pytest.raises(UserError, match="1 of 2 could not be read"):
-        cifar10_predict.main([str(pictures / "01.png"), str(pictures / "02.png")])
+    with pytest.raises(UserError, match="1 of 2 images could not be read"):
+        run_main(images / "01.png", images / "02.png")
     first, second = (json.loads(line) for line in capsys.readouterr().out.splitlines())
     assert first.keys() == {"picture", "error"}
     assert "it is not a PNG" in first["error"]
-    assert second["picture"] == str(pictures / "02.png")
+    assert second["picture"] == str(images / "02.png")
 
 
 @pytest.mark.parametrize("count", [2, 10, 14])
-def test_classes_are_those_that_the_checkpoint_was_trained_on(pictures, capsys, count):
-    names = tuple(f"noted {n}" for n in range(count))
-    save_checkpoint(FLAGS.checkpoint_dir, 8, Settings(names, 25))
-    (line,) = predicted(capsys, pictures / "00.png")
-    found = [p["class"] for p in line["predictions"]]
-    assert len(found) == min(count, 3)
-    assert set(found) <= set(names)
+def test_the_classes_are_those_that_the_checkpoint_was_trained_on(images, capsys, count):
+    names = tuple(f"recorded {n}" for n in range(count))
+    save_checkpoint(FLAGS.checkpoint_dir, 8, TrainingSettings(names, 25))
+    (found,) = printed_objects(capsys, images / "00.png")
+    classes = [p["class"] for p in found["predictions"]]
+    assert len(classes) == min(count, 3)
+    assert set(classes) <= set(names)
     with cifar10_predict.open_model() as model:
         assert model.class_names == names
         assert model.probabilities.shape[1] == count
 
 
-def test_where_a_checkpoint_does_not_tell_its_classes_they_are_the_data_sets(pictures, capsys):
+def test_if_a_checkpoint_does_not_record_its_classes_those_of_the_dataset_are_used(images, capsys):
     folder = FLAGS.data_dir + "/cifar-10-batches-bin"
     os.makedirs(folder)
-    cifar10_data.write_class_names(folder, [f"own{n}" for n in range(10)])
-    (line,) = predicted(capsys, pictures / "00.png")
-    assert all(p["class"].startswith("own") for p in line["predictions"])
+    dataset.write_class_names(folder, [f"own{n}" for n in range(10)])
+    (found,) = printed_objects(capsys, images / "00.png")
+    assert all(p["class"].startswith("own") for p in found["predictions"])
 
 
-def test_a_checkpoint_that_a_trainer_removes_does_not_hide_the_classes_of_the_next(
-    pictures, capsys, monkeypatch
-):
-    names = tuple(f"noted {n}" for n in range(10))
-    for step in (8, 9):
-        save_checkpoint(FLAGS.checkpoint_dir, step, Settings(names, 25))
-    gone, newest = (f"{FLAGS.checkpoint_dir}/model.ckpt-{step}" for step in (8, 9))
+def remove_checkpoint(step):
     for name in os.listdir(FLAGS.checkpoint_dir):
-        if name.startswith("model.ckpt-8"):
+        if name.startswith(f"model.ckpt-{step}."):
             os.remove(os.path.join(FLAGS.checkpoint_dir, name))
-    found = iter([gone])
-    monkeypatch.setattr(
-        cifar10_restore, "find_latest_checkpoint", lambda folder: next(found, newest)
-    )
-    (line,) = predicted(capsys, pictures / "00.png")
-    assert all(p["class"].startswith("noted") for p in line["predictions"])
 
 
-def test_predicting_needs_no_data_set(pictures, capsys, tmp_path):
-    save_checkpoint(FLAGS.checkpoint_dir, 8, Settings(tuple("abcdefghij"), 25))
-    (tmp_path / "file").write_text("")
-    FLAGS.data_dir = str(tmp_path / "file")
-    (line,) = predicted(capsys, pictures / "00.png")
-    assert {p["class"] for p in line["predictions"]} < set("abcdefghij")
-
-
-def test_a_checkpoint_of_another_crop_is_refused_and_taken_where_the_flag_agrees(
-    records, pictures, capsys
+def test_if_a_trainer_deletes_a_checkpoint_the_classes_of_the_next_one_are_used(
+    images, capsys, monkeypatch
 ):
-    settings = Settings(
-        cifar10_data.CLASS_NAMES, 25, crop_size=22
-    )  # its layers have the same sizes
-    save_checkpoint(FLAGS.checkpoint_dir, 8, settings)
-    with pytest.raises(
-        UserError, match="--crop_size=22, not with --crop_size=24; give --crop_size=22"
-    ):
-        cifar10_predict.main([str(pictures / "00.png")])
-    FLAGS.crop_size = 22
-    (line,) = predicted(capsys, pictures / "00.png")
-    (expected,) = probabilities_by_numpy(records[:1], crop_size=22)
-    assert line["predictions"][0]["probability"] == pytest.approx(expected.max(), abs=1e-3)
+    names = tuple(f"recorded {n}" for n in range(10))
+    for step in (8, 9):
+        save_checkpoint(FLAGS.checkpoint_dir, step, TrainingSettings(names, 25))
+    remove_checkpoint(8)
+    deleted, newest = (f"{FLAGS.checkpoint_dir}/model.ckpt-{step}" for step in (8, 9))
+    found = iter([deleted])
+    monkeypatch.setattr(checkpoints, "find_latest_checkpoint", lambda _: next(found, newest))
+    (line,) = printed_objects(capsys, images / "00.png")
+    assert all(p["class"].startswith("recorded") for p in line["predictions"])
 
 
-def test_without_pictures_or_a_checkpoint_the_way_on_is_told(pictures):
-    with pytest.raises(app.UsageError, match="name pictures"):
-        cifar10_predict.main([])
-    FLAGS.checkpoint_dir += "/none"
-    with pytest.raises(UserError, match="there is no checkpoint in .*none; train first"):
-        cifar10_predict.main([str(pictures)])
+def test_if_a_trainer_deletes_a_checkpoint_the_newest_one_predicts(images, capsys, monkeypatch):
+    restore = checkpoints.restore
 
-
-def test_a_checkpoint_that_a_trainer_deletes_meanwhile_is_given_up_for_the_newest(
-    pictures, capsys, monkeypatch
-):
-    import cifar10_restore
-
-    restore = cifar10_restore.restore
-
-    def restore_after_the_trainer_moved_on(session, saver, checkpoint):
+    def restore_after_the_trainer_has_continued(session, saver, checkpoint):
         if checkpoint.endswith("-7"):
             save_checkpoint(FLAGS.checkpoint_dir, 9)
-            for name in os.listdir(FLAGS.checkpoint_dir):
-                if name.startswith("model.ckpt-7."):
-                    os.remove(os.path.join(FLAGS.checkpoint_dir, name))
+            remove_checkpoint(7)
         return restore(session, saver, checkpoint)
 
-    monkeypatch.setattr(cifar10_restore, "restore", restore_after_the_trainer_moved_on)
-    (line,) = predicted(capsys, pictures / "00.png")
-    assert line["step"] == 9
+    monkeypatch.setattr(checkpoints, "restore", restore_after_the_trainer_has_continued)
+    (found,) = printed_objects(capsys, images / "00.png")
+    assert found["step"] == 9
 
 
-def test_a_checkpoint_that_is_not_finite_predicts_nothing(pictures, monkeypatch):
+def test_prediction_needs_no_dataset(images, capsys, tmp_path):
+    save_checkpoint(FLAGS.checkpoint_dir, 8, TrainingSettings(tuple("abcdefghij"), 25))
+    (tmp_path / "file").write_text("")
+    FLAGS.data_dir = str(tmp_path / "file")
+    (found,) = printed_objects(capsys, images / "00.png")
+    assert {p["class"] for p in found["predictions"]} < set("abcdefghij")
+
+
+def test_a_checkpoint_of_another_crop_size_needs_the_same_flag(records, images, capsys):
+    # With 22, the layers have the same sizes as with 24.
+    settings = TrainingSettings(dataset.CLASS_NAMES, 25, crop_size=22)
+    save_checkpoint(FLAGS.checkpoint_dir, 8, settings)
+    message = "--crop_size=22, not with --crop_size=24; use --crop_size=22"
+    with pytest.raises(UserError, match=message):
+        run_main(images / "00.png")
+    FLAGS.crop_size = 22
+    (found,) = printed_objects(capsys, images / "00.png")
+    (expected,) = expected_probabilities(records[:1], crop_size=22)
+    assert found["predictions"][0]["probability"] == pytest.approx(expected.max(), abs=1e-3)
+
+
+def test_without_images_or_a_checkpoint_the_error_says_what_to_do(images):
+    with pytest.raises(app.UsageError, match="name images or folders of images"):
+        run_main()
+    FLAGS.checkpoint_dir += "/none"
+    with pytest.raises(UserError, match="there is no checkpoint in .*none; train first"):
+        run_main(images)
+
+
+def test_a_checkpoint_that_is_not_finite_predicts_nothing(images, monkeypatch):
     variables = numpy_model.random_variables(AVERAGED)
     variables["local4/weights"][3, 5] = np.nan
     monkeypatch.setattr(numpy_model, "random_variables", lambda *_: variables)
     save_checkpoint(FLAGS.checkpoint_dir, 8)
     with pytest.raises(UserError, match="ckpt-8 has values that are not finite, in local4/weights"):
-        cifar10_predict.main([str(pictures)])
-    variables["local4/weights"][3, 5] = 3e38  # finite, but what comes of it is not
+        run_main(images)
+    variables["local4/weights"][3, 5] = 3e38  # finite, but the activations overflow
     variables["local4/biases"][:] = 3e38
     save_checkpoint(FLAGS.checkpoint_dir, 9)
     with pytest.raises(UserError, match="ckpt-9 gives probabilities that are not finite"):
-        cifar10_predict.main([str(pictures)])
+        run_main(images)
 
 
 LOAD = """
@@ -246,25 +245,26 @@ print(json.dumps({
 """
 
 
-def load(export_dir, images, tmp_path):
-    """Returns what an export gives for images, in a process that has TensorFlow alone."""
+def load_and_call(export_dir, images, tmp_path):
+    """Returns what an export gives for images, in a process that imports TensorFlow only."""
     np.save(tmp_path / "images.npy", images)
     process = subprocess.run(
         [sys.executable, "-c", LOAD, export_dir, tmp_path / "images.npy"],
         cwd=tmp_path,
+        env=script_environment(),
         capture_output=True,
         text=True,
+        timeout=120,
         check=True,
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": "-1"},
     )
     assert "oneDNN supports" not in process.stderr
     return json.loads(process.stdout)
 
 
-def probabilities_of_evaluation(records, tmp_path):
-    """Returns what evaluation's own graph gives for records that it reads."""
-    folder = tmp_path / "data" / cifar10_data.EXTRACTED_FOLDER
-    write_data_set(folder)
+def evaluated_probabilities(records, tmp_path):
+    """Returns the probabilities that the graph of the evaluation gives for records it reads."""
+    folder = tmp_path / "data" / dataset.EXTRACTED_FOLDER
+    write_dataset(folder)
     records.tofile(folder / "test_batch.bin")
     FLAGS.batch_size = len(records)
     with tf.Graph().as_default():
@@ -277,109 +277,115 @@ def probabilities_of_evaluation(records, tmp_path):
             return session.run(probabilities)
 
 
-def test_an_export_gives_the_evaluations_probabilities(records, tmp_path, capsys):
+@pytest.mark.parametrize("fast_ops", [True, False])
+def test_predictions_equal_those_of_the_evaluation_to_5_digits(
+    records, images, tmp_path, capsys, fast_ops
+):
+    FLAGS.fast_ops = fast_ops
+    objects = printed_objects(capsys, images)
+    expected = evaluated_probabilities(records, tmp_path)
+    found = [[p["probability"] for p in found["predictions"]] for found in objects]
+    np.testing.assert_allclose(found, -np.sort(-expected, axis=1)[:, :3], atol=1e-5, rtol=0)
+
+
+def test_an_export_gives_the_probabilities_of_the_evaluation(records, tmp_path, capsys):
     FLAGS.export_dir = str(tmp_path / "new" / "export" / "1")
-    cifar10_predict.main([])
+    run_main()
     output = capsys.readouterr()
     assert output.out == ""
     assert output.err == (
         f"{FLAGS.export_dir} holds the model of {FLAGS.checkpoint_dir}/model.ckpt-7, step 7\n"
     )
-    answer = load(FLAGS.export_dir, pixels(records), tmp_path)
-    expected = probabilities_of_evaluation(records, tmp_path)
+    answer = load_and_call(FLAGS.export_dir, pixels(records), tmp_path)
+    expected = evaluated_probabilities(records, tmp_path)
     np.testing.assert_allclose(answer["probabilities"], expected, atol=1e-5, rtol=0)
     assert answer["classes"] == expected.argmax(axis=1).tolist()
-    assert answer["class_names"] == [list(cifar10_data.CLASS_NAMES)] * len(records)
+    assert answer["class_names"] == [list(dataset.CLASS_NAMES)] * len(records)
     assert "shape=(None, 32, 32, 3), dtype=tf.uint8, name='images'" in answer["inputs"]
     assert os.listdir(tmp_path / "new" / "export") == ["1"]
 
 
-def test_predictions_are_the_evaluations_to_5_digits(records, pictures, tmp_path, capsys):
-    lines = predicted(capsys, pictures)
-    expected = probabilities_of_evaluation(records, tmp_path)
-    found = [[p["probability"] for p in line["predictions"]] for line in lines]
-    np.testing.assert_allclose(found, -np.sort(-expected, axis=1)[:, :3], atol=1e-5, rtol=0)
-
-
-def test_an_export_never_overwrites(records, tmp_path):
+def test_an_export_overwrites_nothing(records, tmp_path):
     umask = os.umask(0o022)
     os.umask(umask)
     export_dir = tmp_path / "export"
     FLAGS.export_dir = f"{export_dir}/"
-    export_dir.mkdir()  # empty, so nothing is lost
-    (tmp_path / "export.part").mkdir()  # another's
-    (tmp_path / "export.part" / "saved_model.pb").write_text("mine")
-    cifar10_predict.main([])
+    export_dir.mkdir()  # an empty folder may be replaced
+    (tmp_path / "export.part").mkdir()
+    (tmp_path / "export.part" / "saved_model.pb").write_text("unrelated")
+    run_main()
     before = {path: path.read_bytes() for path in export_dir.rglob("*") if path.is_file()}
     assert len(before) == 3
-    assert (tmp_path / "export.part" / "saved_model.pb").read_text() == "mine"
+    assert (tmp_path / "export.part" / "saved_model.pb").read_text() == "unrelated"
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".export")]
     assert export_dir.stat().st_mode & 0o777 == 0o777 & ~umask
     save_checkpoint(FLAGS.checkpoint_dir, 8)
-    with pytest.raises(UserError, match="--export_dir=.*export/ is there already; name a new"):
-        cifar10_predict.main([])
+    with pytest.raises(UserError, match="--export_dir=.*export/ already exists; choose a new"):
+        run_main()
     assert before == {path: path.read_bytes() for path in export_dir.rglob("*") if path.is_file()}
-    (tmp_path / "file").write_text("mine")
+    (tmp_path / "file").write_text("unrelated")
     FLAGS.export_dir = str(tmp_path / "file")
-    with pytest.raises(UserError, match="is there already"):
-        cifar10_predict.main([])
-    assert (tmp_path / "file").read_text() == "mine"
+    with pytest.raises(UserError, match="already exists"):
+        run_main()
+    assert (tmp_path / "file").read_text() == "unrelated"
     FLAGS.export_dir = str(tmp_path / "file" / "below")
     with pytest.raises(UserError, match="cannot write --export_dir"):
-        cifar10_predict.main([])
+        run_main()
 
 
-def test_an_export_that_appears_meanwhile_is_not_overwritten(records, tmp_path, monkeypatch):
-    monkeypatch.setattr(cifar10_predict, "check_new_folder", lambda flag, folder: None)
+def test_an_export_that_appears_during_the_export_is_not_overwritten(
+    records, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(files, "check_new_folder", lambda flag, folder: None)
     (tmp_path / "export").mkdir()
-    (tmp_path / "export" / "saved_model.pb").write_text("another's")
+    (tmp_path / "export" / "saved_model.pb").write_text("unrelated")
     FLAGS.export_dir = str(tmp_path / "export")
     with pytest.raises(UserError, match="cannot write --export_dir"):
-        cifar10_predict.main([])
-    assert (tmp_path / "export" / "saved_model.pb").read_text() == "another's"
+        run_main()
+    assert (tmp_path / "export" / "saved_model.pb").read_text() == "unrelated"
 
 
 @pytest.mark.slow
-def test_exports_at_the_same_time_do_not_mix(records, tmp_path):
-    arguments = [
-        sys.executable,
+def test_of_two_exports_at_the_same_time_one_is_refused(records, tmp_path):
+    arguments = (
         "cifar10_predict.py",
         f"--checkpoint_dir={FLAGS.checkpoint_dir}",
         f"--export_dir={tmp_path / 'export'}",
-    ]
-    processes = [
-        subprocess.Popen(arguments, cwd=ROOT, stderr=subprocess.PIPE, text=True) for _ in range(2)
-    ]
-    errors = [process.communicate(timeout=60)[1] for process in processes]
+    )
+    with running_script(*arguments) as first, running_script(*arguments) as second:
+        processes = [first, second]
+        errors = [process.communicate(timeout=120)[1] for process in processes]
     assert sorted(process.returncode for process in processes) == [0, 1]
     (refused,) = [e for e, p in zip(errors, processes, strict=True) if p.returncode == 1]
-    assert re.fullmatch("cifar10_predict.py: error: .*export.*\n", refused)
-    assert len(load(str(tmp_path / "export"), pixels(records[:2]), tmp_path)["classes"]) == 2
+    (line,) = messages(refused)
+    assert re.fullmatch("cifar10_predict.py: error: .*export.*", line)
+    answer = load_and_call(str(tmp_path / "export"), pixels(records[:2]), tmp_path)
+    assert len(answer["classes"]) == 2
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".export")]
 
 
-def test_an_export_dir_must_be_named():
+def test_export_dir_must_not_be_empty():
     with pytest.raises(flags.IllegalFlagValueError):
         FLAGS.export_dir = ""
 
 
-def test_the_script_predicts_with_quiet_output_and_a_code(records, pictures):
-    arguments = ("cifar10_predict.py", f"--checkpoint_dir={FLAGS.checkpoint_dir}", pictures)
+def test_the_script_prints_predictions_and_exits_with_1_if_an_image_is_unreadable(images):
+    arguments = ("cifar10_predict.py", f"--checkpoint_dir={FLAGS.checkpoint_dir}", images)
     process = run_script(*arguments)
-    assert process.stderr == ""
+    assert messages(process.stderr) == []
     lines = process.stdout.splitlines()
     assert len(lines) == 30
     pattern = r"\S+/\d\d\.png: \w+ [01]\.\d{3}, \w+ [01]\.\d{3}, \w+ [01]\.\d{3}"
     assert all(re.fullmatch(pattern, line) for line in lines)
-    (pictures / "strange\udcff.png").write_text("no picture")
-    Image.new("RGB", (9, 9)).save(pictures / "two\nlines.png")
+    (images / "strange\udcff.png").write_text("not an image")
+    Image.new("RGB", (9, 9)).save(images / "two\nlines.png")
     process = run_script(*arguments, check=False)
     assert process.returncode == 1
     assert process.stdout.splitlines()[:-1] == lines
-    assert process.stdout.splitlines()[-1].startswith(f"{pictures}/two\\nlines.png: ")
-    named, last = process.stderr.splitlines()
-    assert "strange\\udcff.png: it is not a PNG" in named
-    assert last == "cifar10_predict.py: error: 1 of 32 could not be read"
+    assert process.stdout.splitlines()[-1].startswith(f"{images}/two\\nlines.png: ")
+    unreadable, last = messages(process.stderr)
+    assert "strange\\udcff.png: it is not a PNG" in unreadable
+    assert last == "cifar10_predict.py: error: 1 of 32 images could not be read"
     process = run_script("cifar10_predict.py", check=False)
     assert process.returncode == 1
-    assert "name pictures, folders of pictures, or --export_dir" in process.stderr
+    assert "name images or folders of images, or give --export_dir" in process.stderr

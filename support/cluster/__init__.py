@@ -1,0 +1,1 @@
+"""Synchronous training on several machines, configured by the environment variable TF_CONFIG."""

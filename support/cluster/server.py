@@ -1,0 +1,122 @@
+"""The TensorFlow server of this task, and connections to the servers of other tasks."""
+
+import errno
+import socket
+import sys
+import time
+
+from support.cluster.task import split_address
+from support.errors import UserError, first_line
+from support.tensorflow_v1 import tf
+
+POLL_INTERVAL = 0.3  # seconds between two attempts to reach the other tasks
+NOTICE_DELAY = 5.0  # seconds to wait for other tasks before a message names them
+
+
+def start_server(task, config):
+    """Starts the server of this task.
+
+    TensorFlow's server listens on all addresses of the machine, not only on the one in TF_CONFIG.
+    It neither encrypts nor authenticates: use it on a private network.
+
+    Args:
+      task: the `Task`.
+      config: the `tf.ConfigProto` from `session_config`. It configures the devices of every session
+        that uses this server. The server of a "ps" task uses no GPU.
+
+    Returns:
+      The running `tf.train.Server`.
+
+    Raises:
+      UserError: the port is in use, the address does not belong to this machine, or a worker is
+        configured for float16.
+    """
+    rewrites = config.graph_options.rewrite_options
+    if task.type == "ps":
+        config = tf.ConfigProto.FromString(config.SerializeToString())
+        config.device_count["GPU"] = 0
+    elif rewrites.auto_mixed_precision == rewrites.ON:
+        raise UserError(
+            "--use_fp16 does not work with TF_CONFIG on GPUs, where it needs loss scaling, which "
+            "the workers cannot share; remove the flag"
+        )
+    address = task.address_of((task.type, task.index))
+    _check_own_address(address)
+    cluster = tf.train.ClusterSpec(task.cluster)
+    try:
+        return tf.train.Server(cluster, task.type, task.index, config=config)
+    except tf.errors.OpError as error:
+        raise UserError(f"cannot start a server at {address}: {first_line(error)}") from error
+
+
+def _check_own_address(address):
+    """Raises UserError unless `host:port` is a free port of this machine that others can reach.
+
+    TensorFlow would accept an address of another machine, and would print several lines about a
+    port in use.
+    """
+    try:
+        found = socket.getaddrinfo(*split_address(address), type=socket.SOCK_STREAM)
+    except OSError as error:
+        raise UserError(f"cannot resolve {address} from TF_CONFIG: {error}") from error
+    is_own = False
+    for family, kind, _, _, place in found:
+        if place[0] in ("0.0.0.0", "::"):
+            raise UserError(
+                f"TF_CONFIG gives this task the address {address}, which other machines cannot "
+                "connect to; use the machine's name or IP address"
+            )
+        try:
+            with socket.socket(family, kind) as probe:
+                # The port of a server that has just ended is free, although the system reserves
+                # it for a minute.
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind(place)
+        except OSError as error:
+            # A name can have addresses of an IP version that this machine does not use.
+            if error.errno in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
+                continue
+            reason = "port in use" if error.errno == errno.EADDRINUSE else error.strerror
+            raise UserError(f"cannot start a server at {address}: {reason}") from error
+        is_own = True
+    if not is_own:
+        raise UserError(
+            f"TF_CONFIG gives this task the address {address}, which does not belong to this "
+            "machine"
+        )
+
+
+def is_reachable(address):
+    """Returns whether a server accepts connections at `host:port`."""
+    try:
+        socket.create_connection(split_address(address), timeout=2.0).close()
+    except OSError:
+        return False
+    return True
+
+
+def wait_for_peers(task, peers, timeout):
+    """Waits until the servers of other tasks accept connections.
+
+    Args:
+      task: the `Task`.
+      peers: list of (type, index).
+      timeout: seconds.
+
+    Raises:
+      UserError: some servers did not respond in time. The message lists them.
+    """
+    start, is_announced = time.monotonic(), False
+    missing = peers
+    while missing := [peer for peer in missing if not is_reachable(task.address_of(peer))]:
+        names = ", ".join(task.describe(peer) for peer in missing)
+        waited = time.monotonic() - start
+        if waited >= timeout:
+            raise UserError(
+                f"no response from {names} for {timeout} s (--cluster_timeout_secs); start the "
+                "missing tasks, or correct their addresses in TF_CONFIG"
+            )
+        if waited >= NOTICE_DELAY and not is_announced:
+            print(f"Waiting for {names}", file=sys.stderr, flush=True)
+            is_announced = True
+        time.sleep(POLL_INTERVAL)

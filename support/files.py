@@ -1,0 +1,135 @@
+"""Locks, and files and folders that appear only when they are complete."""
+
+import contextlib
+import json
+import os
+import pathlib
+import shutil
+import socket
+import sys
+import time
+
+import filelock
+
+from support.errors import DataError, UserError
+
+
+class LockedError(UserError):
+    """Another process holds the lock; the message describes that process."""
+
+
+@contextlib.contextmanager
+def lock(path, on_wait=None):
+    """Holds a lock that the operating system releases when the process ends, however it ends.
+
+    Args:
+      path: the lock file. It describes the holder and is removed when the lock is released. A file
+        left behind by a killed process does not lock anything.
+      on_wait: function that is called once, with a description of the holder, before waiting for a
+        lock that is held by another process.
+
+    Raises:
+      LockedError: another process holds the lock, and `on_wait` is None.
+      OSError: the file cannot be created or locked.
+    """
+    file_lock = filelock.FileLock(path, on_acquired=_write_holder)
+    try:
+        file_lock.acquire(blocking=False)
+    except filelock.Timeout:
+        holder = _read_holder(path)
+        if on_wait is None:
+            raise LockedError(holder) from None
+        on_wait(holder)
+        file_lock.acquire()
+    try:
+        yield
+    finally:
+        # This is safe: a waiting process that locks the removed file opens the path again.
+        pathlib.Path(path).unlink(missing_ok=True)
+        file_lock.release()
+
+
+def _write_holder(descriptor):
+    script = os.path.basename(sys.argv[0])
+    start = time.strftime("%Y-%m-%d %H:%M:%S")
+    os.ftruncate(descriptor, 0)
+    os.write(
+        descriptor,
+        f"process {os.getpid()} on {socket.gethostname()} ({script}, since {start})\n".encode(),
+    )
+
+
+def _read_holder(path):
+    with contextlib.suppress(FileNotFoundError):
+        if holder := pathlib.Path(path).read_text().strip():
+            return holder
+    return "another process"
+
+
+@contextlib.contextmanager
+def prepare_folder(folder, flag="--data_dir"):
+    """Lets only one process at a time create `folder`, in the `with` block. Others wait.
+
+    The parent of `folder` is created if needed.
+
+    Args:
+      folder: path.
+      flag: string; the flag that the user can set to choose another folder.
+
+    Raises:
+      DataError: the parent cannot be created or locked, or the block raises OSError.
+    """
+
+    def report_wait(holder):
+        print(f"Waiting for {holder} to finish preparing {folder}", file=sys.stderr, flush=True)
+
+    parent, name = os.path.split(folder)
+    try:
+        os.makedirs(parent or ".", exist_ok=True)
+        with lock(os.path.join(parent, f".{name}.lock"), on_wait=report_wait):
+            yield
+    except OSError as error:
+        raise DataError(
+            f"cannot write the dataset to {parent or '.'}: {error}; choose another folder with "
+            f"{flag}"
+        ) from error
+
+
+@contextlib.contextmanager
+def atomic_folder(folder):
+    """Creates `folder` with all of its files, or not at all.
+
+    Yields the path of a hidden staging folder, `.NAME.part`. It is renamed to `folder` if the
+    `with` block succeeds, and deleted if it fails. Use it within `prepare_folder`, because all
+    processes share the staging folder.
+    """
+    parent, name = os.path.split(folder)
+    staging = os.path.join(parent, f".{name}.part")
+    shutil.rmtree(staging, ignore_errors=True)  # left behind by a killed process
+    os.mkdir(staging)
+    try:
+        yield staging
+        os.rename(staging, folder)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def check_new_folder(flag, folder):
+    """Raises UserError if `folder`, the value of `flag`, exists and is not an empty folder."""
+    if os.path.lexists(folder) and not (os.path.isdir(folder) and not os.listdir(folder)):
+        raise UserError(f"{flag}={folder} already exists; choose a new folder")
+
+
+def append_json_line(path, value):
+    """Appends a dict, and the time in seconds since 1970, to a file of one JSON object per line."""
+    with open(path, "a") as file:
+        file.write(json.dumps({"time": time.time(), **value}) + "\n")
+
+
+def write_json_atomically(path, value):
+    """Writes `value` as JSON. If the process is killed, the previous file stays intact."""
+    part = f"{path}.part"
+    with open(part, "w") as file:
+        json.dump(value, file, indent=2)
+        file.write("\n")
+    os.replace(part, path)

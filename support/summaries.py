@@ -1,0 +1,67 @@
+"""Summaries for TensorBoard under exactly the given tags.
+
+`tf.summary` derives tags from the names of operations: it appends `_1` to a name that is taken,
+and `/image/0` to images. The operations here share one scope of the graph, which keeps
+TensorBoard's picture of the model readable.
+"""
+
+from support.tensorflow_v1 import tf
+
+SCOPE = "summaries/"
+
+SHEET_COLUMNS = 16
+MAX_SHEET_IMAGES = 128
+
+
+def scalar(tag, value):
+    """Adds a scalar summary of a tensor of shape []."""
+    with tf.name_scope(SCOPE):
+        _add(tf.raw_ops.ScalarSummary(tags=tag, values=value, name=tag))
+
+
+def histogram(tag, values):
+    """Adds a histogram of a tensor of any shape. Running it fails if a value is not finite."""
+    with tf.name_scope(SCOPE):
+        _add(tf.raw_ops.HistogramSummary(tag=tag, values=values, name=tag))
+
+
+def sparsity(tag, values):
+    """Adds a scalar summary of the fraction of zeros in a tensor of any shape."""
+    with tf.name_scope(SCOPE):
+        # `tf.nn.zero_fraction` would add a conditional with two functions to the graph.
+        fraction = tf.reduce_mean(tf.cast(tf.equal(values, 0.0), tf.float32))
+    scalar(tag, fraction)
+
+
+def image_sheet(tag, images):
+    """Adds one image that shows a batch as a grid, each image scaled to its own range.
+
+    Args:
+      tag: string.
+      images: float32 [batch, height, width, 3]; the first MAX_SHEET_IMAGES are shown.
+    """
+    with tf.name_scope(SCOPE), tf.name_scope(f"{tag}_sheet"):
+        images = images[:MAX_SHEET_IMAGES]
+        low = tf.reduce_min(images, [1, 2, 3], keepdims=True)
+        high = tf.reduce_max(images, [1, 2, 3], keepdims=True)
+        images = tf.math.divide_no_nan(images - low, high - low)
+        # White lines between the images, and white images that complete the last row.
+        missing = -tf.shape(images)[0] % SHEET_COLUMNS
+        images = tf.pad(images, [[0, missing], [1, 1], [1, 1], [0, 0]], constant_values=1.0)
+        height, width, depth = images.shape.as_list()[1:]
+        grid = tf.reshape(images, [-1, SHEET_COLUMNS, height, width, depth])
+        rows = tf.transpose(grid, [0, 2, 1, 3, 4])
+        sheet = tf.reshape(rows, [-1, SHEET_COLUMNS * width, depth])
+        png = tf.image.encode_png(tf.cast(255.0 * sheet, tf.uint8))
+        # TensorBoard stores images in tensors as the width, the height and the encoded images.
+        size = tf.as_string(tf.shape(sheet))
+        plugin = tf.SummaryMetadata.PluginData(plugin_name="images")
+        metadata = tf.SummaryMetadata(plugin_data=plugin).SerializeToString()
+        tensor = tf.stack([size[1], size[0], png])
+        _add(
+            tf.raw_ops.TensorSummaryV2(tag=tag, tensor=tensor, serialized_summary_metadata=metadata)
+        )
+
+
+def _add(summary):
+    tf.add_to_collection(tf.GraphKeys.SUMMARIES, summary)

@@ -1,0 +1,137 @@
+"""TensorFlow 1 graph mode on TensorFlow 2: the project's only import of TensorFlow.
+
+The other modules write `from support.tensorflow_v1 import tf`; `tf` is `tensorflow.compat.v1`.
+
+Importing this module has four effects:
+
+- TF_CPP_MIN_LOG_LEVEL becomes 2 unless it is set: TensorFlow's C++ code then logs errors only.
+  Otherwise, each queue thread would warn that it was cancelled whenever a session ends.
+- Eager execution is turned off.
+- TensorFlow's Python logger no longer advises you to replace queues with tf.data.
+- TensorFlow looks for GPUs, which takes none of their memory.
+"""
+
+import functools
+import gc
+import logging
+import os
+import platform
+import re
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+# The import creates half a million objects that stay alive. Without the garbage collector, which
+# would traverse them again and again, it takes 1.4 instead of 1.9 seconds.
+_collects_garbage = gc.isenabled()
+gc.disable()
+try:
+    import tensorflow.compat.v1 as tf
+finally:
+    if _collects_garbage:
+        gc.enable()
+
+# Sessions, queues and readers exist in graph mode only. TensorFlow 2's resource variables stay
+# enabled: control dependencies determine the order of their reads and writes.
+tf.disable_eager_execution()
+
+GPUS = tf.config.list_physical_devices("GPU")
+
+
+def _is_not_deprecation_advice(record):
+    is_advice = "is deprecated and will be removed" in str(record.msg)
+    return not is_advice or tf.get_logger().isEnabledFor(logging.INFO)
+
+
+tf.get_logger().addFilter(_is_not_deprecation_advice)
+
+
+def session_config(use_fp16=False, log_device_placement=False):
+    """Returns the `tf.ConfigProto` of all sessions in the project.
+
+    GPU memory grows on demand, so evaluation can run beside training on one GPU. An operation whose
+    device does not exist runs on one that does.
+
+    Args:
+      use_fp16: bool; let TensorFlow rewrite the graph to compute in float16 on GPUs or in bfloat16
+        on CPUs. Variables and checkpoints stay float32.
+      log_device_placement: bool; print the device of every operation.
+    """
+    config = tf.ConfigProto(allow_soft_placement=True, log_device_placement=log_device_placement)
+    config.gpu_options.allow_growth = True
+    if use_fp16:
+        options = config.graph_options.rewrite_options
+        if GPUS:
+            options.auto_mixed_precision = options.ON
+        else:
+            options.auto_mixed_precision_onednn_bfloat16 = options.ON
+            _warn_of_slow_bfloat16()
+    return config
+
+
+@functools.cache  # warn once
+def _warn_of_slow_bfloat16():
+    if not has_fast_bfloat16():
+        tf.logging.warning(
+            "--use_fp16: this processor has no bfloat16 instructions; expect training to be slower "
+            "than in float32, or to stay in float32."
+        )
+
+
+def has_fast_bfloat16(cpuinfo="/proc/cpuinfo"):
+    """Returns whether the processor has bfloat16 instructions; True where that is unknown.
+
+    Args:
+      cpuinfo: path of Linux's description of the processor.
+    """
+    try:
+        with open(cpuinfo) as file:
+            words = set(file.read().split())
+    except OSError:  # not Linux
+        return True
+    return not words.isdisjoint({"amx_bf16", "avx512_bf16", "bf16"})  # names on x86 and on Arm
+
+
+def with_loss_scaling(optimizer):
+    """Adds dynamic loss scaling to an optimizer for float16, where many gradients become 0.
+
+    The loss is multiplied by a large factor, and the gradients are divided by it. If a gradient
+    overflows, the step changes nothing except to halve the factor; 2,000 steps without an overflow
+    double it.
+    """
+
+    def make_local(next_creator, **arguments):
+        return next_creator(**{**arguments, "collections": [tf.GraphKeys.LOCAL_VARIABLES]})
+
+    # Local variables are not saved, so checkpoints do not depend on the precision.
+    with tf.device("/cpu:0"), tf.variable_creator_scope(make_local):
+        scale = tf.mixed_precision.DynamicLossScale()
+    return tf.mixed_precision.MixedPrecisionLossScaleOptimizer(optimizer, scale)
+
+
+def warn_of_unusable_gpus(device="/dev/nvidia0"):
+    """Warns where there is an NVIDIA GPU that TensorFlow cannot use.
+
+    TensorFlow's own message about it is only a warning, which TF_CPP_MIN_LOG_LEVEL=2 hides.
+    """
+    is_hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    if os.path.exists(device) and not GPUS and not is_hidden:
+        tf.logging.warning(
+            "This machine has an NVIDIA GPU, but TensorFlow cannot use it. To see why, set "
+            "TF_CPP_MIN_LOG_LEVEL=0; the CUDA libraries come with tensorflow[and-cuda]."
+        )
+
+
+def find_processor_name(cpuinfo="/proc/cpuinfo"):
+    """Returns the processor's name according to Linux, or what Python knows on other systems."""
+    try:
+        with open(cpuinfo) as file:
+            names = re.findall(r"^model name\s*: (.*)", file.read(), re.MULTILINE)
+    except OSError:  # not Linux
+        names = []
+    return names[0] if names else platform.processor()
+
+
+def is_nonfinite_histogram(error):
+    """Returns whether an exception comes from a histogram summary of an infinity or a NaN."""
+    match = re.search(r"(Nan|Infinity) in (summary )?histogram for", str(error), re.IGNORECASE)
+    return isinstance(error, tf.errors.InvalidArgumentError) and match is not None

@@ -1,0 +1,89 @@
+"""Tests of the tags of summaries, and of what histograms and image sheets contain."""
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from support import summaries
+from support.tensorflow_v1 import tf
+
+pytestmark = pytest.mark.usefixtures("graph")
+
+
+def run_summaries():
+    with tf.Session() as session:
+        return tf.Summary.FromString(session.run(tf.summary.merge_all())).value
+
+
+def test_tags_are_exactly_the_given_ones_in_any_scope():
+    tf.constant(0.0, name="a")  # a name that is taken does not change the tag
+    ones, some, images = tf.ones([3]), tf.constant([0.0, 2.0, 0.0, 0.0]), tf.zeros([2, 4, 4, 3])
+    with tf.name_scope("tower_7"):
+        summaries.scalar("a", 1.5)
+        summaries.histogram("b/c", ones)
+        summaries.sparsity("b/d", some)
+        summaries.image_sheet("e", images)
+    values = {value.tag: value for value in run_summaries()}
+    assert set(values) == {"a", "b/c", "b/d", "e"}
+    assert values["a"].simple_value == 1.5
+    assert values["b/c"].histo.num == 3
+    assert values["b/d"].simple_value == 0.75
+    names = {op.name.split("/")[0] for op in tf.get_default_graph().get_operations()}
+    assert "tower_7" not in names
+
+
+def test_all_operations_of_summaries_are_in_one_scope():
+    images = tf.zeros([2, 4, 4, 3], name="images")
+    before = set(tf.get_default_graph().get_operations())
+    summaries.scalar("a", 1.5)
+    summaries.histogram("b/c", images)
+    summaries.sparsity("b/d", images)
+    summaries.image_sheet("e", images)
+    added = set(tf.get_default_graph().get_operations()) - before
+    assert all(operation.name.startswith(summaries.SCOPE) for operation in added)
+
+
+def read_sheet(images):
+    """Returns the width, the height and the pixels of an image sheet."""
+    summaries.image_sheet("input", tf.constant(images))
+    (value,) = run_summaries()
+    assert value.tag == "input"
+    assert value.metadata.plugin_data.plugin_name == "images"
+    width, height, png = value.tensor.string_val
+    return int(width), int(height), np.asarray(Image.open(io.BytesIO(png)))
+
+
+@pytest.mark.parametrize(
+    ("count", "shown", "rows"), [(1, 1, 1), (16, 16, 1), (17, 17, 2), (128, 128, 8), (130, 128, 8)]
+)
+def test_a_sheet_shows_up_to_128_images_in_rows_of_16_with_white_borders(count, shown, rows):
+    images = np.random.default_rng(0).normal(0, 5, [count, 6, 4, 3]).astype(np.float32)
+    width, height, sheet = read_sheet(images)
+    assert (width, height) == (16 * 6, rows * 8)
+    assert sheet.shape == (height, width, 3)
+    cells = sheet.reshape(rows, 8, 16, 6, 3).swapaxes(1, 2).reshape(-1, 8, 6, 3).astype(float)
+    images = images[:shown]
+    low, high = (f(images, axis=(1, 2, 3), keepdims=True) for f in (np.min, np.max))
+    expected = 255 * (images - low) / (high - low)
+    np.testing.assert_allclose(cells[:shown, 1:-1, 1:-1], expected, atol=1.01)
+    cells[:shown, 1:-1, 1:-1] = 255
+    assert (cells == 255).all()
+
+
+def test_images_of_one_color_are_black():
+    _, _, sheet = read_sheet(np.ones([3, 24, 24, 3], np.float32))
+    assert not sheet[1:25, 1:25].any()
+
+
+def test_images_with_one_channel_are_accepted():
+    _, _, sheet = read_sheet(np.zeros([3, 28, 28, 1], np.float32))
+    assert sheet.shape == (30, 16 * 30)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_histogram_of_a_value_that_is_not_finite_fails_and_names_its_tag(value):
+    summaries.histogram("gradients/conv1/weights", tf.constant([value]))
+    with pytest.raises(tf.errors.InvalidArgumentError, match="for: summaries/gradients/conv1/w"):
+        run_summaries()

@@ -1,0 +1,220 @@
+"""Tests of graph mode, of the session configuration and of what TensorFlow logs."""
+
+import logging
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, messages, run_script, running_queues, script_environment
+
+from support import tensorflow_v1
+from support.tensorflow_v1 import session_config, tf
+
+
+def test_importing_switches_to_graph_mode():
+    assert not tf.executing_eagerly()
+
+
+@pytest.mark.parametrize(("given", "expected"), [({}, "2"), ({"TF_CPP_MIN_LOG_LEVEL": "0"}, "0")])
+def test_tensorflow_logs_errors_only_unless_another_log_level_is_set(given, expected):
+    code = "import os, support.tensorflow_v1; print(os.environ['TF_CPP_MIN_LOG_LEVEL'])"
+    output = subprocess.check_output(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env={**script_environment(), **given},
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    assert output == f"{expected}\n"
+
+
+def test_importing_does_not_turn_garbage_collection_on():
+    code = """
+import gc
+gc.disable()
+import support.tensorflow_v1
+assert not gc.isenabled()
+"""
+    run_script("-c", code)
+
+
+def test_stopping_queue_threads_prints_nothing():
+    code = """
+from support.tensorflow_v1 import session_config, tf
+with tf.Session(config=session_config()) as session:
+    queue = tf.FIFOQueue(2, tf.float32, [])
+    tf.train.add_queue_runner(tf.train.QueueRunner(queue, [queue.enqueue(1.0)] * 16))
+    coordinator = tf.train.Coordinator()
+    threads = tf.train.start_queue_runners(session, coordinator)
+    while session.run(queue.size()) < 2:  # then the threads wait for space
+        pass
+    coordinator.request_stop()
+    coordinator.join(threads)
+"""
+    process = run_script("-c", code)
+    assert (process.stdout, messages(process.stderr)) == ("", [])
+
+
+class LogRecorder(logging.Handler):
+    """Collects the messages that reach the handlers of a logger."""
+
+    def __init__(self):
+        super().__init__()
+        self.messages = []
+
+    def emit(self, record):
+        self.messages.append(record.getMessage())
+
+
+@pytest.mark.parametrize(
+    ("level", "expected"),
+    [
+        (logging.WARNING, ["a real warning"]),
+        (logging.INFO, ["queues is deprecated and will be removed", "a real warning"]),
+    ],
+)
+def test_advice_to_replace_queues_is_logged_only_with_info_messages(level, expected):
+    logger, recorder = tf.get_logger(), LogRecorder()
+    previous = logger.level
+    logger.addHandler(recorder)
+    logger.setLevel(level)
+    try:
+        logger.warning("%s is deprecated and will be removed", "queues")
+        logger.warning("a real warning")
+    finally:
+        logger.setLevel(previous)
+        logger.removeHandler(recorder)
+    assert recorder.messages == expected
+
+
+def test_sessions_allocate_gpu_memory_on_demand_and_fall_back_to_other_devices():
+    config = session_config()
+    assert config.gpu_options.allow_growth
+    assert config.allow_soft_placement
+    assert not config.log_device_placement
+    assert session_config(log_device_placement=True).log_device_placement
+
+
+def test_an_operation_for_a_missing_gpu_runs_on_the_cpu(graph):
+    with tf.device("/device:GPU:7"):
+        two = tf.add(1.0, 1.0)
+    with running_queues() as session:
+        assert session.run(two) == 2.0
+
+
+@pytest.mark.parametrize(("gpus", "is_float16"), [(["GPU"], True), ([], False)])
+def test_use_fp16_rewrites_to_float16_on_gpus_and_to_bfloat16_on_cpus(
+    monkeypatch, gpus, is_float16
+):
+    monkeypatch.setattr(tensorflow_v1, "GPUS", gpus)
+    on = tf.ConfigProto().graph_options.rewrite_options.ON
+    rewrites = session_config(use_fp16=True).graph_options.rewrite_options
+    assert (rewrites.auto_mixed_precision == on) is is_float16
+    assert (rewrites.auto_mixed_precision_onednn_bfloat16 == on) is not is_float16
+
+
+@pytest.mark.parametrize("gpus", [["GPU"], []])
+def test_no_precision_is_rewritten_by_default(monkeypatch, gpus):
+    monkeypatch.setattr(tensorflow_v1, "GPUS", gpus)
+    on = tf.ConfigProto().graph_options.rewrite_options.ON
+    rewrites = session_config().graph_options.rewrite_options
+    assert rewrites.auto_mixed_precision != on
+    assert rewrites.auto_mixed_precision_onednn_bfloat16 != on
+
+
+@pytest.mark.parametrize(
+    ("flags", "is_fast"),
+    [
+        ("flags\t\t: fpu avx512f amx_bf16 amx_tile", True),
+        ("flags\t\t: fpu avx512f avx512_bf16", True),
+        ("Features\t: fp asimd bf16", True),
+        ("flags\t\t: fpu avx512f avx512_vnni", False),
+        ("flags\t\t: fpu avx avx2", False),
+    ],
+)
+def test_bfloat16_is_fast_if_the_processor_has_instructions_for_it(tmp_path, flags, is_fast):
+    (tmp_path / "cpuinfo").write_text(f"processor\t: 0\n{flags}\n")
+    assert tensorflow_v1.has_fast_bfloat16(tmp_path / "cpuinfo") is is_fast
+
+
+def test_bfloat16_counts_as_fast_where_the_processor_is_unknown(tmp_path):
+    assert tensorflow_v1.has_fast_bfloat16(tmp_path / "missing") is True
+
+
+@pytest.fixture
+def warnings(monkeypatch):
+    """The warnings that TensorFlow's logger receives."""
+    warnings = []
+    monkeypatch.setattr(tf.logging, "warning", lambda text, *values: warnings.append(text % values))
+    return warnings
+
+
+@pytest.mark.parametrize(
+    ("is_fast", "gpus", "count"), [(False, [], 1), (True, [], 0), (False, ["GPU"], 0)]
+)
+def test_slow_bfloat16_causes_one_warning(monkeypatch, warnings, is_fast, gpus, count):
+    monkeypatch.setattr(tensorflow_v1, "GPUS", gpus)
+    monkeypatch.setattr(tensorflow_v1, "has_fast_bfloat16", lambda: is_fast)
+    tensorflow_v1._warn_of_slow_bfloat16.cache_clear()
+    session_config(use_fp16=False)
+    assert warnings == []
+    session_config(use_fp16=True)
+    session_config(use_fp16=True)
+    assert len(warnings) == count
+    assert all("\n" not in line for line in warnings)
+
+
+@pytest.mark.parametrize(
+    ("has_device", "gpus", "visible", "count"),
+    [
+        (True, [], None, 1),
+        (True, [], "0", 1),
+        (True, ["GPU"], None, 0),
+        (True, [], "", 0),
+        (True, [], "-1", 0),
+        (False, [], None, 0),
+    ],
+)
+def test_a_gpu_that_tensorflow_cannot_use_causes_a_warning_unless_it_is_hidden(
+    tmp_path, monkeypatch, warnings, has_device, gpus, visible, count
+):
+    device = tmp_path / "nvidia0"
+    if has_device:
+        device.touch()
+    monkeypatch.setattr(tensorflow_v1, "GPUS", gpus)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    tensorflow_v1.warn_of_unusable_gpus(device)
+    assert len(warnings) == count
+    assert all("TF_CPP_MIN_LOG_LEVEL=0" in line and "\n" not in line for line in warnings)
+
+
+def test_the_processor_has_the_name_that_linux_gives_it(tmp_path):
+    (tmp_path / "cpuinfo").write_text(
+        "processor\t: 0\nmodel name\t: Some Processor @ 2.00GHz\nprocessor\t: 1\n"
+        "model name\t: Some Processor @ 2.00GHz\n"
+    )
+    name = tensorflow_v1.find_processor_name(tmp_path / "cpuinfo")
+    assert name == "Some Processor @ 2.00GHz"
+
+
+def test_without_cpuinfo_the_processor_has_the_name_that_python_knows(tmp_path, monkeypatch):
+    monkeypatch.setattr(tensorflow_v1.platform, "processor", lambda: "arm")
+    assert tensorflow_v1.find_processor_name(tmp_path / "missing") == "arm"
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_the_error_of_a_histogram_that_is_not_finite_is_recognized(graph, value):
+    histogram = tf.summary.histogram("h", tf.fill([2], value))
+    with tf.Session() as session, pytest.raises(tf.errors.InvalidArgumentError) as caught:
+        session.run(histogram)
+    assert tensorflow_v1.is_nonfinite_histogram(caught.value)
+
+
+def test_other_errors_are_not_taken_for_that_of_a_histogram(graph):
+    failure = tf.debugging.assert_equal(1, tf.placeholder_with_default(2, []))
+    with tf.Session() as session, pytest.raises(tf.errors.InvalidArgumentError) as caught:
+        session.run(failure)
+    assert not tensorflow_v1.is_nonfinite_histogram(caught.value)
+    assert not tensorflow_v1.is_nonfinite_histogram(ValueError("Nan in histogram for: x"))

@@ -1,0 +1,740 @@
+"""Tests of the public interface of the tutorial, which other people's code depends on.
+
+That interface consists of modules, names, signatures, constants that take effect when they are
+edited, and flags. tests/test_cifar10.py tests the variables and the operations of the model.
+"""
+
+import inspect
+import itertools
+import json
+
+import numpy as np
+import pytest
+from conftest import (
+    ROOT,
+    make_records,
+    run_script,
+    running_queues,
+    save_checkpoint,
+    write_dataset,
+)
+
+import cifar10
+import cifar10_eval
+import cifar10_input
+import cifar10_multi_gpu_train
+import cifar10_train
+from support import dataset, fast_input
+from support.errors import DataError
+from support.tensorflow_v1 import session_config, tf
+
+pytestmark = pytest.mark.usefixtures("graph")
+
+FLAGS = cifar10.FLAGS
+
+# The signatures as the tutorial has them. Ours may have more parameters after these, if those are
+# optional.
+SIGNATURES = {
+    cifar10_input: [
+        "read_cifar10(filename_queue)",
+        "distorted_inputs(data_dir, batch_size)",
+        "inputs(eval_data, data_dir, batch_size)",
+        "_generate_image_and_label_batch(image, label, min_queue_examples, batch_size, shuffle)",
+    ],
+    cifar10: [
+        "distorted_inputs()",
+        "inputs(eval_data)",
+        "inference(images)",
+        "loss(logits, labels)",
+        "train(total_loss, global_step)",
+        "maybe_download_and_extract()",
+        "_activation_summary(x)",
+        "_variable_on_cpu(name, shape, initializer)",
+        "_variable_with_weight_decay(name, shape, stddev, wd)",
+        "_add_loss_summaries(total_loss)",
+    ],
+    cifar10_train: ["train()", "main(argv=None)"],
+    cifar10_multi_gpu_train: [
+        "tower_loss(scope, images, labels)",
+        "average_gradients(tower_grads)",
+        "train()",
+        "main(argv=None)",
+    ],
+    cifar10_eval: [
+        "eval_once(saver, summary_writer, top_k_op, summary_op)",
+        "evaluate()",
+        "main(argv=None)",
+    ],
+}
+
+CONSTANTS = {
+    cifar10_input: {
+        "IMAGE_SIZE": 24,
+        "NUM_CLASSES": 10,
+        "NUM_EXAMPLES_PER_EPOCH_FOR_TRAIN": 50000,
+        "NUM_EXAMPLES_PER_EPOCH_FOR_EVAL": 10000,
+    },
+    cifar10: {
+        "IMAGE_SIZE": 24,
+        "NUM_CLASSES": 10,
+        "NUM_EXAMPLES_PER_EPOCH_FOR_TRAIN": 50000,
+        "NUM_EXAMPLES_PER_EPOCH_FOR_EVAL": 10000,
+        "MOVING_AVERAGE_DECAY": 0.9999,
+        "NUM_EPOCHS_PER_DECAY": 350.0,
+        "LEARNING_RATE_DECAY_FACTOR": 0.1,
+        "INITIAL_LEARNING_RATE": 0.1,
+        "TOWER_NAME": "tower",
+        "DATA_URL": "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz",
+    },
+}
+
+DEFAULTS = {
+    "batch_size": 128,
+    "data_dir": "/tmp/cifar10_data",
+    "use_fp16": False,
+    "min_fraction_of_examples_in_queue": 0.4,
+    "train_dir": "/tmp/cifar10_train",
+    "max_steps": 1000000,
+    "log_frequency": 10,
+    "log_device_placement": False,
+    "num_gpus": 1,
+    "eval_dir": "/tmp/cifar10_eval",
+    "eval_data": "test",
+    "checkpoint_dir": "/tmp/cifar10_train",
+    "eval_interval_secs": 300,
+    "num_examples": 10000,
+    "run_once": False,
+}
+
+SCRIPTS = {
+    cifar10_train: ["train_dir", "max_steps", "log_frequency", "log_device_placement"],
+    cifar10_multi_gpu_train: [
+        "train_dir",
+        "max_steps",
+        "log_frequency",
+        "log_device_placement",
+        "num_gpus",
+    ],
+    cifar10_eval: [
+        "eval_dir",
+        "eval_data",
+        "checkpoint_dir",
+        "eval_interval_secs",
+        "num_examples",
+        "run_once",
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("module", "expected"),
+    [(module, each) for module, signatures in SIGNATURES.items() for each in signatures],
+    ids=lambda value: getattr(value, "__name__", value),
+)
+def test_functions_have_the_signatures_of_the_tutorial(module, expected):
+    name, _, parameters = expected.removesuffix(")").partition("(")
+    actual = list(inspect.signature(getattr(module, name)).parameters.values())
+    expected = parameters.split(", ") if parameters else []
+    assert [str(parameter) for parameter in actual[: len(expected)]] == expected
+    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    for parameter in actual[len(expected) :]:
+        assert parameter.default is not inspect.Parameter.empty or parameter.kind in variadic
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "value"),
+    [(module, *item) for module, values in CONSTANTS.items() for item in values.items()],
+    ids=lambda value: getattr(value, "__name__", str(value)),
+)
+def test_constants_have_the_values_of_the_tutorial(module, name, value):
+    assert getattr(module, name) == value
+    assert type(getattr(module, name)) is type(value)
+
+
+@pytest.mark.parametrize("name", DEFAULTS)
+def test_flags_have_the_defaults_of_the_tutorial(name):
+    assert FLAGS[name].default == DEFAULTS[name]
+    assert type(FLAGS[name].default) is type(DEFAULTS[name])
+    assert FLAGS[name].boolean == isinstance(DEFAULTS[name], bool)
+
+
+@pytest.mark.parametrize("value", ["test", "train_eval"])
+def test_eval_data_has_the_values_of_the_tutorial(value):
+    assert value in FLAGS["eval_data"].parser.enum_values
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda module: module.__name__)
+def test_each_script_accepts_the_flags_of_the_tutorial(script):
+    shown = run_script(f"{script.__name__}.py", "--help").stdout
+    for name in [*SCRIPTS[script], "batch_size", "data_dir", "use_fp16"]:
+        assert f"--{name}\n" in shown or f"--[no]{name}\n" in shown, name
+
+
+def test_flags_can_be_read_through_tf_app_without_parsing_a_command_line():
+    code = (
+        "import tensorflow.compat.v1 as tf, cifar10_train; "
+        "FLAGS = tf.app.flags.FLAGS; print(FLAGS.batch_size, FLAGS.train_dir)"
+    )
+    process = run_script("-c", code, "--no_flag_of_ours")
+    assert process.stdout.split() == ["128", "/tmp/cifar10_train"]
+
+
+@pytest.mark.parametrize("fast_ops", [True, False])
+def test_inputs_have_the_shapes_and_types_of_the_tutorial(tmp_path, fast_ops):
+    write_dataset(tmp_path / dataset.EXTRACTED_FOLDER)
+    folder = str(tmp_path / dataset.EXTRACTED_FOLDER)
+    FLAGS.data_dir = str(tmp_path)
+    FLAGS.fast_ops = fast_ops
+    for batch_size, (images, labels) in [
+        (128, cifar10.distorted_inputs()),
+        (128, cifar10.inputs(False)),
+        (128, cifar10.inputs(eval_data=True)),
+        (7, cifar10_input.distorted_inputs(folder, 7)),
+        (7, cifar10_input.inputs(True, folder, 7)),
+    ]:
+        assert (images.dtype, images.shape) == (tf.float32, [batch_size, 24, 24, 3])
+        assert (labels.dtype, labels.shape) == (tf.int32, [batch_size])
+
+
+# Constants that take effect when they are edited.
+
+
+@pytest.fixture
+def data_folder(tmp_path):
+    """The folder of a dataset of 25 training and 11 test images that the flags name."""
+    folder = tmp_path / dataset.EXTRACTED_FOLDER
+    write_dataset(folder)
+    FLAGS.data_dir = str(tmp_path)
+    return folder
+
+
+def crop_of_training():
+    return cifar10.distorted_inputs()[0].shape[1]
+
+
+def crop_of_evaluation():
+    return cifar10.inputs(eval_data=True)[0].shape[1]
+
+
+def crop_of_settings():
+    return cifar10.training_settings().crop_size
+
+
+def fraction_in_queue():
+    cifar10.distorted_inputs()
+    (queue,) = [
+        operation
+        for operation in tf.get_default_graph().get_operations()
+        if operation.type == "RandomShuffleQueueV2"
+        and operation.get_attr("component_types") == [tf.float32, tf.int32]
+    ]
+    return queue.get_attr("min_after_dequeue") / 25
+
+
+def number_of_threads():
+    cifar10.distorted_inputs()
+    return max(len(r.enqueue_ops) for r in tf.get_collection(tf.GraphKeys.QUEUE_RUNNERS))
+
+
+def distortion_of_training(monkeypatch):
+    used = []
+    draw = fast_input.draw
+
+    def record(count, size, distortion):
+        used.append(distortion)
+        return draw(count, size, distortion)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fast_input, "draw", record)
+        cifar10.distorted_inputs()
+    return used[0]
+
+
+def learning_rates():
+    """Returns the learning rate of the steps 0 to 399, one step per epoch."""
+    step = tf.placeholder(tf.int64, [])
+    rate = cifar10.decayed_learning_rate(step, examples_per_step=25)
+    with tf.Session() as session:
+        return [session.run(rate, {step: number}) for number in range(400)]
+
+
+def epochs_until_decay():
+    rates = learning_rates()
+    return next(i for i, rate in enumerate(rates) if rate != rates[0])
+
+
+def decay_factor():
+    return min(learning_rates()) / max(learning_rates())
+
+
+def moving_average_decay():
+    variable = tf.get_variable("x", initializer=0.0)
+    global_step = tf.get_variable("step", initializer=10**6, trainable=False)
+    optimizer = tf.train.GradientDescentOptimizer(1.0)
+    update = cifar10.update_variables(optimizer, [(tf.constant(-1.0), variable)], global_step)
+    (average,) = [v for v in tf.global_variables() if v.op.name == "x/ExponentialMovingAverage"]
+    with tf.Session() as session:
+        session.run(tf.global_variables_initializer())
+        session.run(update)
+        return 1 - session.run(average)
+
+
+def weight_decay():
+    cifar10.inference(tf.zeros([1, 24, 24, 3]))
+    operation = tf.get_default_graph().get_operation_by_name("local3/weight_decay")
+    return tf.get_static_value(operation.inputs[1])
+
+
+# Modules, constant, its value, an edited value, the flag, a value of the flag, and a function that
+# returns the value that is in effect.
+LIVE_CONSTANTS = [
+    ("both", "IMAGE_SIZE", 24, 20, "crop_size", 28, crop_of_training),
+    ("both", "IMAGE_SIZE", 24, 20, "crop_size", 28, crop_of_evaluation),
+    ("both", "IMAGE_SIZE", 24, 20, "crop_size", 28, crop_of_settings),
+    (
+        "input",
+        "MIN_FRACTION_OF_EXAMPLES_IN_QUEUE",
+        0.4,
+        0.2,
+        "min_fraction_of_examples_in_queue",
+        0.8,
+        fraction_in_queue,
+    ),
+    ("input", "NUM_PREPROCESS_THREADS", 16, 3, "num_preprocess_threads", 5, number_of_threads),
+    (
+        "input",
+        "MAX_BRIGHTNESS_DELTA",
+        63.0,
+        5.0,
+        "max_brightness_delta",
+        7.0,
+        lambda patch: distortion_of_training(patch).max_brightness_delta,
+    ),
+    (
+        "input",
+        "MIN_CONTRAST_FACTOR",
+        0.2,
+        0.3,
+        "min_contrast_factor",
+        0.5,
+        lambda patch: distortion_of_training(patch).min_contrast_factor,
+    ),
+    (
+        "input",
+        "MAX_CONTRAST_FACTOR",
+        1.8,
+        1.2,
+        "max_contrast_factor",
+        1.4,
+        lambda patch: distortion_of_training(patch).max_contrast_factor,
+    ),
+    (
+        "model",
+        "INITIAL_LEARNING_RATE",
+        0.1,
+        0.5,
+        "initial_learning_rate",
+        0.7,
+        lambda: learning_rates()[0],
+    ),
+    ("model", "NUM_EPOCHS_PER_DECAY", 350.0, 30.0, "num_epochs_per_decay", 70, epochs_until_decay),
+    (
+        "model",
+        "LEARNING_RATE_DECAY_FACTOR",
+        0.1,
+        0.5,
+        "learning_rate_decay_factor",
+        0.7,
+        decay_factor,
+    ),
+    (
+        "model",
+        "MOVING_AVERAGE_DECAY",
+        0.9999,
+        0.25,
+        "moving_average_decay",
+        0.5,
+        moving_average_decay,
+    ),
+    ("model", "WEIGHT_DECAY", 0.004, 0.25, "weight_decay", 0.5, weight_decay),
+]
+MODULES = {"input": [cifar10_input], "model": [cifar10], "both": [cifar10_input, cifar10]}
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "value", "edited", "flag", "given", "find_value"),
+    [(module, *rest) for modules, *rest in LIVE_CONSTANTS for module in MODULES[modules]],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+def test_an_edited_constant_takes_effect_unless_its_flag_is_given(
+    data_folder, monkeypatch, module, name, value, edited, flag, given, find_value
+):
+    def find():
+        takes_patch = inspect.signature(find_value).parameters
+        with tf.Graph().as_default():
+            return find_value(monkeypatch) if takes_patch else find_value()
+
+    assert getattr(module, name) == value
+    assert find() == pytest.approx(value, rel=1e-3)
+    monkeypatch.setattr(module, name, edited)
+    assert find() == pytest.approx(edited, rel=1e-5)
+    setattr(FLAGS, flag, given)
+    assert find() == pytest.approx(given, rel=1e-5)
+
+
+def test_edited_constants_of_the_input_are_the_defaults_of_its_functions(data_folder, monkeypatch):
+    monkeypatch.setattr(cifar10_input, "IMAGE_SIZE", 20)
+    monkeypatch.setattr(cifar10_input, "NUM_EXAMPLES_PER_EPOCH_FOR_TRAIN", 1000)
+    monkeypatch.setattr(cifar10_input, "MIN_FRACTION_OF_EXAMPLES_IN_QUEUE", 0.2)
+    monkeypatch.setattr(cifar10_input, "NUM_PREPROCESS_THREADS", 3)
+    monkeypatch.setattr(cifar10_input, "MAX_BRIGHTNESS_DELTA", 5.0)
+    monkeypatch.setattr(cifar10_input, "MIN_CONTRAST_FACTOR", 0.3)
+    monkeypatch.setattr(cifar10_input, "MAX_CONTRAST_FACTOR", 1.2)
+    used = []
+    draw = fast_input.draw
+    monkeypatch.setattr(
+        fast_input, "draw", lambda *arguments: used.append(arguments) or draw(*arguments)
+    )
+    images, _ = cifar10_input.distorted_inputs(str(data_folder), 4)
+    assert images.shape == [4, 20, 20, 3]
+    ((_, size, distortion),) = used
+    assert (size, *distortion) == (20, 5.0, 0.3, 1.2, True)
+    queues = [
+        op.get_attr("min_after_dequeue")
+        for op in tf.get_default_graph().get_operations()
+        if op.type == "RandomShuffleQueueV2" and len(op.get_attr("component_types")) == 2
+    ]
+    assert queues == [200]
+    runners = tf.get_collection(tf.GraphKeys.QUEUE_RUNNERS)
+    assert sorted(len(runner.enqueue_ops) for runner in runners) == [1, 3]
+    assert cifar10_input.inputs(True, str(data_folder), 4)[0].shape == [4, 20, 20, 3]
+    assert cifar10_input.central_crops(np.zeros([32, 32, 3], np.uint8)).shape == [20, 20, 3]
+
+
+both_modules = pytest.mark.parametrize(
+    "module", [cifar10_input, cifar10], ids=lambda module: module.__name__
+)
+
+
+def test_the_files_of_a_dataset_replace_constants_that_are_not_edited(data_folder):
+    dataset.write_class_names(data_folder, ["cat", "dog", "emu"])
+    assert cifar10.find_class_names() == ("cat", "dog", "emu")
+    assert cifar10.inference(tf.zeros([2, 24, 24, 3])).shape == [2, 3]
+    assert cifar10.num_examples_per_epoch() == 25
+    assert cifar10.num_examples_per_epoch(eval_data=True) == 11
+    assert cifar10.training_settings().examples_per_epoch == 25
+    assert learning_rates()[349:351] == pytest.approx([0.1, 0.01])
+
+
+def test_the_constants_hold_without_a_dataset(tmp_path):
+    FLAGS.data_dir = str(tmp_path / "missing")
+    assert cifar10.find_class_names() == dataset.CLASS_NAMES
+    assert cifar10.inference(tf.zeros([2, 24, 24, 3])).shape == [2, 10]
+    assert cifar10.num_examples_per_epoch() == 50000
+    assert cifar10.num_examples_per_epoch(eval_data=True) == 10000
+
+
+@both_modules
+def test_an_edited_number_of_training_examples_replaces_the_size_of_the_files(
+    data_folder, monkeypatch, module, capsys
+):
+    monkeypatch.setattr(module, "NUM_EXAMPLES_PER_EPOCH_FOR_TRAIN", 100)
+    assert cifar10.num_examples_per_epoch() == 100
+    assert cifar10.training_settings().examples_per_epoch == 100
+    cifar10.distorted_inputs()
+    assert "Filling queue with 40 CIFAR images" in capsys.readouterr().out
+    FLAGS.num_epochs_per_decay = 2.0
+    assert learning_rates()[7:9] == pytest.approx([0.1, 0.01])  # 100 / 25 steps are an epoch
+    assert cifar10.num_examples_per_epoch(eval_data=True) == 11
+
+
+@both_modules
+@pytest.mark.parametrize(("edited", "given", "count"), [(5, None, 5), (5, 7, 7), (99, None, 11)])
+def test_an_edited_number_of_test_examples_is_evaluated_unless_the_flag_is_given(
+    data_folder, tmp_path, monkeypatch, module, edited, given, count
+):
+    monkeypatch.setattr(module, "NUM_EXAMPLES_PER_EPOCH_FOR_EVAL", edited)
+    assert cifar10.num_examples_per_epoch(eval_data=True) == edited
+    assert cifar10.num_examples_per_epoch() == 25
+    save_checkpoint(tmp_path / "train", 3)
+    FLAGS.checkpoint_dir = str(tmp_path / "train")
+    FLAGS.eval_dir = str(tmp_path / "eval")
+    FLAGS.run_once = True
+    if given is not None:
+        FLAGS.num_examples = given
+    cifar10_eval.evaluate()
+    result = json.loads((tmp_path / "eval" / "results.jsonl").read_text())
+    assert result["count"] == count
+
+
+@both_modules
+def test_an_edited_number_of_classes_sets_the_last_layer_and_the_valid_labels(
+    data_folder, monkeypatch, module
+):
+    write_dataset(data_folder, test_count=7)  # labels up to 6
+    monkeypatch.setattr(module, "NUM_CLASSES", 7)
+    names = tuple(f"class {label}" for label in range(7))
+    assert cifar10.find_class_names() == names
+    assert cifar10.training_settings().class_names == names
+    assert cifar10.inference(tf.zeros([2, 24, 24, 3])).shape == [2, 7]
+    assert cifar10.maybe_download_and_extract() == str(data_folder)
+    make_records(9).tofile(data_folder / "data_batch_2.bin")
+    with pytest.raises(DataError, match="has label 7 .*, but labels must be 0 to 6"):
+        cifar10.maybe_download_and_extract()
+
+
+@both_modules
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda: cifar10.maybe_download_and_extract(),
+        lambda: cifar10.find_class_names(),
+        lambda: cifar10.training_settings(),
+        lambda: cifar10.inference(tf.zeros([2, 24, 24, 3])),
+    ],
+    ids=["maybe_download_and_extract", "find_class_names", "training_settings", "inference"],
+)
+def test_an_edited_number_of_classes_must_match_the_file_of_their_names(
+    data_folder, monkeypatch, module, function
+):
+    dataset.write_class_names(data_folder, ["cat", "dog", "emu"])
+    monkeypatch.setattr(module, "NUM_CLASSES", 20)
+    with pytest.raises(
+        DataError, match=r"batches\.meta\.txt lists 3 classes, but NUM_CLASSES is 20; "
+    ):
+        function()
+    monkeypatch.setattr(module, "NUM_CLASSES", 3)
+    assert cifar10.find_class_names() == ("cat", "dog", "emu")
+
+
+def test_constants_that_are_edited_in_the_source_take_effect(tmp_path):
+    write_dataset(tmp_path / "data")
+    for path in ROOT.glob("cifar10*.py"):
+        text = path.read_text()
+        if path.name == "cifar10_input.py":
+            for line, edited in [
+                ("IMAGE_SIZE = 24", "IMAGE_SIZE = 20"),
+                ("NUM_CLASSES = 10", "NUM_CLASSES = 7"),
+                (
+                    "NUM_EXAMPLES_PER_EPOCH_FOR_TRAIN = 50000",
+                    "NUM_EXAMPLES_PER_EPOCH_FOR_TRAIN = 90",
+                ),
+            ]:
+                assert text.count(f"\n{line}") == 1
+                text = text.replace(f"\n{line}", f"\n{edited}")
+        (tmp_path / path.name).write_text(text)
+    (tmp_path / "support").symlink_to(ROOT / "support")
+    code = (
+        f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import cifar10; "
+        f"cifar10.FLAGS.data_dir = {str(tmp_path / 'data')!r}; "
+        "print(cifar10.IMAGE_SIZE, cifar10.NUM_CLASSES, *cifar10.training_settings()[1:3]); "
+        "print(cifar10.inference(*cifar10.inputs(True)[:1]).shape)"
+    )
+    assert run_script("-c", code).stdout == "20 7 90 20\n(128, 7)\n"
+
+
+# The programs of forks.
+
+
+def train_as_the_tutorial(train_dir):
+    """Trains two steps in the way of the tutorial's `cifar10_train.train`."""
+    with tf.Graph().as_default():
+        global_step = tf.train.get_or_create_global_step()
+        with tf.device("/cpu:0"):
+            images, labels = cifar10.distorted_inputs()
+        logits = cifar10.inference(images)
+        loss = cifar10.loss(logits, labels)
+        train_op = cifar10.train(loss, global_step)
+
+        class LoggerHook(tf.train.SessionRunHook):
+            def before_run(self, run_context):
+                return tf.train.SessionRunArgs(loss)
+
+        with tf.train.MonitoredTrainingSession(
+            checkpoint_dir=train_dir,
+            hooks=[
+                tf.train.StopAtStepHook(last_step=2),
+                tf.train.NanTensorHook(loss),
+                LoggerHook(),
+            ],
+            config=tf.ConfigProto(log_device_placement=FLAGS.log_device_placement),
+        ) as mon_sess:
+            while not mon_sess.should_stop():
+                mon_sess.run(train_op)
+
+
+def evaluate_as_the_tutorial(eval_dir):
+    """Evaluates the newest checkpoint in the way of the tutorial's `cifar10_eval.evaluate`."""
+    with tf.Graph().as_default() as graph:
+        images, labels = cifar10.inputs(eval_data=FLAGS.eval_data == "test")
+        logits = cifar10.inference(images)
+        top_k_op = tf.nn.in_top_k(logits, labels, 1)
+        variable_averages = tf.train.ExponentialMovingAverage(cifar10.MOVING_AVERAGE_DECAY)
+        saver = tf.train.Saver(variable_averages.variables_to_restore())
+        summary_op = tf.summary.merge_all()
+        with tf.summary.FileWriter(eval_dir, graph) as summary_writer:
+            cifar10_eval.eval_once(saver, summary_writer, top_k_op, summary_op)
+
+
+@pytest.mark.parametrize("fast_ops", [True, False])
+def test_the_loops_of_the_original_tutorial_train_and_evaluate(
+    data_folder, tmp_path, capsys, fast_ops
+):
+    FLAGS.fast_ops = fast_ops
+    FLAGS.batch_size = 4
+    FLAGS.num_examples = 11
+    FLAGS.checkpoint_dir = str(tmp_path / "train")
+    train_as_the_tutorial(FLAGS.checkpoint_dir)
+    assert tf.train.latest_checkpoint(FLAGS.checkpoint_dir).endswith("model.ckpt-2")
+    capsys.readouterr()
+    evaluate_as_the_tutorial(str(tmp_path / "eval"))
+    assert ": precision @ 1 = 0." in capsys.readouterr().out
+
+
+def fork_inference(images):
+    """Returns the logits of a smaller model that is built like the tutorial's."""
+    with tf.variable_scope("conv1") as scope:
+        kernel = cifar10._variable_with_weight_decay(
+            "weights", shape=[5, 5, 3, 8], stddev=5e-2, wd=None
+        )
+        conv = tf.nn.conv2d(images, kernel, [1, 1, 1, 1], padding="SAME")
+        biases = cifar10._variable_on_cpu("biases", [8], tf.constant_initializer(0.0))
+        conv1 = tf.nn.relu(tf.nn.bias_add(conv, biases), name=scope.name)
+        cifar10._activation_summary(conv1)
+    with tf.variable_scope("local2") as scope:
+        reshape = tf.reshape(conv1, [images.get_shape().as_list()[0], -1])
+        weights = cifar10._variable_with_weight_decay(
+            "weights", shape=[24 * 24 * 8, 16], stddev=0.04, wd=0.004
+        )
+        biases = cifar10._variable_on_cpu("biases", [16], tf.constant_initializer(0.1))
+        local2 = tf.nn.relu(tf.matmul(reshape, weights) + biases, name=scope.name)
+        cifar10._activation_summary(local2)
+    with tf.variable_scope("softmax_linear") as scope:
+        weights = cifar10._variable_with_weight_decay("weights", [16, 10], stddev=1 / 16.0, wd=None)
+        biases = cifar10._variable_on_cpu("biases", [10], tf.constant_initializer(0.0))
+        softmax_linear = tf.add(tf.matmul(local2, weights), biases, name=scope.name)
+        cifar10._activation_summary(softmax_linear)
+    return softmax_linear
+
+
+def test_a_fork_can_build_its_own_model_from_the_helpers():
+    images = tf.random.stateless_normal([4, 24, 24, 3], seed=[1, 2])
+    total_loss = cifar10.loss(fork_inference(images), tf.range(4))
+    assert len(tf.get_collection("losses")) == 2  # the weight decay and the cross-entropy
+    train_op = cifar10.train(total_loss, tf.train.get_or_create_global_step())
+    summary_op = tf.summary.merge_all()
+    with tf.Session(config=session_config()) as session:
+        session.run(tf.global_variables_initializer())
+        first = session.run(total_loss)
+        for _ in range(30):
+            session.run(train_op)
+        assert session.run(total_loss) < first
+        summary = tf.Summary.FromString(session.run(summary_op))
+    names = {variable.op.name for variable in tf.trainable_variables()}
+    layers = ("conv1", "local2", "softmax_linear")
+    assert names == {f"{a}/{b}" for a, b in itertools.product(layers, ("weights", "biases"))}
+    tags = {value.tag for value in summary.value}
+    assert tags >= {f"{a}/{b}" for a, b in itertools.product(("activations", "sparsity"), layers)}
+
+
+@pytest.mark.parametrize("wd", [None, 0.004])
+def test_the_helper_for_variables_returns_a_variable(wd):
+    with tf.variable_scope("layer"):
+        variable = cifar10._variable_with_weight_decay("weights", shape=[3, 4], stddev=5e-2, wd=wd)
+    (trainable,) = tf.trainable_variables()
+    assert variable is trainable
+    assert variable.op.name == "layer/weights"
+    losses = tf.get_collection("losses")
+    assert len(losses) == (wd is not None)
+    with tf.Session() as session:
+        session.run(variable.initializer)
+        values = session.run(variable)
+        for loss in losses:
+            assert session.run(loss) == pytest.approx(0.004 * (values**2).sum() / 2, rel=1e-5)
+
+
+def test_the_helper_for_loss_summaries_returns_the_update_of_their_averages():
+    weight = tf.get_variable("w", initializer=2.0)
+    tf.add_to_collection("losses", tf.multiply(weight, 3.0, name="decay"))
+    loss_averages_op = cifar10._add_loss_summaries(tf.multiply(weight, 4.0, name="total_loss"))
+    assert isinstance(loss_averages_op, tf.Operation)
+    with tf.Session() as session:
+        session.run(tf.global_variables_initializer())
+        session.run(loss_averages_op)
+        summary = tf.Summary.FromString(session.run(tf.summary.merge_all()))
+    values = {value.tag: value.simple_value for value in summary.value}
+    assert values == pytest.approx(
+        {"decay": 6.0, "decay_raw": 6.0, "total_loss": 8.0, "total_loss_raw": 8.0}
+    )
+
+
+def test_an_integer_variable_of_a_fork_can_count_the_steps():
+    images = tf.random.stateless_normal([2, 24, 24, 3], seed=[1, 2])
+    global_step = tf.Variable(0, trainable=False)
+    train_op = cifar10.train(cifar10.loss(fork_inference(images), tf.range(2)), global_step)
+    with tf.Session() as session:
+        session.run(tf.global_variables_initializer())
+        session.run(train_op)
+        assert session.run(global_step) == 1
+
+
+def test_a_fork_can_distort_and_batch_its_own_images(tmp_path):
+    make_records(40).tofile(tmp_path / "records.bin")
+    queue = tf.train.string_input_producer([str(tmp_path / "records.bin")])
+    read_input = cifar10_input.read_cifar10(queue)
+    distorted = tf.random_crop(tf.cast(read_input.uint8image, tf.float32), [28, 28, 3])
+    image = tf.image.per_image_standardization(distorted)
+    image.set_shape([28, 28, 3])
+    read_input.label.set_shape([1])
+    images, labels = cifar10_input._generate_image_and_label_batch(
+        image, read_input.label, 20, 8, shuffle=True
+    )
+    with running_queues() as session:
+        images, labels = session.run([images, labels])
+    assert (images.shape, labels.shape) == ((8, 28, 28, 3), (8,))
+
+
+@pytest.mark.parametrize(
+    "script", [cifar10_train, cifar10_multi_gpu_train], ids=lambda module: module.__name__
+)
+def test_main_trains_without_arguments(data_folder, tmp_path, script, capsys):
+    FLAGS.train_dir = str(tmp_path / "train")
+    FLAGS.batch_size = 4
+    FLAGS.max_steps = 2
+    script.main()
+    assert "step 0, loss = " in capsys.readouterr().out
+    assert tf.train.latest_checkpoint(FLAGS.train_dir).endswith("model.ckpt-2")
+
+
+def test_main_evaluates_without_arguments(data_folder, tmp_path, capsys):
+    save_checkpoint(tmp_path / "train", 3)
+    FLAGS.checkpoint_dir = str(tmp_path / "train")
+    FLAGS.eval_dir = str(tmp_path / "eval")
+    FLAGS.run_once = True
+    cifar10_eval.main()
+    assert ": precision @ 1 = " in capsys.readouterr().out
+
+
+def test_tf_app_runs_the_main_function_of_a_script(data_folder, tmp_path, monkeypatch):
+    script = tmp_path / "fork.py"
+    script.write_text(
+        "import tensorflow.compat.v1 as tf\n\n"
+        "import cifar10_train\n\n"
+        'if __name__ == "__main__":\n'
+        "    tf.app.run(cifar10_train.main)\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    process = run_script(
+        script,
+        f"--data_dir={tmp_path}",
+        f"--train_dir={tmp_path / 'train'}",
+        "--batch_size=4",
+        "--max_steps=2",
+        "--nofast_ops",
+        "--log_frequency=1",
+    )
+    for step in range(2):
+        assert f": step {step}, loss = " in process.stdout
+    assert tf.train.latest_checkpoint(str(tmp_path / "train")).endswith("model.ckpt-2")
+    (start,) = json.loads((tmp_path / "train" / "run.json").read_text())
+    assert start["flags"]["batch_size"] == 4
