@@ -5,9 +5,9 @@
     total_loss = loss(logits, labels)
     train_op = train(total_loss, global_step)
 
-The model has 1,068,298 parameters, and inference takes about 19.5 million multiply-adds per image,
-for ten classes and crops of 24 x 24 pixels. The architecture follows Alex Krizhevsky's
-cuda-convnet, with fully connected instead of locally connected layers at the top.
+For ten classes and crops of 24 x 24 pixels, the model has 1,068,298 parameters, and inference takes
+about 18.5 million multiply-adds per image (the tutorial says 19.5). The architecture follows Alex
+Krizhevsky's cuda-convnet, with fully connected instead of locally connected layers at the top.
 """
 
 import math
@@ -37,14 +37,14 @@ NUM_CLASSES = cifar10_input.NUM_CLASSES
 NUM_EXAMPLES_PER_EPOCH_FOR_TRAIN = cifar10_input.NUM_EXAMPLES_PER_EPOCH_FOR_TRAIN
 NUM_EXAMPLES_PER_EPOCH_FOR_EVAL = cifar10_input.NUM_EXAMPLES_PER_EPOCH_FOR_EVAL
 
-# Constants of the training process. A flag of the same name overrides each of them.
+# Constants of the training process. Each has a flag of the same name, which overrides it.
 INITIAL_LEARNING_RATE = 0.1  # per update
-NUM_EPOCHS_PER_DECAY = 350.0  # epochs after which the learning rate decays
+NUM_EPOCHS_PER_DECAY = 350.0  # epochs between decays of the learning rate
 LEARNING_RATE_DECAY_FACTOR = 0.1
 MOVING_AVERAGE_DECAY = 0.9999  # per update, of the trainable variables
-WEIGHT_DECAY = 0.004  # of local3 and local4, times half the sum of the squared weights
+WEIGHT_DECAY = 0.004  # of local3 and local4; multiplies half the sum of the squared weights
 
-# Per step, of the losses in TensorBoard. It does not affect training.
+# Decay per step of the averaged losses in TensorBoard. It does not affect training.
 LOSS_AVERAGE_DECAY = 0.9
 
 # The operations of tower N are named tower_N/...; see cifar10_multi_gpu_train.py.
@@ -61,13 +61,13 @@ flags.DEFINE_boolean(
 flags.DEFINE_string(
     "data_url",
     DATA_URL,
-    "Where to download cifar-10-binary.tar.gz if data_dir has no dataset: http(s)://, file:// or a "
-    "path. Its SHA-256 must be that of the original.",
+    "Where to get cifar-10-binary.tar.gz if data_dir has no dataset: an http(s):// or file:// URL, "
+    "or a path. The SHA-256 must match that of the original archive.",
 )
 flags.DEFINE_integer(
     "batch_size",
     128,
-    "Number of images in a batch (when training, per tower and step).",
+    "Number of images in a batch (in training, per tower or worker).",
     lower_bound=1,
     upper_bound=2**20,
 )
@@ -87,17 +87,17 @@ flags.DEFINE_enum(
 flags.DEFINE_float(
     "initial_learning_rate",
     INITIAL_LEARNING_RATE,
-    "Learning rate until its first decay, greater than 0.",
+    "Learning rate before the first decay, greater than 0.",
 )
 flags.DEFINE_float(
     "num_epochs_per_decay",
     NUM_EPOCHS_PER_DECAY,
-    "Number of epochs after which the learning rate decays, each time. Greater than 0.",
+    "Number of epochs between decays of the learning rate, greater than 0.",
 )
 flags.DEFINE_float(
     "learning_rate_decay_factor",
     LEARNING_RATE_DECAY_FACTOR,
-    "Factor for the learning rate at each decay, greater than 0. With 1, it never decays.",
+    "Factor by which each decay multiplies the learning rate, greater than 0. 1 turns decay off.",
 )
 flags.DEFINE_float(
     "moving_average_decay",
@@ -130,13 +130,13 @@ command_line.check_flags(
 
 
 def maybe_download_and_extract():
-    """Provides the dataset that the flags name, and checks all of its records.
+    """Downloads or generates the dataset if it is missing, and checks all of its records.
 
     Returns:
       The path of the folder with the record files.
 
     Raises:
-      DataError: the dataset cannot be provided, or a record is invalid.
+      DataError: the dataset cannot be downloaded or generated, or a record is invalid.
     """
     if FLAGS.synthetic_data:
         if dataset.find_folder(FLAGS.data_dir) == FLAGS.data_dir:
@@ -152,7 +152,7 @@ def maybe_download_and_extract():
 
 
 def find_data_folder():
-    """Returns the path of the folder with the record files that the flags name."""
+    """Returns the path of the folder with the record files, according to the flags."""
     if FLAGS.synthetic_data:
         return f"{FLAGS.data_dir}/{dataset.SYNTHETIC_FOLDER}"
     return dataset.find_folder(FLAGS.data_dir)
@@ -164,7 +164,7 @@ def find_class_names():
 
 
 def num_examples_per_epoch(eval_data=False):
-    """Returns the number of examples in an epoch: the edited constant, or what the files hold.
+    """Returns the examples per epoch: the constant if edited, otherwise the number of records.
 
     Args:
       eval_data: bool; True for the test file, False for the training files.
@@ -193,7 +193,7 @@ def _edited_num_classes():
 
 
 def training_settings(class_names=None):
-    """Returns the `checkpoints.TrainingSettings` of the flags and, without names, the dataset."""
+    """Returns the `checkpoints.TrainingSettings`; the class names are the dataset's if None."""
     return checkpoints.TrainingSettings(
         class_names=class_names or find_class_names(),
         examples_per_epoch=num_examples_per_epoch(),
@@ -245,7 +245,7 @@ def inputs(eval_data, num_epochs=None):
 
     Args:
       eval_data: bool; True for the test file, False for the training files.
-      num_epochs: int; how often each record is read. None: without end.
+      num_epochs: int; the number of times to read each record, or None to repeat forever.
 
     Returns:
       images: float32 [batch_size, 24, 24, 3], or another size with --crop_size.
@@ -282,7 +282,7 @@ def _variable_with_weight_decay(name, shape, stddev, wd):
 
 
 def _value(variable):
-    """Returns the value of a variable, within a layer from the same read operation at each call.
+    """Returns the value of a variable. All calls within a layer share one read operation.
 
     In a cluster, each read operation sends the value across the network.
     """
@@ -333,7 +333,7 @@ def _convolution(nn, images, name, channels, bias):
 
 
 def _fully_connected(features, name, units, stddev, bias, wd, relu=True):
-    """Fully connected layer, with ReLU or not: float32 [batch, n] to [batch, units]."""
+    """Fully connected layer, ReLU optional: float32 [batch, n] to [batch, units]."""
     with tf.variable_scope(name):
         shape = [features.shape.as_list()[1], units]
         weights = _variable_with_weight_decay("weights", shape, stddev, wd)
@@ -371,7 +371,7 @@ def inference(images, num_classes=None):
 
     Args:
       images: float32 [batch, 24, 24, 3] from `distorted_inputs` or `inputs`. The batch size may be
-        unknown. The layers adapt to other sizes of images.
+        unknown. The layers adapt to other image sizes.
       num_classes: int; the number of classes of the dataset if None.
 
     Returns:
@@ -452,7 +452,7 @@ def average_losses(tower_losses):
     loss, and the value of the batch with `_raw` appended.
 
     Args:
-      tower_losses: for each tower the list of its losses, float32 [], in the same order.
+      tower_losses: a list of losses, float32 [], for each tower, all in the same order.
 
     Returns:
       The operation that updates the moving averages of the losses.
@@ -478,8 +478,8 @@ def average_losses(tower_losses):
 def decayed_learning_rate(global_step, examples_per_step, examples_per_epoch=None):
     """Returns the learning rate at a step, and shows it in TensorBoard.
 
-    It decays by a factor of 10 every 350 epochs, in a staircase. With N towers, an epoch takes N
-    times fewer steps.
+    By default, it drops to a tenth every 350 epochs. With N towers, an epoch takes 1/N as many
+    steps.
 
     Args:
       global_step: int []; the number of updates so far.
@@ -506,7 +506,7 @@ def decayed_learning_rate(global_step, examples_per_step, examples_per_epoch=Non
 
 
 def make_optimizer(learning_rate):
-    """Returns gradient descent with a learning rate, float32 []; in float16, with loss scaling."""
+    """Returns a gradient descent optimizer for a rate, float32 []; float16 adds loss scaling."""
     optimizer = tf.train.GradientDescentOptimizer(learning_rate)
     if FLAGS.use_fp16 and GPUS:  # bfloat16, which CPUs use, has the range of float32
         optimizer = with_loss_scaling(optimizer)
@@ -525,7 +525,7 @@ def apply_gradients(optimizer, gradients, global_step):
       The operation that does all of this.
     """
     with tf.name_scope("update"):
-        # Loss scaling may skip the update. The step counts anyway.
+        # Loss scaling may skip the update, but the step still counts.
         apply_gradient_op = optimizer.apply_gradients(gradients)
         with tf.control_dependencies([apply_gradient_op]):
             count_op = tf.assign_add(global_step, 1)
@@ -592,6 +592,6 @@ def train(total_loss, global_step, worker=None):
     loss_averages_op = _add_loss_summaries(total_loss)
     gradients = optimizer.compute_gradients(total_loss)
     train_ops = [update_variables(optimizer, gradients, global_step, worker)]
-    if worker is None or worker.is_chief:  # the workers share the averages of the losses
+    if worker is None or worker.is_chief:  # the workers share the loss averages
         train_ops.append(loss_averages_op)
     return tf.group(*train_ops, name="train")

@@ -1,6 +1,6 @@
 """Converts your own images, or the SVHN digits, to a dataset for the other scripts.
 
-Put the images of each class into a folder that has the name of the class:
+Put the images of each class into a folder named after the class:
 
     photos/train/cat/1.jpg    photos/test/cat/1.png
     photos/train/dog/1.jpg    photos/test/dog/1.png
@@ -15,8 +15,8 @@ of each class as test images:
 
     python cifar10_convert.py --pictures=photos --test_fraction=0.2 --output=/tmp/photos
 
-Images are scaled and cropped to 32 x 32 pixels, in the same way as in cifar10_predict.py, and
-written in the binary format of CIFAR-10. Files that cannot be read are listed and skipped.
+The script scales and crops images to 32 x 32 pixels, exactly as cifar10_predict.py does, and writes
+them in the binary format of CIFAR-10. It lists and skips files that cannot be read.
 
 To convert SVHN, download train_32x32.mat and test_32x32.mat from
 http://ufldl.stanford.edu/housenumbers/ to a folder:
@@ -154,7 +154,8 @@ class ImageFolders:
       num_stray_files: int; files in `parent` itself, which belong to no class.
 
     Raises:
-      DataError: there are not 2 to 256 classes, or one of them has no files.
+      DataError: the folder cannot be read, there are fewer than 2 or more than 256 classes, two
+        classes have the same name, or a class has no files.
     """
 
     def __init__(self, parent):
@@ -194,7 +195,7 @@ class ImageFolders:
 
 
 def _list_folders(parent):
-    """Returns the names of the folders in a folder, and the number of files; ignores hidden ones.
+    """Returns the names of a folder's subfolders, and the number of its files; ignores hidden ones.
 
     Raises:
       DataError: the folder cannot be read.
@@ -211,7 +212,7 @@ def _find_files(folder, ancestors=()):
     """Yields the paths of all files in a folder and its subfolders, except hidden ones.
 
     Links to folders are followed unless they form a cycle; `ancestors` identifies the folders that
-    contain this one. A folder that cannot be read is yielded itself; `read_image` raises the error
+    contain this one. A folder that cannot be read is itself yielded; `read_image` raises the error
     for it.
     """
     try:
@@ -306,11 +307,11 @@ def find_splits(folder, test_fraction=None):
       (train, test): `ImageFolders`. `test` is None if `test_fraction` is given.
 
     Raises:
-      DataError: the folder has another layout.
+      DataError: the folder does not have that layout.
     """
     folders, _ = _list_folders(folder)
     if test_fraction is not None:
-        # In any spelling, for example `Train`: as classes they would give meaningless labels.
+        # In any capitalization, such as `Train`. As classes, they would give meaningless labels.
         if splits := [name for name in folders if name.lower() in SPLITS]:
             raise DataError(
                 f"{folder} has a folder {splits[0]}, which is not a class; omit --test_fraction to "
@@ -364,7 +365,7 @@ def read_all_images(sources, shuffler):
       shuffler: `RecordShuffler`.
 
     Returns:
-      int [len(sources), classes]; the images that were read.
+      int [len(sources), classes]; the number of images read.
 
     Raises:
       DataError: a class has no readable image.
@@ -465,9 +466,9 @@ def check_output_is_outside(output, image_folder):
 
 def main(argv=None):
     if bool(FLAGS.pictures) == bool(FLAGS.svhn):
-        raise app.UsageError("give either --pictures or --svhn")
+        raise app.UsageError("specify either --pictures or --svhn")
     if not FLAGS.output:
-        raise app.UsageError("give the folder to create with --output")
+        raise app.UsageError("specify the folder to create: --output=FOLDER")
     files.check_new_folder("--output", FLAGS.output)  # fail before reading the images
     if FLAGS.svhn:
         if FLAGS.test_fraction is not None:
@@ -477,7 +478,7 @@ def main(argv=None):
         check_output_is_outside(FLAGS.output, FLAGS.pictures)
         train, test = find_splits(FLAGS.pictures, FLAGS.test_fraction)
         if count := sum(split.num_stray_files for split in (train, test) if split is not None):
-            print(f"Skipping files that are not in the folder of a class: {count}", file=sys.stderr)
+            print(f"Skipping files that are not in a class folder: {count}", file=sys.stderr)
     output = os.path.realpath(FLAGS.output)  # --output may be a link to an empty folder
     train_count, test_count, unreadable_count = convert(
         train, test, output, FLAGS.shuffle_seed, FLAGS.test_fraction

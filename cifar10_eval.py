@@ -3,8 +3,9 @@
     python cifar10_eval.py                # every new checkpoint, while training runs
     python cifar10_eval.py --run_once     # the newest checkpoint
 
-Each test image counts exactly once. By default, the moving averages of the variables are evaluated.
-Each evaluation appends a line to EVAL_DIR/results.jsonl and writes summaries for TensorBoard.
+Each test image counts exactly once. By default, the script evaluates the moving averages of the
+variables. Each evaluation appends a line to EVAL_DIR/results.jsonl and writes summaries for
+TensorBoard.
 """
 
 import contextlib
@@ -38,12 +39,12 @@ flags.DEFINE_enum(
     "eval_data",
     "test",
     ["test", "train_eval"],
-    "Which images to evaluate: those of the test file or those of the training files.",
+    "Which images to evaluate: the test file, or the training files (train_eval).",
 )
 flags.DEFINE_integer(
     "eval_interval_secs",
     300,
-    "Minimum seconds between the starts of two evaluations.",
+    "Minimum number of seconds between the starts of two evaluations.",
     lower_bound=0,
     upper_bound=2**31 - 1,
 )
@@ -134,14 +135,14 @@ def eval_once(
       summary_writer: a `tf.summary.FileWriter`.
       top_k_op: bool [batch]; whether each prediction is correct. Its input should end after one
         epoch, so that each image counts once.
-      summary_op: string []; serialized summaries, written for the first batch. Or None.
+      summary_op: string []; the serialized summaries to write for the first batch, or None.
       checkpoint: path; the newest checkpoint in --checkpoint_dir if None.
-      num_examples: int; the number of images to evaluate, and an error if there are fewer. If None,
-        at most --num_examples are evaluated.
+      num_examples: int; the number of images to evaluate; it is an error if there are fewer. If
+        None, at most --num_examples images are evaluated.
       outputs: dict of tensors for more results, or None: `images`, float32 [batch, 24, 24, 3];
-        `labels` and `predictions`, int [batch]; `cross_entropy`, float32 [batch]. They add
-        precision by class, mean cross-entropy, a confusion matrix and a sheet of mistakes to the
-        summaries, and a line to the file `results.jsonl` in the same folder.
+        `labels` and `predictions`, int [batch]; `cross_entropy`, float32 [batch]. They add the
+        recall of each class (as `precision/CLASS`), mean cross-entropy, a confusion matrix and a
+        sheet of mistakes to the summaries, and a line to `results.jsonl` in the same folder.
       class_names: the names of the classes; those of the dataset if None.
 
     Returns:
@@ -149,7 +150,7 @@ def eval_once(
 
     Raises:
       UserError: there is no checkpoint, or there are too few images.
-      CheckpointError: the checkpoint cannot be restored, or has values that are not finite.
+      CheckpointError: the checkpoint cannot be restored, or has or produces non-finite values.
     """
     if checkpoint is None:
         checkpoint = checkpoints.require_checkpoint(FLAGS.checkpoint_dir)
@@ -173,14 +174,14 @@ def eval_once(
         except tf.errors.InvalidArgumentError as error:
             if is_nonfinite_histogram(error):
                 raise CheckpointError(
-                    f"{checkpoint} gives values that are not finite: {first_line(error)}"
+                    f"{checkpoint} produces non-finite values: {first_line(error)}"
                 ) from error
             raise
     if counts.total < (num_examples or 1):
         expected = "" if num_examples is None else f" of {num_examples}"
         raise UserError(f"the input ended after {counts.total}{expected} images")
     if not math.isfinite(counts.cross_entropy):
-        raise CheckpointError(f"{checkpoint} gives a cross-entropy of {counts.cross_entropy}")
+        raise CheckpointError(f"{checkpoint} produces a cross-entropy of {counts.cross_entropy}")
     print(f"{progress.timestamp()}: precision @ 1 = {counts.precision:.3f}", flush=True)
 
     summary = tf.Summary.FromString(counts.summary or b"")
@@ -193,7 +194,7 @@ def eval_once(
 
 
 def _report(counts, class_names, summary, eval_dir, step, checkpoint):
-    """Adds the details of an evaluation to its summary and to the file of results."""
+    """Adds the details of an evaluation to its summary and to the results file."""
     precision_of_class = {
         name: int(row[label]) / int(row.sum()) if row.any() else None
         for label, (name, row) in enumerate(zip(class_names, counts.confusion, strict=True))
@@ -229,9 +230,9 @@ def _report(counts, class_names, summary, eval_dir, step, checkpoint):
 
 
 def variables_to_restore():
-    """Returns the variables of the default graph by the names of the values to restore.
+    """Returns the variables of the default graph: dict by name in the checkpoint.
 
-    Those are the moving averages of the trainable variables, unless --use_moving_averages is false.
+    Unless --use_moving_averages is false, these are the names of the moving averages.
     """
     if FLAGS.use_moving_averages:
         variable_averages = tf.train.ExponentialMovingAverage(cifar10.MOVING_AVERAGE_DECAY)
@@ -240,7 +241,7 @@ def variables_to_restore():
 
 
 def _count_examples(eval_test):
-    """Returns how many images to evaluate; says on stderr if that is not all, or not as many."""
+    """Returns how many images to evaluate; reports on stderr if some are left out or missing."""
     available = dataset.count_records(cifar10.find_data_folder(), eval_test)
     constant = cifar10.num_examples_per_epoch(eval_data=True)
     is_edited = constant != available and eval_test
@@ -262,7 +263,7 @@ def _count_examples(eval_test):
 
 
 def _wait_for_checkpoint(checkpoint_dir, evaluated, check_trainer):
-    """Waits for a checkpoint in a folder that has not been evaluated, and returns its path."""
+    """Waits for a checkpoint other than the `evaluated` one, and returns its path."""
     newest = checkpoints.find_latest_checkpoint(checkpoint_dir)
     if newest is None and evaluated is None:
         print(f"Waiting for a checkpoint in {checkpoint_dir}", file=sys.stderr, flush=True)
@@ -275,14 +276,14 @@ def _wait_for_checkpoint(checkpoint_dir, evaluated, check_trainer):
 
 @contextlib.contextmanager
 def _summary_writer(eval_dir, graph):
-    """Yields a `tf.summary.FileWriter` for a folder that must not be that of the training."""
+    """Yields a `tf.summary.FileWriter` for `eval_dir`, which must not be --checkpoint_dir."""
     if os.path.realpath(eval_dir) == os.path.realpath(FLAGS.checkpoint_dir):
         raise UserError(
             f"--eval_dir and --checkpoint_dir are both {eval_dir}; choose a separate folder for "
-            "the summaries of evaluations"
+            "the evaluation summaries"
         )
     try:
-        # The default name contains only the second, so two writers could use the same file.
+        # The default name has a resolution of one second, so two writers could use the same file.
         suffix = f".{uuid.uuid4().hex}"
         writer = tf.summary.FileWriter(eval_dir, graph, filename_suffix=suffix)
     except tf.errors.OpError as error:
@@ -295,13 +296,13 @@ def evaluate(last_step=None, check_trainer=lambda: None):
     """Evaluates the newest checkpoint, or each new one forever, depending on --run_once.
 
     Args:
-      last_step: int; the global step after whose checkpoint to stop. Never if None.
+      last_step: int; stop after evaluating a checkpoint of this step or a later one. Never if None.
       check_trainer: called while waiting for a new checkpoint; raises UserError if there will be
         none.
 
     Raises:
-      UserError: the folder for summaries cannot be written. With --run_once also: there is no
-        checkpoint, or it cannot be evaluated.
+      UserError: --eval_dir cannot be written, or the dataset has changed. With --run_once also:
+        there is no checkpoint, or it cannot be evaluated.
     """
     settings = cifar10.training_settings()
     if FLAGS.run_once:  # before spending time on the graph
@@ -316,7 +317,7 @@ def evaluate(last_step=None, check_trainer=lambda: None):
         top_k_op = tf.nn.in_top_k(logits, labels, 1)
         variables = variables_to_restore()
         saver = tf.train.Saver(variables)
-        # Sparsity describes the training, and is shown there.
+        # Without the sparsity of the layers, which training already shows.
         summaries = tf.get_collection(tf.GraphKeys.SUMMARIES)
         summary_op = tf.summary.merge([s for s in summaries if s.op.type != "ScalarSummary"])
         outputs = {
@@ -344,7 +345,7 @@ def evaluate(last_step=None, check_trainer=lambda: None):
                     if step < evaluated_step:
                         raise CheckpointError(
                             f"skipping {checkpoint}: its step {step} comes before step "
-                            f"{evaluated_step}, which has been evaluated"
+                            f"{evaluated_step}, which has already been evaluated"
                         )
                     eval_once(
                         saver,

@@ -17,8 +17,8 @@ from support import command_line, dataset, fast_input, session, summaries
 from support.errors import UserError
 from support.tensorflow_v1 import tf
 
-# Edit these for your own dataset. As long as you do not, the names in `batches.meta.txt` and the
-# sizes of the record files replace the numbers of classes and examples.
+# Edit these for your own dataset. Unless you do, the numbers of classes and examples come from
+# `batches.meta.txt` and the sizes of the record files.
 IMAGE_SIZE = 24  # pixels; the side of the crop that the model sees, out of 32
 NUM_CLASSES = 10
 NUM_EXAMPLES_PER_EPOCH_FOR_TRAIN = 50000
@@ -29,7 +29,7 @@ NUM_EXAMPLES_PER_EPOCH_FOR_EVAL = 10000
 MIN_FRACTION_OF_EXAMPLES_IN_QUEUE = 0.4
 NUM_PREPROCESS_THREADS = 16
 
-MAX_BRIGHTNESS_DELTA = 63.0  # of pixel values from 0 to 255
+MAX_BRIGHTNESS_DELTA = 63.0  # pixel values range from 0 to 255
 MIN_CONTRAST_FACTOR = 0.2
 MAX_CONTRAST_FACTOR = 1.8
 
@@ -37,27 +37,27 @@ flags.DEFINE_boolean(
     "fast_ops",
     True,
     "Use faster equivalents of TensorFlow's operations on the CPU. With false, the graph consists "
-    "of the operations that the tutorial names. Checkpoints are the same.",
+    "of the operations that the tutorial names. Checkpoints work with both.",
 )
 flags.DEFINE_integer(
     "crop_size",
     IMAGE_SIZE,
-    "Side of the square that the model sees of each 32 x 32 image, in pixels (8 to 32). Training "
-    "crops at random positions, evaluation at the center.",
-    lower_bound=8,  # of which the model's two pools leave 2
+    "Side in pixels (8 to 32) of the square crop of each 32 x 32 image that the model sees. "
+    "Training crops at random positions, evaluation at the center.",
+    lower_bound=8,  # the model's two pools reduce it to 2
     upper_bound=min(dataset.HEIGHT, dataset.WIDTH),
 )
 flags.DEFINE_boolean(
     "random_flip",
     True,
-    "Flip half of the training images horizontally, chosen at random. Turn it off where a mirror "
-    "image has another meaning, for example for digits.",
+    "Flip half of the training images horizontally, chosen at random. Turn this off if mirroring "
+    "changes what an image means, for example with digits.",
 )
 flags.DEFINE_float(
     "max_brightness_delta",
     MAX_BRIGHTNESS_DELTA,
     "Maximum brightness change, added to or subtracted from every pixel (0 to 255) of a training "
-    "image. Standardization cancels it.",
+    "image. Standardization cancels this change.",
     lower_bound=0.0,
     upper_bound=255.0,
 )
@@ -114,9 +114,9 @@ class Distortion(NamedTuple):
     """Limits of the random distortions of training images.
 
     Attributes:
-      max_brightness_delta: float; the maximum added to or subtracted from pixels from 0 to 255.
+      max_brightness_delta: float; the maximum change of the pixel values, which are 0 to 255.
       min_contrast_factor, max_contrast_factor: float.
-      random_flip: bool; whether an image is mirrored with a probability of one half.
+      random_flip: bool; whether to mirror each image with a probability of one half.
     """
 
     max_brightness_delta: float
@@ -131,7 +131,7 @@ class CIFAR10Record:
     Attributes:
       height, width, depth: int; 32, 32 and 3.
       key: string []; the file and the number of the record in it, as `file:record`.
-      label: int32 [1]; 0 to 9, or less than the number of classes of the dataset.
+      label: int32 [1]; 0 to the number of classes - 1.
       uint8image: uint8 [height, width, depth].
     """
 
@@ -182,7 +182,7 @@ def _distorted_image(uint8image, size, distortion):
 
 
 def central_crops(images, size=None):
-    """Prepares images for evaluation.
+    """Crops images centrally and standardizes them, as evaluation does.
 
     Args:
       images: uint8 [32, 32, 3] or [n, 32, 32, 3].
@@ -211,7 +211,8 @@ def _generate_image_and_label_batch(
     Args:
       image: float32 [height, width, 3].
       label: int32 [1].
-      min_queue_examples: int; the number of examples that remain in the queue after each batch.
+      min_queue_examples: int; with `shuffle`, the minimum number of examples that each batch leaves
+        in the queue. Without it, only the capacity depends on this number.
       batch_size: int.
       shuffle: bool; draw the examples of a batch from the queue at random.
       num_threads: int; NUM_PREPROCESS_THREADS if None.
@@ -271,8 +272,8 @@ def _filename_queue(filenames, num_epochs=None, shuffle=True):
 def num_examples_per_epoch(data_dir, eval_data=False):
     """Returns the number of examples in an epoch.
 
-    It is NUM_EXAMPLES_PER_EPOCH_FOR_TRAIN or ..._FOR_EVAL if you have edited that constant, or if
-    there are no record files, and otherwise the number of records in the files.
+    This is the number of records in the files. If you have edited NUM_EXAMPLES_PER_EPOCH_FOR_TRAIN
+    or ..._FOR_EVAL, or if there are no files, it is that constant instead.
 
     Args:
       data_dir: the folder with the record files.
@@ -284,7 +285,7 @@ def num_examples_per_epoch(data_dir, eval_data=False):
         return constant
     try:
         return dataset.count_records(data_dir, eval_data)
-    except (FileNotFoundError, NotADirectoryError):  # for example, only the graph is inspected
+    except (FileNotFoundError, NotADirectoryError):  # for example to inspect only the graph
         return constant
 
 
@@ -299,14 +300,14 @@ def distorted_inputs(
     fast_ops=True,
     examples_per_epoch=None,
 ):
-    """Creates the training input: shuffled and distorted examples, without end.
+    """Creates the training input: shuffled and distorted examples, repeated forever.
 
     Args:
       data_dir: the folder with the record files `data_batch_1.bin` to `data_batch_5.bin`.
       batch_size: int; examples per batch.
-      min_fraction_of_examples_in_queue: float; the fraction of an epoch that fills the queue before
-        the first batch, and that remains in it. Every batch is drawn from at least as many
-        examples. MIN_FRACTION_OF_EXAMPLES_IN_QUEUE if None.
+      min_fraction_of_examples_in_queue: float; the fraction of an epoch that the queue needs before
+        it yields the first batch, and that stays in it from then on. Every batch is drawn from at
+        least that many examples. MIN_FRACTION_OF_EXAMPLES_IN_QUEUE if None.
       num_preprocess_threads: int; with 1, the graph's seed determines the batches.
         NUM_PREPROCESS_THREADS if None.
       distortion: `Distortion`; the limits in the constants above if None.
@@ -318,7 +319,7 @@ def distorted_inputs(
 
     Returns:
       images: float32 [batch_size, crop_size, crop_size, 3]; each with mean 0 and variance 1.
-      labels: int32 [batch_size]; 0 to 9, or less than the number of classes of the dataset.
+      labels: int32 [batch_size]; 0 to the number of classes - 1.
 
     Raises:
       ValueError: a file is missing.
@@ -358,11 +359,11 @@ def distorted_inputs(
 
 
 def _is_in_shard(key, data_dir, index, count):
-    """Returns whether a record, or each of a block, belongs to a shard: bool [] or [n]."""
+    """Returns whether a record, or each record of a block, is in a shard: bool [] or [n]."""
     files = dataset.record_files(data_dir, eval_data=False)
-    most = max(os.path.getsize(file) // dataset.RECORD_BYTES for file in files)
-    if most < count:
-        raise UserError(f"--shard_data: {count} workers, but no file has more than {most} records")
+    size = max(os.path.getsize(file) // dataset.RECORD_BYTES for file in files)
+    if size < count:
+        raise UserError(f"--shard_data: {count} workers, but the largest file has {size} records")
     number = tf.strings.to_number(tf.strings.regex_replace(key, "(?s).*:", ""), tf.int64)
     return tf.equal(number % count, index)
 
@@ -374,16 +375,16 @@ def inputs(eval_data, data_dir, batch_size, num_epochs=None, crop_size=None, fas
       eval_data: bool; True for the test file, False for the training files.
       data_dir: the folder with the record files.
       batch_size: int; examples per batch.
-      num_epochs: int; how often each record is read. None: without end. A finite input counts in a
-        local variable, so run `tf.local_variables_initializer()`. After the last batch, which may
-        be smaller, the queue raises `tf.errors.OutOfRangeError`.
+      num_epochs: int; the number of times to read each record, or None to repeat forever. A finite
+        input counts epochs in a local variable, so run `tf.local_variables_initializer()`. After
+        the last batch, which may be smaller, the queue raises `tf.errors.OutOfRangeError`.
       crop_size: int; the side of the images in pixels, IMAGE_SIZE if None.
       fast_ops: bool; process blocks of records instead of single images.
 
     Returns:
       images: float32 [batch_size, crop_size, crop_size, 3]; each with mean 0 and variance 1. With
-        `num_epochs`, the size of the batches is unknown.
-      labels: int32 [batch_size]; 0 to 9, or less than the number of classes of the dataset.
+        `num_epochs`, the batch size is unknown.
+      labels: int32 [batch_size]; 0 to the number of classes - 1.
 
     Raises:
       ValueError: a file is missing.

@@ -3,8 +3,8 @@
     python cifar10_multi_gpu_train.py --num_gpus=2
 
 Each GPU runs a tower: a copy of the model that processes its own batch of --batch_size images. The
-towers share variables, which are in the CPU's memory. In each step, every tower computes its
-gradients, and their average updates the variables once.
+towers share the variables, which are in the CPU's memory. In each step, every tower computes its
+gradients; the average of all towers' gradients then updates the variables once.
 """
 
 from absl import flags
@@ -38,10 +38,10 @@ def tower_loss(scope, images, labels):
 
 
 def average_gradients(tower_grads):
-    """Averages the gradients of each variable over the towers. This synchronizes the towers.
+    """Averages the gradients of each variable over the towers, which synchronizes the towers.
 
     Args:
-      tower_grads: for each tower its list of (gradient, variable), in the same order.
+      tower_grads: a list of (gradient, variable) for each tower, all in the same order.
 
     Returns:
       list of (average gradient, variable).
@@ -55,7 +55,7 @@ def average_gradients(tower_grads):
 
 
 def build_training(num_gpus, batch_size):
-    """Builds the towers and the update with their averaged gradients in the default graph.
+    """Builds the towers in the default graph, and the update with their averaged gradients.
 
     Args:
       num_gpus: int; the number of towers.
@@ -95,7 +95,7 @@ def build_training(num_gpus, batch_size):
 
 
 def train():
-    """Trains up to --max_steps, from the newest checkpoint in --train_dir if there is one."""
+    """Trains up to --max_steps, resuming from the newest checkpoint in --train_dir if any."""
     options = cifar10_train.training_options()
     settings = cifar10.training_settings()
     if not session.has_steps_left(options, settings):

@@ -4,10 +4,10 @@
     python cifar10_predict.py --json photos/
     python cifar10_predict.py --export_dir=/tmp/cifar10_model/1
 
-Images can have any size and shape, in the formats PNG, JPEG, GIF, BMP and WebP. They are prepared
-like the test images, and the newest checkpoint classifies them. An image that cannot be read is
-reported on stderr; the others are still classified, and the exit code is 1. --export_dir writes the
-model as a SavedModel.
+Images can be PNG, JPEG, GIF, BMP or WebP files of any size and shape. They are prepared like test
+images and classified with the newest checkpoint. If an image cannot be read, the script reports it
+on stderr, still classifies the others, and exits with code 1. --export_dir writes the model as a
+SavedModel.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ FLAGS = flags.FLAGS
 
 flags.declare_key_flag("checkpoint_dir")
 flags.declare_key_flag("use_moving_averages")
-flags.DEFINE_boolean("json", False, "Print one JSON object per line and image.")
+flags.DEFINE_boolean("json", False, "Print one JSON object per image, each on its own line.")
 flags.DEFINE_string(
     "export_dir",
     None,
@@ -92,9 +92,9 @@ def read_in_batches(paths, batch_size):
       paths: iterable of paths.
       batch_size: int.
 
-    Returns:
-      Iterator of batches: lists of (path, image), where image is uint8 [32, 32, 3] or the
-      `ImageError` raised when reading it.
+    Yields:
+      Batches: lists of (path, image), where image is uint8 [32, 32, 3] or the `ImageError` raised
+      when reading it.
     """
     batch = []
     for path in paths:
@@ -117,15 +117,15 @@ def predict(model, images):
       images: uint8 [n, 32, 32, 3].
 
     Returns:
-      For each image its TOP_CLASSES most likely classes as (name, probability), the most likely
-      one first.
+      For each image, a list of its TOP_CLASSES most likely classes as (name, probability), the most
+      likely one first.
 
     Raises:
-      CheckpointError: the model gives probabilities that are not finite.
+      CheckpointError: the model produces non-finite probabilities.
     """
     probabilities = model.session.run(model.probabilities, {model.images: images})
     if not np.isfinite(probabilities).all():
-        raise CheckpointError(f"{model.checkpoint} gives probabilities that are not finite")
+        raise CheckpointError(f"{model.checkpoint} produces non-finite probabilities")
     return [
         [(model.class_names[i], float(row[i])) for i in np.argsort(-row, kind="stable")][
             :TOP_CLASSES
@@ -181,9 +181,9 @@ def export(model, export_dir):
     """Writes a model as a SavedModel with the signature `serving_default`.
 
     Its input is `images`, uint8 [n, 32, 32, 3]. Its outputs are `probabilities`, float32
-    [n, classes]; `classes`, int64 [n], the number of the most likely class of each image; and
-    `class_names`, string [n, classes], the names that belong to the probabilities. The names are
-    repeated for each image because servers expect a row per image in each output.
+    [n, classes]; `classes`, int64 [n], the index of the most likely class of each image; and
+    `class_names`, string [n, classes], the names in the order of the probabilities. The names are
+    repeated for each image because servers expect each output to have a row per image.
 
     Args:
       model: `Model`.
@@ -227,14 +227,14 @@ def export(model, export_dir):
 def main(argv):
     paths = argv[1:]
     if not paths and FLAGS.export_dir is None:
-        raise app.UsageError("name images or folders of images, or give --export_dir")
+        raise app.UsageError("specify images or folders of images, or --export_dir")
     if FLAGS.export_dir is not None:  # before spending time on the model
         files.check_new_folder("--export_dir", FLAGS.export_dir)
     with open_model() as model:
         if FLAGS.export_dir is not None:
             export(model, FLAGS.export_dir)
             print(
-                f"{FLAGS.export_dir} holds the model of {model.checkpoint}, step {model.step}",
+                f"Exported {model.checkpoint} (step {model.step}) to {FLAGS.export_dir}",
                 file=sys.stderr,
             )
         predict_files(model, image_files.find_images(paths), FLAGS.batch_size, FLAGS.json)

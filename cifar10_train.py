@@ -5,8 +5,8 @@
     tensorboard --logdir=/tmp/cifar10_train
 
 The same command resumes training from the newest checkpoint in --train_dir. On a GPU, the model
-reaches a precision of about 86% within a few hours (source: the TensorFlow tutorial). On several
-machines, start the script on each of them, with the environment variable TF_CONFIG.
+reaches a precision of about 86% within a few hours (source: the TensorFlow tutorial). To train on
+several machines, start the script on each of them with the environment variable TF_CONFIG set.
 """
 
 import os
@@ -32,7 +32,7 @@ flags.DEFINE_string(
 flags.DEFINE_integer(
     "max_steps",
     1000000,
-    "Number of steps, including those of earlier runs in train_dir.",
+    "Total number of steps, including those of earlier runs in train_dir.",
     lower_bound=1,
     upper_bound=_MAX_INT,
 )
@@ -71,7 +71,7 @@ flags.DEFINE_integer(
     "seed",
     None,
     "Seed for the initial variables and all random operations. By default, each run draws a new "
-    "one. On a CPU and with num_preprocess_threads=1, it determines every loss.",
+    "seed. On a CPU with num_preprocess_threads=1, the seed determines every loss.",
     lower_bound=0,
     upper_bound=_MAX_INT,
 )
@@ -85,19 +85,19 @@ flags.DEFINE_boolean(
     "shard_data",
     False,
     "Have each worker read its own part of the records. By default, each worker reads all records, "
-    "in an order of its own.",
+    "in its own random order.",
 )
 flags.register_validator("train_dir", bool, "it must name a folder")
 CLUSTER_FLAGS = ("Flags for several machines (TF_CONFIG)", ["cluster_timeout_secs", "shard_data"])
 
 
 def training_options():
-    """Returns the `session.Options` that the flags of the same names hold."""
+    """Returns the `session.Options` with the values of the flags of the same names."""
     return session.Options(**{name: FLAGS[name].value for name in session.Options._fields})
 
 
 def train(worker=None):
-    """Trains up to --max_steps, from the newest checkpoint in --train_dir if there is one.
+    """Trains up to --max_steps, resuming from the newest checkpoint in --train_dir if any.
 
     Args:
       worker: `support.cluster.training.Worker` in a cluster, or None.
@@ -129,7 +129,7 @@ def train(worker=None):
 
 
 def train_in_cluster(this_task):
-    """Does the part of one task of a cluster: holds variables, trains or evaluates."""
+    """Runs one task of a cluster: a parameter server, a worker or an evaluator."""
     config = session_config(FLAGS.use_fp16)
     timeout = FLAGS.cluster_timeout_secs
     if this_task.type == "ps":

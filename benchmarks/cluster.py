@@ -1,4 +1,4 @@
-"""Measures what synchronization costs: N workers of a cluster against N towers of one process.
+"""Measures the cost of synchronization: N workers of a cluster against N towers of one process.
 
     python benchmarks/cluster.py
     python benchmarks/cluster.py --workers=2 --cluster_turns=1      # a quick look
@@ -30,11 +30,11 @@ from support.errors import UserError
 FLAGS = flags.FLAGS
 
 flags.DEFINE_list("workers", ["1", "2", "4"], "Numbers of workers and towers to compare.")
-flags.DEFINE_integer("cluster_turns", 3, "Turns of each trainer.", lower_bound=1)
-flags.DEFINE_integer("cluster_steps", 80, "Steps in a turn.", lower_bound=40)
+flags.DEFINE_integer("cluster_turns", 3, "Number of turns of each trainer.", lower_bound=1)
+flags.DEFINE_integer("cluster_steps", 80, "Number of steps in a turn.", lower_bound=40)
 
 WARM_UP_STEPS = 20
-PARAMETER_BYTES = 4 * 1_068_298  # of all variables, and as many of all gradients
+PARAMETER_BYTES = 4 * 1_068_298  # size of all variables; all gradients have the same size
 
 
 def find_free_addresses(count):
@@ -47,7 +47,7 @@ def find_free_addresses(count):
 
 
 def read_loopback_bytes():
-    """Returns the number of bytes that the loopback interface has transferred since the boot."""
+    """Returns the number of bytes that the loopback interface has transferred since boot."""
     with open("/sys/class/net/lo/statistics/rx_bytes") as file:
         return int(file.read())
 
@@ -61,7 +61,7 @@ def measure(commands, train_dir):
       train_dir: folder of the metrics.
 
     Returns:
-      The throughput in images per second, and the bytes on the loopback interface per step.
+      (float, float): images per second, and bytes on the loopback interface per step.
     """
     processes = [
         subprocess.Popen(
@@ -94,7 +94,8 @@ def sample_steps(process, metrics):
     """Follows the metrics of a process until it ends.
 
     Returns:
-      dict from a step to when it ended, in seconds, and the bytes on the loopback interface so far.
+      dict from a step to (float, int): when it ended, in seconds since 1970, and how many bytes the
+      loopback interface had transferred by then.
     """
     samples = {}
     while process.poll() is None:
@@ -172,10 +173,10 @@ def main(argv=None):
             "--min_fraction_of_examples_in_queue=0.05",
         ]
         for turn in range(FLAGS.cluster_turns):
-            for (count, kind), of_turns in results.items():
+            for (count, kind), measurements in results.items():
                 measure_trainer = measure_cluster if kind == "workers" else measure_towers
                 train_dir = pathlib.Path(folder) / f"{kind}_{count}_{turn}"
-                of_turns.append(measure_trainer(count, shared_flags, train_dir))
+                measurements.append(measure_trainer(count, shared_flags, train_dir))
     print("| | towers, images/s | workers, images/s | ratio | MB per step | required |")
     print("| --- | --- | --- | --- | --- | --- |")
     for count in counts:

@@ -43,35 +43,35 @@ from support.tensorflow_v1 import (  # noqa: E402
 
 FLAGS = flags.FLAGS
 
-flags.DEFINE_integer("turns", 8, "Turns of each contender.", lower_bound=1)
+flags.DEFINE_integer("turns", 8, "Number of turns of each contender.", lower_bound=1)
 flags.DEFINE_integer(
     "process_turns",
     4,
-    "Turns of the comparisons that start a process for each measurement. 0 skips them.",
+    "Number of turns of the comparisons that start a process per measurement. 0 skips them.",
     lower_bound=0,
 )
-flags.DEFINE_integer("steps", 8, "Training steps to time in a turn.", lower_bound=1)
+flags.DEFINE_integer("steps", 8, "Number of training steps to time in a turn.", lower_bound=1)
 
 BATCH_SIZE = 128
 RECORDS_PER_FILE = 10_000  # as in CIFAR-10
 MFLOP_PER_IMAGE = 105  # multiplications and additions of the forward and the backward pass
 MATRIX_SIZE = 2048
-# Untimed steps at the start of a turn. During the turns of the others, the queue has filled beyond
-# its minimum by three batches, and each of its threads holds a block of images.
+# Untimed steps at the start of a turn. During the other contenders' turns, the queue fills to three
+# batches beyond its minimum, and each of its threads prepares another block of images.
 WARM_UP_STEPS = 4 + cifar10_input.NUM_PREPROCESS_THREADS * fast_input.RECORDS_PER_READ // BATCH_SIZE
 
 
 class Contender:
-    """A graph in a session of its own, with its queues running.
+    """A graph with its own session and running queues.
 
     Args:
-      build: function that builds the graph and returns what each step fetches.
+      build: function that builds the graph and returns the tensors that each step fetches.
       **flag_values: flags to build it with, such as fast_ops=False.
     """
 
     def __init__(self, build, **flag_values):
         with tf.Graph().as_default() as self.graph, flagsaver.flagsaver(**flag_values):
-            with contextlib.redirect_stdout(io.StringIO()):  # omits the line about the queue
+            with contextlib.redirect_stdout(io.StringIO()):  # hides the line about the queue
                 self._fetches = build()
             self._session = tf.Session(config=session_config(FLAGS.use_fp16))
             self._session.run(tf.global_variables_initializer())
@@ -141,7 +141,7 @@ def build_input():
 
 
 def build_matrix_product():
-    """Builds the product of two large matrices, the fastest arithmetic of this machine."""
+    """Builds the product of two large matrices, the fastest arithmetic on this machine."""
     matrix = tf.get_variable("matrix", [MATRIX_SIZE, MATRIX_SIZE])
     return tf.matmul(matrix, matrix).op
 

@@ -23,8 +23,10 @@ from support.tensorflow_v1 import session_config, tf
 
 FLAGS = flags.FLAGS
 
-flags.DEFINE_integer("seeds", 5, "Number of runs with each kind of operations.", lower_bound=2)
-flags.DEFINE_integer("steps", 300, "Steps of a run.", lower_bound=1)
+flags.DEFINE_integer(
+    "seeds", 5, "Number of seeds; each is used with and without fast_ops.", lower_bound=2
+)
+flags.DEFINE_integer("steps", 300, "Number of steps in a run.", lower_bound=1)
 
 AVERAGED_STEPS = 20  # at the end of a run, because the loss of a single batch is noisy
 

@@ -1,11 +1,11 @@
-"""Compares the training speed of the same network in Keras 3 with this project and the baseline.
+"""Compares the training speed of Keras 3, this project and the baseline on the same network.
 
     python benchmarks/keras_training.py
     python benchmarks/keras_training.py --policy=mixed_bfloat16
 
-Keras comes with TensorFlow. It reads the data with tf.data and distorts it in the same way. It runs
-in a process of its own, because it needs TensorFlow's eager mode. The contenders take turns; while
-one of them trains, the others are idle. The baseline is this project with --fast_ops=false.
+Keras comes with TensorFlow. Its input uses tf.data and distorts the images in the same way. It runs
+in its own process, because it needs TensorFlow's eager mode. The contenders take turns; while one
+of them trains, the others are idle. The baseline is this project with --fast_ops=false.
 """
 
 import os
@@ -96,7 +96,7 @@ def make_model(tf, keras):
 
 
 def serve(folder, policy, batch_size, queued):
-    """Reads numbers of steps from stdin, trains that long, and prints the seconds per step."""
+    """Trains as many steps as each line of stdin says, and prints the seconds per step."""
     import keras
     import tensorflow as tf
 
@@ -138,7 +138,7 @@ class KerasContender:
     def _read(self):
         line = self._process.stdout.readline()
         if not line:
-            raise SystemExit(f"Keras has failed with exit code {self._process.wait()}")
+            raise SystemExit(f"Keras failed with exit code {self._process.wait()}")
         return line.strip()
 
     def seconds_per_step(self, steps):

@@ -1,4 +1,4 @@
-"""What the tutorial's scripts rely on and a learner need not open.
+"""Code that the tutorial's scripts rely on, but that a learner need not read.
 
-Nothing here imports a script or reads a flag: functions take values.
+Nothing here imports a script. Functions take values; only `command_line` handles flags.
 """

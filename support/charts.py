@@ -20,7 +20,7 @@ COLUMNS = 6  # misclassified images in a row
 BLACK = (20, 20, 20)
 WHITE = (255, 255, 255)
 RED = (180, 30, 30)
-GREY = (200, 200, 200)
+GRAY = (200, 200, 200)
 DARK_BLUE = (8, 48, 107)
 
 
@@ -64,7 +64,7 @@ def _draw_names(image, names, cell_size, font):
 
 def _draw_cells(draw, matrix, cell_size):
     font = _find_largest_font(str(np.max(matrix)), cell_size)
-    outline = GREY if cell_size >= LINE_HEIGHT else None
+    outline = GRAY if cell_size >= LINE_HEIGHT else None
     for row, counts in enumerate(matrix):
         total = max(1, int(np.sum(counts)))
         for column, count in enumerate(counts):
@@ -74,8 +74,8 @@ def _draw_cells(draw, matrix, cell_size):
             draw.rectangle([left, top, left + cell_size, top + cell_size], shade, outline)
             if font is not None:
                 center = (left + cell_size // 2, top + cell_size // 2)
-                colour = WHITE if share > 0.5 else BLACK
-                draw.text(center, str(count), colour, font, anchor="mm")
+                color = WHITE if share > 0.5 else BLACK
+                draw.text(center, str(count), color, font, anchor="mm")
 
 
 def draw_mistakes(images, labels, predictions, names):
@@ -121,7 +121,7 @@ def _convert_to_8_bits(image):
 
 
 def _shorten(text, width, font):
-    """Returns `text`, cut and with an ellipsis if it is wider than `width` pixels."""
+    """Returns `text`, shortened with an ellipsis if it is wider than `width` pixels."""
     if font.getlength(text) <= width:
         return text
     while text and font.getlength(f"{text}...") > width:

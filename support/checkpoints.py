@@ -42,7 +42,7 @@ class TrainingSettings(NamedTuple):
 
 
 def find_latest_checkpoint(folder):
-    """Returns the path of the newest checkpoint in a folder, or None if that is unknown."""
+    """Returns the path of the newest checkpoint in a folder, or None if none is known."""
     missing = None
     while True:
         try:
@@ -58,7 +58,7 @@ def find_latest_checkpoint(folder):
 
 
 def explain_missing_checkpoint(folder):
-    """Returns why `find_latest_checkpoint` returns None, if there is more to say; else None."""
+    """Returns why the newest checkpoint is unknown, or None if there is no state file at all."""
     if tf.gfile.Exists(os.path.join(folder, "checkpoint")):
         return f"the file `checkpoint` in {folder} is unreadable or names a missing checkpoint"
     return None
@@ -80,7 +80,7 @@ def require_checkpoint(folder):
 
 
 def find_checkpoint_to_resume(train_dir):
-    """Returns the newest checkpoint in a training folder, or None if there has never been one.
+    """Returns the newest checkpoint in a training folder, or None if the folder has none.
 
     If no state file names it yet, the function writes one, so that every script finds it.
 
@@ -110,7 +110,7 @@ def find_checkpoint_to_resume(train_dir):
 
 
 def find_readable(train_dir):
-    """Returns the newest checkpoint in a folder that can be read, or None."""
+    """Returns the path of the newest readable checkpoint in a folder, or None."""
     for path in _list_checkpoints(train_dir):
         with contextlib.suppress(CheckpointError):
             read_global_step(path)
@@ -119,7 +119,7 @@ def find_readable(train_dir):
 
 
 def _list_checkpoints(train_dir):
-    """Returns the paths of all checkpoints in a folder, complete or not, the newest first."""
+    """Returns the paths of all checkpoints in a folder, complete or not, newest first."""
     # Listed instead of matched: the name of the folder may contain wildcard characters.
     names = tf.gfile.ListDirectory(train_dir) if tf.gfile.IsDirectory(train_dir) else []
     steps = [
@@ -220,13 +220,10 @@ def find_mismatch(trained, wanted):
 
 
 def explain_mismatch(checkpoint, trained, wanted, folder_flag):
-    """Returns in a sentence why a checkpoint cannot be used; an empty string if it can.
+    """Returns a sentence that says why a checkpoint cannot be used; an empty string if it can.
 
-    Args:
-      checkpoint: path.
-      trained: see `find_mismatch`.
-      wanted: see `find_mismatch`.
-      folder_flag: string; the flag that names the checkpoint's folder.
+    `folder_flag` is the flag that names the checkpoint's folder. For `trained` and `wanted`, see
+    `find_mismatch`.
     """
     mismatch = find_mismatch(trained, wanted)
     if mismatch is None:
@@ -240,9 +237,9 @@ def explain_mismatch(checkpoint, trained, wanted, folder_flag):
 
 
 def find_changes(trained, wanted):
-    """Returns the settings that have changed although training can resume: list of strings.
+    """Returns descriptions of the changed settings with which training can resume: list of strings.
 
-    Arguments as for `find_mismatch`.
+    For `trained` and `wanted`, see `find_mismatch`.
     """
     changes = []
     if trained is None:
@@ -313,9 +310,7 @@ def restore(session, saver, checkpoint):
     variables = tf.trainable_variables()
     for variable, value in zip(variables, session.run(variables), strict=True):
         if not np.isfinite(value).all():
-            raise CheckpointError(
-                f"{checkpoint} has values that are not finite, in {variable.op.name}"
-            )
+            raise CheckpointError(f"{checkpoint} has non-finite values in {variable.op.name}")
     return read_global_step(checkpoint)
 
 
@@ -356,6 +351,6 @@ def read_newest_settings(folder):
     while True:
         checkpoint = require_checkpoint(folder)
         settings = read_settings(checkpoint)
-        # None also if a trainer has deleted the checkpoint. Then there is a newer one.
+        # If a trainer has deleted the checkpoint, the settings are None, but there is a newer one.
         if settings is not None or find_latest_checkpoint(folder) == checkpoint:
             return settings

@@ -40,15 +40,15 @@ def check_flags(names, is_valid, rule):
 def flag_or_constant(name, constant):
     """Returns the value of a flag if one was given, otherwise a constant.
 
-    The default of such a flag is a constant of a script. People edit these constants, sometimes
-    while the program runs, when the flag already has its default.
+    The default of such a flag is a constant in a script. The constant may change after the flag is
+    defined, for example in a notebook; the flag then still has the old default.
     """
     flag = FLAGS[name]
     return constant if flag.using_default_value else flag.value
 
 
 def flag_values(last_flags=("", ())):
-    """Returns the values of all flags in the help of the running script: dict by name."""
+    """Returns the values of all flags that the running script's help shows: dict by name."""
     sections = _help_sections(last_flags)
     return {flag.name: flag.value for _, section in sections for flag in section}
 
@@ -56,9 +56,9 @@ def flag_values(last_flags=("", ())):
 def run(main, takes_arguments=False, last_flags=("", ())):
     """Runs a script's `main(argv)` and exits.
 
-    An error that the user can fix (`UserError`) is printed in one line, with exit code 1. Unknown
+    An error that the user can fix (`UserError`) is printed on one line, with exit code 1. Unknown
     flags, invalid values and stray arguments print a usage message, with exit code 1. Ctrl-C
-    (SIGINT) and SIGTERM end the script with exit code 130 and 143, and with a line that says how to
+    (SIGINT) and SIGTERM end the script with exit codes 130 and 143 after a line that says how to
     resume. A second signal ends it at once.
 
     Args:
@@ -113,7 +113,7 @@ def run(main, takes_arguments=False, last_flags=("", ())):
 
 
 def _configure_logging():
-    """Prints TensorFlow's log messages once, from the level of --verbosity if it is given."""
+    """Makes TensorFlow log each message once: from WARNING on, or from --verbosity if given."""
     logger = logging.getLogger("tensorflow")
     logger.propagate = False  # it has a handler of its own; absl's would print the message again
     is_given = FLAGS["verbosity"].present
@@ -121,7 +121,7 @@ def _configure_logging():
 
 
 def _discard_stdout():
-    """Redirects stdout to nowhere; otherwise Python fails to flush it to the closed pipe."""
+    """Redirects stdout to the null device; Python would fail to flush it to the closed pipe."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -181,7 +181,7 @@ class _StopSignals:
 class DeferredSignals(_StopSignals):
     """A context in which the first SIGINT or SIGTERM interrupts nothing.
 
-    The program asks for `signal_number`. A second signal ends the process at once.
+    The program polls `signal_number`. A second signal ends the process at once.
     """
 
     def __init__(self):
@@ -196,16 +196,16 @@ def _help_sections(last_flags=("", ())):
     """Returns the flags of the running script as its help shows them: list of (heading, flags).
 
     First come the script's own flags and those that it declares as its key flags, then the flags of
-    the project's other modules, then `last_flags`. A module from which the script declares key
-    flags is shown with those only.
+    the project's other modules, then `last_flags`. If the script declares some of a module's flags
+    as key flags, the module's other flags are not shown.
     """
     key_flags = FLAGS.get_key_flags_for_module(sys.argv[0])
     shown_modules = {FLAGS.find_module_defining_flag(flag.name) for flag in key_flags}
     sections = [("Flags", key_flags)]
     # A module is registered after the modules that it imports.
-    for module, of_module in reversed(FLAGS.flags_by_module_dict().items()):
+    for module, module_flags in reversed(FLAGS.flags_by_module_dict().items()):
         if module not in shown_modules and _is_ours(module):
-            sections.append((f"Flags of {module}", of_module))
+            sections.append((f"Flags of {module}", module_flags))
     heading, last = last_flags
     sections = [
         (title, [flag for flag in section if flag.name not in last]) for title, section in sections
@@ -214,7 +214,7 @@ def _help_sections(last_flags=("", ())):
 
 
 def _is_ours(module):
-    """Returns whether a module lies in the folder of the scripts, or in that of the running one."""
+    """Returns whether a module is in the project's folder or in the running script's."""
     path = getattr(sys.modules.get(module), "__file__", None) or ""
     project = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     script_folder = os.path.dirname(os.path.abspath(sys.argv[0]))
@@ -232,7 +232,7 @@ def _print_help(last_flags):
 
 
 def _format_flag(flag):
-    """Returns a flag with its help and its default, which are wrapped and indented."""
+    """Returns a flag's entry in the help: its name, then its wrapped description and default."""
     name = f"--[no]{flag.name}" if flag.boolean else f"--{flag.name}"
     default = "none" if flag.default is None else flag.default_as_str.strip("'")
     text = f"{flag.help} (default: {default})"
@@ -242,12 +242,12 @@ def _format_flag(flag):
 
 
 def _refuse_flags_of_other_scripts(last_flags):
-    """Raises UsageError where a flag was given that the script's help does not show.
+    """Raises UsageError if the command line has a flag that the script's help does not show.
 
     Importing another script defines all of its flags, which would be accepted without any effect.
     """
     shown = {flag.name for _, section in _help_sections(last_flags) for flag in section}
-    for module, of_module in FLAGS.flags_by_module_dict().items():
-        for flag in of_module if _is_ours(module) else []:
+    for module, module_flags in FLAGS.flags_by_module_dict().items():
+        for flag in module_flags if _is_ours(module) else []:
             if flag.present and flag.name not in shown:
                 raise app.UsageError(f"Unknown command line flag '{flag.name}'")

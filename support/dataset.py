@@ -44,7 +44,7 @@ def record_files(folder, eval_data):
 
 
 def count_records(folder, eval_data):
-    """Returns the number of records in those files. Raises OSError if one of them is missing."""
+    """Returns the number of records in the `record_files`. Raises OSError if a file is missing."""
     return sum(os.path.getsize(path) for path in record_files(folder, eval_data)) // RECORD_BYTES
 
 
@@ -72,7 +72,7 @@ def read_class_names(folder, num_classes=None):
       num_classes: int; the user's edited NUM_CLASSES, or None if it is unedited.
 
     Raises:
-      DataError: the file cannot be read, does not list 2 to 256 different names, or does not list
+      DataError: the file cannot be read, does not list 2 to 256 distinct names, or does not list
         `num_classes` names.
     """
     path = os.path.join(folder, CLASS_NAMES_FILE)
@@ -126,7 +126,7 @@ def check_records(folder, num_classes=None):
       num_classes: see `read_class_names`.
 
     Raises:
-      DataError: names the file, the record and the cure.
+      DataError: a file fails the check. The message names the record and says how to fix it.
     """
     cure = _suggest_cure(folder)
     if num_classes is not None:

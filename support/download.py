@@ -27,7 +27,7 @@ ARCHIVE_FILES = (
     dataset.CLASS_NAMES_FILE,
     "readme.html",
 )
-# The largest file has 30.73 MB. The limit keeps a wrong archive from filling the disk.
+# The largest file is 30.73 MB. The limit keeps a wrong archive from filling the disk.
 MAX_FILE_BYTES = 1 << 26
 
 DOWNLOAD_TIMEOUT = 20.0  # seconds without data before a connection counts as failed
@@ -52,8 +52,7 @@ def maybe_download_and_extract(data_dir, url=DATA_URL, sha256=ARCHIVE_SHA256, si
       data_dir: path; the folder for the dataset, created if needed.
       url: string; http://, https:// or file:// URL of the archive, or its path.
       sha256: string; the archive's SHA-256 in hexadecimal.
-      size: int; the archive's size in bytes, or None if it is unknown. CIFAR-10's own size is
-        known.
+      size: int; the archive's size in bytes, or None if it is unknown. Not needed for CIFAR-10.
 
     Returns:
       The path of the folder with the record files.
@@ -247,7 +246,7 @@ def _extract(archive, folder):
                     name = names[member.name]
                     if member.size > MAX_FILE_BYTES:
                         raise tarfile.TarError(f"{name} is too large: {member.size} bytes")
-                    # Not `extract`, which would set the archive's permissions, not the umask's.
+                    # Not `extract`, which would use the archive's permissions instead of the umask.
                     with open(os.path.join(staging, name), "wb") as output:
                         shutil.copyfileobj(members.extractfile(member), output)
             for name in (*dataset.TRAIN_FILES, *dataset.TEST_FILES):

@@ -32,7 +32,7 @@ class Draws(NamedTuple):
 
 
 def read_records(filename_queue, count=RECORDS_PER_READ):
-    """Reads up to `count` records; n is less than that at the end of a file.
+    """Reads n records: `count`, or fewer at the end of a file.
 
     Args:
       filename_queue: a queue of file names, for example from `tf.train.string_input_producer`.
@@ -70,13 +70,13 @@ def distorted_examples(filename_queue, size, distortion):
 
 
 def cropped_examples(filename_queue, size):
-    """Reads a block of records and crops the images centrally; returns as `distorted_examples`."""
+    """Like `distorted_examples`, but crops the images centrally and does not distort them."""
     keys, labels, planes = read_records(filename_queue)
     return keys, labels, crop(planes, size)
 
 
 def draw(count, size, distortion):
-    """Draws the random numbers for `count` images; returns `Draws`. Arguments as above."""
+    """Draws the random numbers for `count` images; see `distorted_examples`. Returns `Draws`."""
     max_delta = distortion.max_brightness_delta
     low, high = distortion.min_contrast_factor, distortion.max_contrast_factor
     return Draws(
@@ -121,8 +121,9 @@ def _crop_and_flip(planes, draws, size):
     """Returns float32 [n, 3, size, size].
 
     The rows are gathered. The columns are selected with a matrix product: column i of the result is
-    the product with a vector that has a single one. The result is exact, also in 16 bits, because
-    pixels are integers below 256. It includes the flip and is faster than gathering single values.
+    the product with a vector that has a single one. The result is exact even in 16 bits, because
+    pixels are integers below 256. The product also performs the flip, and it is faster than
+    gathering single values.
     """
     count = tf.shape(planes)[0]
     depth, height, width = planes.shape.as_list()[1:]

@@ -3,8 +3,8 @@
     nn = fast_nn if FLAGS.fast_ops else tf.nn
     norm1 = nn.lrn(pool1, 4, bias=1.0, alpha=0.001 / 9.0, beta=0.75, name="norm1")
 
-Any other name is `tf.nn`'s own operation. Where TensorFlow has a GPU, every operation is.
-`locally_connected` is an addition that `tf.nn` does not have.
+All other names refer to the operations of `tf.nn`. If TensorFlow has a GPU, `lrn` calls
+`tf.nn.lrn`. `locally_connected` is an addition that `tf.nn` does not have.
 """
 
 from support import tensorflow_v1
@@ -16,11 +16,11 @@ def __getattr__(name):
 
 
 def lrn(input, depth_radius=5, bias=1.0, alpha=1.0, beta=0.5, name=None):
-    """Normalizes each value by the values at the same position in the neighbouring channels.
+    """Normalizes each value by the values at the same position in the neighboring channels.
 
     Returns `input / (bias + alpha * s) ** beta`, where `s` is the sum of the squares over the
     channels within `depth_radius`. The result agrees with `tf.nn.lrn` to a relative error of 1e-6.
-    For the tutorial's shapes and a beta of 0.75, it takes a quarter of the time.
+    For the tutorial's shapes and a beta of 0.75, it takes a quarter of the time on a CPU.
 
     Source: section 3.3 of "ImageNet Classification with Deep Convolutional Neural Networks".
 

@@ -121,7 +121,7 @@ def check_new_folder(flag, folder):
 
 
 def append_json_line(path, value):
-    """Appends a dict, and the time in seconds since 1970, to a file of one JSON object per line."""
+    """Appends a dict, plus the `time` in seconds since 1970, as one line to a JSON Lines file."""
     with open(path, "a") as file:
         file.write(json.dumps({"time": time.time(), **value}) + "\n")
 

@@ -37,9 +37,9 @@ def find_images(paths):
       paths: iterable of paths of files and folders.
 
     Yields:
-      Paths of files. Those in `paths` are yielded whatever their names are. In folders, only files
+      Paths of files. Files in `paths` are yielded whatever their names. From folders, only files
       with one of the `SUFFIXES` are yielded, in alphabetical order, without hidden files. A folder
-      that has no images or cannot be read is yielded itself; `read_image` raises the error for it.
+      that has no images or cannot be read is itself yielded; `read_image` raises the error for it.
     """
     for path in paths:
         if not os.path.isdir(path):
@@ -71,7 +71,7 @@ def read_image(path):
       uint8 [32, 32, 3].
 
     Raises:
-      ImageError: the file is missing, damaged or of another format.
+      ImageError: the file is missing, damaged or in another format.
     """
     _check_is_file(path)
     try:
@@ -104,11 +104,11 @@ def _scale_and_crop(image):
     """Returns the pixels of an open image: uint8 [32, 32, 3]."""
     image = _convert_to_interpolable(image)
     # When Pillow reduces an image, its bicubic filter covers all source pixels, so that fine
-    # patterns do not alias. Colours are weighted by opacity.
+    # patterns do not alias. Colors are weighted by opacity.
     size = (dataset.WIDTH, dataset.HEIGHT)
     image = ImageOps.fit(image, size, Image.Resampling.BICUBIC)
     # Turning the image is cheap now that it is small. Damaged EXIF data can raise errors of any
-    # type. In place, the image is turned before Pillow rewrites the EXIF data, which may fail too.
+    # type. With `in_place`, Pillow turns the image before rewriting the EXIF data, which can fail.
     with contextlib.suppress(Exception):
         ImageOps.exif_transpose(image, in_place=True)
     if image.has_transparency_data:
@@ -120,7 +120,7 @@ def _scale_and_crop(image):
 def _convert_to_interpolable(image):
     """Converts an image to a mode whose pixel values can be averaged: L, LA, RGB or RGBA."""
     if image.mode.startswith("I"):
-        return _convert_16_bit_greyscale(image)
+        return _convert_16_bit_grayscale(image)
     if image.mode in ("LA", "RGBA"):
         return image
     if image.has_transparency_data:
@@ -128,7 +128,7 @@ def _convert_to_interpolable(image):
     return image.convert("L" if image.mode in ("1", "L") else "RGB")
 
 
-def _convert_16_bit_greyscale(image):
+def _convert_16_bit_grayscale(image):
     """Converts to L or LA. `Image.convert` would clip all values above 255 to white."""
     values = np.asarray(image)
     converted = Image.fromarray((values >> 8).astype(np.uint8))

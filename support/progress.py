@@ -11,7 +11,7 @@ LINE_INTERVAL = 10.0  # seconds between lines in a log; a shorter operation logs
 
 
 def timestamp():
-    """Returns the local time as the printed lines begin with it: `2015-11-04 11:45:45.927302`."""
+    """Returns the local time as it begins the printed lines: `2015-11-04 11:45:45.927302`."""
     return f"{datetime.datetime.now():%Y-%m-%d %H:%M:%S.%f}"
 
 

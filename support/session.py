@@ -27,7 +27,7 @@ from support.tensorflow_v1 import is_nonfinite_histogram, session_config, tf
 
 LOCK_FILE = ".trainer.lock"
 METRICS_FILE = "metrics.jsonl"
-RUN_FILE = "run.json"  # in the train_dir: one entry for each time that training started
+RUN_FILE = "run.json"  # in train_dir: one entry for each start of the training
 
 # Graph collections that the functions below fill.
 _MUST_BE_FINITE = "must_be_finite"
@@ -35,14 +35,14 @@ _LEARNING_RATE = "learning_rate"
 _QUEUE_LEVEL = "queue_level"
 _FINITE_SCOPE = "must_be_finite/"
 
-# Seconds that a step may take to finish after a signal before its input is closed, and seconds that
-# the input's threads may take to stop. With a save they add up to less than half a minute.
+# Seconds after a signal before the running step's input is closed, and seconds for the input's
+# threads to stop. Including a save, they add up to less than half a minute.
 _STEP_GRACE = 12.0
 _CLOSING_GRACE = 6.0
 
 
 class Options(NamedTuple):
-    """What determines a run besides the graph. The fields are named like the flags.
+    """The options of a run. Each field has the name of its flag.
 
     Attributes:
       train_dir: folder for checkpoints and summaries.
@@ -86,7 +86,7 @@ def watch_queue(size, min_size):
 
     Args:
       size: int32 []; the number of examples in the queue.
-      min_size: int; the number of examples that it needs before it gives the first batch.
+      min_size: int; the number of examples that it needs before it yields the first batch.
     """
     tf.add_to_collection(_QUEUE_LEVEL, size)
     tf.add_to_collection(_QUEUE_LEVEL, tf.constant(min_size))
@@ -98,8 +98,8 @@ def training_graph(seed=None, worker=None):
 
     Args:
       seed: int; the seed of all random operations. Drawn at random if None.
-      worker: `support.cluster.training.Worker`, or None. Each worker draws other random numbers,
-        and the variables are placed on the parameter servers.
+      worker: `support.cluster.training.Worker`, or None. Each worker draws different random numbers
+        and places the variables on the parameter servers.
     """
     seed = secrets.randbelow(2**31) if seed is None else seed
     with tf.Graph().as_default() as graph, contextlib.ExitStack() as stack:
@@ -111,7 +111,7 @@ def training_graph(seed=None, worker=None):
 
 
 def has_steps_left(options, settings, worker=None):
-    """Returns whether there is anything to train; says so on stderr if not.
+    """Returns whether any steps are left to train. If none are, reports that on stderr.
 
     Args:
       options: `Options`.
@@ -124,7 +124,7 @@ def has_steps_left(options, settings, worker=None):
     """
     if worker is not None and not worker.is_chief:
         return True
-    # With the lock, a second trainer fails here, before it builds its graph.
+    # Because of the lock, a second trainer fails here, before it builds its graph.
     with _lock(options.train_dir), _usable(options.train_dir):
         newest = checkpoints.find_checkpoint_to_resume(options.train_dir)
         if newest is None:
@@ -158,7 +158,7 @@ def _read_step_or_suggest_another(train_dir, newest):
 
 @contextlib.contextmanager
 def _usable(train_dir):
-    """Creates `train_dir` and turns the errors of its file system into `UserError`."""
+    """Creates `train_dir` and turns file system errors into `UserError`."""
     try:
         tf.gfile.MakeDirs(train_dir)
         yield
@@ -180,8 +180,8 @@ def training_session(
     """Yields a session on the default graph that trains from the newest checkpoint to `max_steps`.
 
     SIGINT and SIGTERM let the running step finish and save it. No other process can train in
-    `train_dir` meanwhile. In a cluster, the chief restores, saves and writes; the other workers do
-    not touch `train_dir`.
+    `train_dir` at the same time. In a cluster, the chief restores, saves and writes; the other
+    workers do not touch `train_dir`.
 
     Args:
       loss: float32 []; the loss of a step.
@@ -192,7 +192,7 @@ def training_session(
       check_input: called once a second from another thread; raises `DataError` when the input
         has become unusable.
       flags: dict; recorded in `run.json`.
-      worker: `support.cluster.training.Worker`, or None for a process by itself.
+      worker: `support.cluster.training.Worker` in a cluster, or None.
 
     Raises:
       UserError: the folder or its checkpoint cannot be used; the loss, a gradient or a variable is
@@ -233,14 +233,14 @@ def _check_outcome(progress, options, signals, worker):
         step = checkpoints.read_global_step(newest)
         raise Interrupted(
             signals.signal_number,
-            f"{newest} holds step {step}; run the same command again to resume from it",
+            f"step {step} is saved in {newest}; run the same command again to resume from it",
         )
     raise UserError(f"the input has ended {reached}; {newest} is the newest checkpoint")
 
 
 @contextlib.contextmanager
 def _lock(train_dir):
-    """Keeps other trainers out of `train_dir`; the lock ends with the process at the latest."""
+    """Keeps other trainers out of `train_dir`. The lock ends with the process, if not before."""
     with contextlib.ExitStack() as stack:
         try:
             with _usable(train_dir):
@@ -257,7 +257,7 @@ def _record_start(path, flags, settings):
     """Appends an entry that describes this run to the JSON list in a file.
 
     Raises:
-      UserError: the file holds something else.
+      UserError: the file exists, but is not such a list.
     """
     starts = []
     try:
@@ -269,7 +269,7 @@ def _record_start(path, flags, settings):
         pass
     except (OSError, ValueError) as error:
         raise UserError(
-            f"{path} does not hold the list of earlier runs ({error}); move it away"
+            f"{path} cannot be read as a list of earlier runs ({error}); move it away"
         ) from error
     start = {
         "time": time.time(),
@@ -327,7 +327,7 @@ def _make_hooks(progress, stop, saver, examples_per_step, options, worker):
 
 
 def _create_session(hooks, saver, options, config, worker):
-    """Returns a session with the variables of the newest checkpoint, or initial ones."""
+    """Returns a session with the variables of the newest checkpoint, or with initial values."""
     is_chief = worker is None or worker.is_chief
     config = config or session_config()
     if worker is not None:
@@ -365,7 +365,7 @@ def _create_session(hooks, saver, options, config, worker):
 
 @contextlib.contextmanager
 def _errors_explained(progress, signals, check_input, worker):
-    """Turns TensorFlow's errors into `UserError` where the user can fix them.
+    """Turns TensorFlow's errors into `UserError` if the user can fix them.
 
     When the input ends, the loop ends without an error. `_check_outcome` then raises one.
     """
@@ -389,8 +389,8 @@ def _errors_explained(progress, signals, check_input, worker):
 class _Saver(tf.train.Saver):
     """A `tf.train.Saver` that explains in one line why it cannot save.
 
-    It writes the `.meta` file, which holds the training settings, before the checkpoint. So no
-    checkpoint ever exists without them.
+    It writes the `.meta` file, which holds the training settings, before the checkpoint, so no
+    checkpoint ever exists without its settings.
     """
 
     def save(self, session, path, global_step, **arguments):
@@ -412,13 +412,13 @@ class _Saver(tf.train.Saver):
 
 
 class _ProgressHook(tf.train.SessionRunHook):
-    """Prints the progress of training and stops it at a value that is not finite.
+    """Prints the progress of training, and stops training at a value that is not finite.
 
     Args:
       loss: float32 [].
       examples_per_step: int; images that one step consumes, over all towers or workers.
-      options: `Options`. The first step of a run always has a line, which includes the time to fill
-        the queue.
+      options: `Options`. The first step of a run always has a line, and its speed includes the time
+        to fill the queue.
       worker: `support.cluster.training.Worker`, or None.
 
     Attributes:
@@ -441,8 +441,8 @@ class _ProgressHook(tf.train.SessionRunHook):
         self._last_learning_rate = []
 
     def after_create_session(self, session, coord):
-        # From here on, the hook counts by itself: fetching the global step beside the update could
-        # give the value before or after it.
+        # From here on, the hook counts the steps itself: if the global step were fetched together
+        # with the update, its value could be the one from before or after the update.
         self.step = int(session.run(self._global_step))
         self._first_step_since_line = self.step
         self._start_time = time.monotonic()
@@ -468,7 +468,7 @@ class _ProgressHook(tf.train.SessionRunHook):
             self.step = int(run_context.session.run(self._global_step))
 
     def nonfinite_error(self, name, problem, step=None):
-        """Returns the UserError about a tensor that is not finite at a step, this one if None."""
+        """Returns the UserError for a non-finite tensor at a step, the current one if None."""
         step = self.step if step is None else step
         rates = [f", where the learning rate is {rate:g}" for rate in self._last_learning_rate]
         return UserError(
@@ -504,9 +504,9 @@ class _ProgressHook(tf.train.SessionRunHook):
 
 
 class _SummaryHook(tf.train.SessionRunHook):
-    """Writes the summaries of the graph and the throughput for TensorBoard.
+    """Writes the summaries of the graph, and the throughput, for TensorBoard.
 
-    It fetches the summaries in the step that they describe, whose number they get.
+    It fetches the summaries in the step that they describe, and records them under its number.
 
     Args:
       progress: `_ProgressHook`, which must run before this one.
@@ -522,7 +522,7 @@ class _SummaryHook(tf.train.SessionRunHook):
         self._summary_op = tf.summary.merge_all(name=f"{summaries.SCOPE}merged")
 
     def after_create_session(self, session, coord):
-        # Invalidates the summaries of later steps that a killed run has written.
+        # Invalidates the summaries that a killed run has written for later steps.
         start = tf.SessionLog(status=tf.SessionLog.START)
         self._writer.add_session_log(start, self._progress.step)
         self._previous = None
@@ -553,7 +553,7 @@ class _SummaryHook(tf.train.SessionRunHook):
 
 
 class _FillingHook(tf.train.SessionRunHook):
-    """Shows how the training queue fills until the first step has its batch."""
+    """Shows how full the training queue is, until the first step has its batch."""
 
     def __init__(self):
         self._level = tf.get_collection(_QUEUE_LEVEL)[-2:]
@@ -608,9 +608,9 @@ class _FiniteVariablesCheck(tf.train.CheckpointSaverListener):
 class _StopHook(tf.train.SessionRunHook):
     """Stops training at its last step, at a signal, or when the input has become unusable.
 
-    A signal lets the running step finish, and `CheckpointSaverHook` then saves it. A step that
-    waits for images may wait for minutes. A thread closes its input: at once during the first step,
-    when there is nothing to save yet, and otherwise after a while.
+    A signal lets the running step finish, and `CheckpointSaverHook` then saves it. But a step can
+    wait for images for minutes. A thread therefore closes the input: at once during the first step,
+    when there is nothing to save yet, and otherwise after _STEP_GRACE.
 
     Args:
       progress: `_ProgressHook`.

@@ -1,8 +1,8 @@
-"""Summaries for TensorBoard under exactly the given tags.
+"""Summaries for TensorBoard with exactly the given tags.
 
 `tf.summary` derives tags from the names of operations: it appends `_1` to a name that is taken,
-and `/image/0` to images. The operations here share one scope of the graph, which keeps
-TensorBoard's picture of the model readable.
+and `/image/0` to images. The operations here share one scope, which keeps the graph readable in
+TensorBoard.
 """
 
 from support.tensorflow_v1 import tf

@@ -1,4 +1,4 @@
-"""The synthetic dataset: colored shapes in CIFAR-10's format, generated without a network."""
+"""The synthetic dataset: colored shapes in CIFAR-10's format, generated without network access."""
 
 import colorsys
 import os

@@ -5,10 +5,11 @@ The other modules write `from support.tensorflow_v1 import tf`; `tf` is `tensorf
 Importing this module has four effects:
 
 - TF_CPP_MIN_LOG_LEVEL becomes 2 unless it is set: TensorFlow's C++ code then logs errors only.
-  Otherwise, each queue thread would warn that it was cancelled whenever a session ends.
+  Otherwise, each queue thread would warn that it was canceled whenever a session ends.
 - Eager execution is turned off.
-- TensorFlow's Python logger no longer advises you to replace queues with tf.data.
-- TensorFlow looks for GPUs, which takes none of their memory.
+- TensorFlow's Python logger no longer advises you to replace queues with tf.data, unless it logs
+  INFO messages.
+- TensorFlow looks for GPUs, but does not allocate their memory.
 """
 
 import functools
@@ -20,8 +21,8 @@ import re
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
-# The import creates half a million objects that stay alive. Without the garbage collector, which
-# would traverse them again and again, it takes 1.4 instead of 1.9 seconds.
+# The import creates half a million objects that stay alive. The garbage collector would traverse
+# them again and again; without it, the import takes 1.4 seconds instead of 1.9.
 _collects_garbage = gc.isenabled()
 gc.disable()
 try:
@@ -48,7 +49,7 @@ tf.get_logger().addFilter(_is_not_deprecation_advice)
 def session_config(use_fp16=False, log_device_placement=False):
     """Returns the `tf.ConfigProto` of all sessions in the project.
 
-    GPU memory grows on demand, so evaluation can run beside training on one GPU. An operation whose
+    GPU memory grows on demand, so evaluation and training can share a GPU. An operation whose
     device does not exist runs on one that does.
 
     Args:
@@ -78,7 +79,7 @@ def _warn_of_slow_bfloat16():
 
 
 def has_fast_bfloat16(cpuinfo="/proc/cpuinfo"):
-    """Returns whether the processor has bfloat16 instructions; True where that is unknown.
+    """Returns whether the processor has bfloat16 instructions; True if that is unknown.
 
     Args:
       cpuinfo: path of Linux's description of the processor.
@@ -92,11 +93,10 @@ def has_fast_bfloat16(cpuinfo="/proc/cpuinfo"):
 
 
 def with_loss_scaling(optimizer):
-    """Adds dynamic loss scaling to an optimizer for float16, where many gradients become 0.
+    """Adds dynamic loss scaling to an optimizer: in float16, many gradients would become 0.
 
     The loss is multiplied by a large factor, and the gradients are divided by it. If a gradient
-    overflows, the step changes nothing except to halve the factor; 2,000 steps without an overflow
-    double it.
+    overflows, the step only halves the factor; 2,000 steps without an overflow double it.
     """
 
     def make_local(next_creator, **arguments):
@@ -109,7 +109,7 @@ def with_loss_scaling(optimizer):
 
 
 def warn_of_unusable_gpus(device="/dev/nvidia0"):
-    """Warns where there is an NVIDIA GPU that TensorFlow cannot use.
+    """Warns if there is an NVIDIA GPU that TensorFlow cannot use.
 
     TensorFlow's own message about it is only a warning, which TF_CPP_MIN_LOG_LEVEL=2 hides.
     """

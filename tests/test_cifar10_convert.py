@@ -294,7 +294,7 @@ def test_files_outside_the_class_folders_are_counted_and_skipped(images, tmp_pat
     (tmp_path / "images" / "test" / ".hidden").write_text("")
     cifar10_convert.main()
     output = capsys.readouterr()
-    assert output.err == "Skipping files that are not in the folder of a class: 2\n"
+    assert output.err == "Skipping files that are not in a class folder: 2\n"
 
 
 def test_256_classes_are_converted(tmp_path):
@@ -568,10 +568,10 @@ def test_the_error_without_scipy_says_how_to_install_it(svhn, monkeypatch):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({}, "give either --pictures or --svhn"),
-        ({"pictures": "", "output": "b"}, "give either --pictures or --svhn"),
-        ({"pictures": "a", "svhn": "b", "output": "c"}, "give either --pictures or --svhn"),
-        ({"pictures": "a"}, "give the folder to create with --output"),
+        ({}, "specify either --pictures or --svhn"),
+        ({"pictures": "", "output": "b"}, "specify either --pictures or --svhn"),
+        ({"pictures": "a", "svhn": "b", "output": "c"}, "specify either --pictures or --svhn"),
+        ({"pictures": "a"}, "specify the folder to create: --output=FOLDER"),
         ({"svhn": "a", "output": "b", "test_fraction": 0.1}, "omit --test_fraction"),
     ],
 )

@@ -148,7 +148,7 @@ def test_evaluation_reads_each_record_once_per_epoch(tmp_path, fast_ops):
 
 
 @both_pipelines
-def test_evaluation_has_no_end_and_full_batches_by_default(tmp_path, fast_ops):
+def test_evaluation_repeats_forever_in_full_batches_by_default(tmp_path, fast_ops):
     _, test = write_dataset(tmp_path, test_count=5)
     images, labels = cifar10_input.inputs(True, str(tmp_path), 4, fast_ops=fast_ops)
     assert (images.dtype, images.shape) == (tf.float32, [4, 24, 24, 3])
@@ -187,7 +187,7 @@ def test_central_crops_prepare_one_image_or_many():
 
 
 @both_pipelines
-def test_training_input_has_no_end_and_shuffles_the_training_files(tmp_path, fast_ops):
+def test_training_input_repeats_forever_and_shuffles_the_training_files(tmp_path, fast_ops):
     train, _ = write_dataset(tmp_path)
     train[:, 0] = 7
     train.tofile(tmp_path / "data_batch_1.bin")
@@ -367,7 +367,7 @@ def test_more_shards_than_records_in_a_file_are_refused(tmp_path, fast_ops):
     tensors = cifar10_input.distorted_inputs(str(tmp_path), 8, 0.0, shard=(1, 2), fast_ops=fast_ops)
     _, labels = run_batches(tensors, 2)
     assert set(labels) == {1}
-    with pytest.raises(UserError, match="3 workers, but no file has more than 2 records"):
+    with pytest.raises(UserError, match="3 workers, but the largest file has 2 records"):
         cifar10_input.distorted_inputs(str(tmp_path), 8, shard=(0, 3), fast_ops=fast_ops)
 
 

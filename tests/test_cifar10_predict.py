@@ -209,7 +209,7 @@ def test_a_checkpoint_of_another_crop_size_needs_the_same_flag(records, images, 
 
 
 def test_without_images_or_a_checkpoint_the_error_says_what_to_do(images):
-    with pytest.raises(app.UsageError, match="name images or folders of images"):
+    with pytest.raises(app.UsageError, match="specify images or folders of images"):
         run_main()
     FLAGS.checkpoint_dir += "/none"
     with pytest.raises(UserError, match="there is no checkpoint in .*none; train first"):
@@ -221,12 +221,12 @@ def test_a_checkpoint_that_is_not_finite_predicts_nothing(images, monkeypatch):
     variables["local4/weights"][3, 5] = np.nan
     monkeypatch.setattr(numpy_model, "random_variables", lambda *_: variables)
     save_checkpoint(FLAGS.checkpoint_dir, 8)
-    with pytest.raises(UserError, match="ckpt-8 has values that are not finite, in local4/weights"):
+    with pytest.raises(UserError, match="ckpt-8 has non-finite values in local4/weights"):
         run_main(images)
     variables["local4/weights"][3, 5] = 3e38  # finite, but the activations overflow
     variables["local4/biases"][:] = 3e38
     save_checkpoint(FLAGS.checkpoint_dir, 9)
-    with pytest.raises(UserError, match="ckpt-9 gives probabilities that are not finite"):
+    with pytest.raises(UserError, match="ckpt-9 produces non-finite probabilities"):
         run_main(images)
 
 
@@ -294,7 +294,7 @@ def test_an_export_gives_the_probabilities_of_the_evaluation(records, tmp_path, 
     output = capsys.readouterr()
     assert output.out == ""
     assert output.err == (
-        f"{FLAGS.export_dir} holds the model of {FLAGS.checkpoint_dir}/model.ckpt-7, step 7\n"
+        f"Exported {FLAGS.checkpoint_dir}/model.ckpt-7 (step 7) to {FLAGS.export_dir}\n"
     )
     answer = load_and_call(FLAGS.export_dir, pixels(records), tmp_path)
     expected = evaluated_probabilities(records, tmp_path)
@@ -346,7 +346,7 @@ def test_an_export_that_appears_during_the_export_is_not_overwritten(
 
 
 @pytest.mark.slow
-def test_of_two_exports_at_the_same_time_one_is_refused(records, tmp_path):
+def test_only_one_of_two_simultaneous_exports_succeeds(records, tmp_path):
     arguments = (
         "cifar10_predict.py",
         f"--checkpoint_dir={FLAGS.checkpoint_dir}",
@@ -388,4 +388,4 @@ def test_the_script_prints_predictions_and_exits_with_1_if_an_image_is_unreadabl
     assert last == "cifar10_predict.py: error: 1 of 32 images could not be read"
     process = run_script("cifar10_predict.py", check=False)
     assert process.returncode == 1
-    assert "name images or folders of images, or give --export_dir" in process.stderr
+    assert "specify images or folders of images, or --export_dir" in process.stderr

@@ -276,7 +276,7 @@ def test_each_start_is_recorded_after_the_earlier_ones(small_run, tmp_path):
 def test_an_unreadable_list_of_starts_is_not_overwritten(small_run, tmp_path, content):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "run.json").write_text(content)
-    with pytest.raises(UserError, match=r"run.json does not hold the list .*; move it away"):
+    with pytest.raises(UserError, match=r"run.json cannot be read as a list .*; move it away"):
         small_run("run", 1)
     assert (tmp_path / "run" / "run.json").read_text() == content
 

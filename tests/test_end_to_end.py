@@ -122,7 +122,7 @@ def test_each_script_resumes_and_evaluates_checkpoints_of_the_other(tmp_path, sy
     assert {name.split(".")[0] for name in os.listdir(eval_dir)} == {"events", "results"}
 
 
-def test_the_end_of_a_run_prints_no_warnings_of_cancelled_queues(tmp_path, synthetic_data_dir):
+def test_the_end_of_a_run_prints_no_warnings_of_canceled_queues(tmp_path, synthetic_data_dir):
     data = ("--synthetic_data", f"--data_dir={synthetic_data_dir}", "--batch_size=16")
     trained = run_script(
         "cifar10_train.py",
@@ -258,7 +258,7 @@ def test_locally_connected_layers_learn_and_their_checkpoints_need_the_same_flag
 
 
 @pytest.mark.parametrize("script", [*TRAINERS, "cifar10_eval.py"])
-def test_invalid_records_are_an_error_of_one_line(tmp_path, script):
+def test_invalid_records_are_a_one_line_error(tmp_path, script):
     folder = tmp_path / dataset.EXTRACTED_FOLDER
     write_dataset(folder)
     records = make_records(4)
@@ -487,7 +487,7 @@ def test_training_ends_without_a_traceback_when_the_reader_of_stdout_exits(
         assert messages(process.stderr.read()) == []
 
 
-def test_an_unusable_train_dir_is_an_error_of_one_line(tmp_path, synthetic_data_dir):
+def test_an_unusable_train_dir_is_a_one_line_error(tmp_path, synthetic_data_dir):
     (tmp_path / "file").write_text("not a folder")
     data = ("--synthetic_data", f"--data_dir={synthetic_data_dir}")
     process = run_script("cifar10_train.py", *data, f"--train_dir={tmp_path / 'file'}", check=False)

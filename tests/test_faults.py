@@ -159,8 +159,8 @@ def test_a_signal_lets_the_step_finish_and_saves_it(
     last = [int(step) for step in re.findall(r": step (\d+), ", output)][-1:] or [3]
     assert saved_step(train_dir) == last[0] + 1
     assert errors[-1] == (
-        f"{script}: stopped by {number.name}: {train_dir}/model.ckpt-{last[0] + 1} holds step "
-        f"{last[0] + 1}; run the same command again to resume from it"
+        f"{script}: stopped by {number.name}: step {last[0] + 1} is saved in "
+        f"{train_dir}/model.ckpt-{last[0] + 1}; run the same command again to resume from it"
     )
     assert "Traceback" not in "".join(errors)
     with training(data_dir, train_dir, f"--max_steps={last[0] + 2}", script=script) as process:
@@ -176,7 +176,8 @@ def test_a_signal_interrupts_the_filling_of_the_queue(data_dir, train_dir):
         code, output, errors = finish(process, timeout=30)
     assert (code, output) == (130, "")
     (line,) = errors  # the threads of the queue print nothing
-    assert line.endswith("model.ckpt-0 holds step 0; run the same command again to resume from it")
+    assert "step 0 is saved in " in line
+    assert line.endswith("model.ckpt-0; run the same command again to resume from it")
 
 
 def test_a_signal_before_training_begins_ends_the_script(data_dir, train_dir):
@@ -325,7 +326,7 @@ def test_a_trainer_listens_on_no_port(data_dir, train_dir):
             assert not {row.split()[9] for row in rows} & sockets
 
 
-def test_a_full_stdout_is_an_error_of_one_line(data_dir, train_dir):
+def test_a_full_stdout_is_a_one_line_error(data_dir, train_dir):
     with open("/dev/full", "w") as full:
         process = subprocess.run(
             [
@@ -364,7 +365,7 @@ def test_a_full_disk_ends_training_and_the_last_checkpoint_stays(data_dir, train
 
 
 @pytest.mark.timeout(600)
-def test_fifty_evaluations_succeed_beside_a_trainer_that_keeps_one_checkpoint(
+def test_fifty_evaluations_succeed_alongside_a_trainer_that_keeps_one_checkpoint(
     tmp_path, data_dir, train_dir, capsys
 ):
     FLAGS.data_dir = str(data_dir)

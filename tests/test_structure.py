@@ -133,8 +133,8 @@ def find_flag_definitions(source):
     return sorted(lines)
 
 
-def find_circle(imports):
-    """Returns modules that import each other in a circle, or an empty list.
+def find_cycle(imports):
+    """Returns modules that import each other in a cycle, or an empty list.
 
     Args:
       imports: dict from modules to the modules that they import.
@@ -147,7 +147,7 @@ def find_circle(imports):
 
 
 def find_upward_imports(sources):
-    """Returns (module, imported module) for each import that points upwards in the project."""
+    """Returns (module, imported module) for each import that points upward in the project."""
     levels = dict.fromkeys(COMMANDS, 3) | {"cifar10": 2, "cifar10_input": 1}
     return [
         (module, imported)
@@ -265,10 +265,10 @@ def test_every_definition_of_a_flag_is_found(definition):
     assert find_flag_definitions("flags.FLAGS.a = 'DEFINE_integer'") == []
 
 
-def test_circles_are_found():
-    assert set(find_circle({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}})) == {"a", "b", "c"}
-    assert set(find_circle({"a": {"a"}})) == {"a"}
-    assert find_circle({"a": {"b", "c"}, "b": {"c"}}) == []
+def test_import_cycles_are_found():
+    assert set(find_cycle({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}})) == {"a", "b", "c"}
+    assert set(find_cycle({"a": {"a"}})) == {"a"}
+    assert find_cycle({"a": {"b", "c"}, "b": {"c"}}) == []
 
 
 @pytest.mark.parametrize(
@@ -281,7 +281,7 @@ def test_circles_are_found():
         ("cifar10", "cifar10_eval"),
     ],
 )
-def test_imports_that_point_upwards_are_found(module, imported):
+def test_imports_that_point_upward_are_found(module, imported):
     sources = dict.fromkeys(("support", "support.x", *TOP_LEVEL), "")
     assert find_upward_imports(sources) == []
     sources[module] = f"def f():\n    import {imported}"
@@ -314,13 +314,13 @@ def test_the_top_level_has_the_five_files_of_the_tutorial_and_two_more_commands(
     assert {path.stem for path in ROOT.glob("*.py")} == TOP_LEVEL
 
 
-def test_imports_point_downwards():
+def test_imports_point_downward():
     assert find_upward_imports(SOURCES) == []
 
 
-def test_no_modules_import_each_other_in_a_circle():
+def test_no_modules_import_each_other_in_a_cycle():
     imports = {module: find_project_imports(module, SOURCES) for module in SOURCES}
-    assert find_circle(imports) == []
+    assert find_cycle(imports) == []
     assert "support.errors" in imports["support.cluster.server"]  # the check sees the imports
 
 

@@ -60,8 +60,8 @@ def _check_own_address(address):
     except OSError as error:
         raise UserError(f"cannot resolve {address} from TF_CONFIG: {error}") from error
     is_own = False
-    for family, kind, _, _, place in found:
-        if place[0] in ("0.0.0.0", "::"):
+    for family, kind, _, _, socket_address in found:
+        if socket_address[0] in ("0.0.0.0", "::"):
             raise UserError(
                 f"TF_CONFIG gives this task the address {address}, which other machines cannot "
                 "connect to; use the machine's name or IP address"
@@ -71,7 +71,7 @@ def _check_own_address(address):
                 # The port of a server that has just ended is free, although the system reserves
                 # it for a minute.
                 probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                probe.bind(place)
+                probe.bind(socket_address)
         except OSError as error:
             # A name can have addresses of an IP version that this machine does not use.
             if error.errno in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):

@@ -1,4 +1,4 @@
-"""What keeps the tasks of a cluster together: the synchronized step and the chief's status."""
+"""Coordinates the tasks of a cluster: the synchronized step and the chief's status."""
 
 import threading
 import types
@@ -69,7 +69,7 @@ class ChiefStatus:
 
 
 class SynchronizedStep:
-    """The operations of a training step that all workers make together.
+    """The operations of a training step that all workers perform together.
 
     Each worker adds its gradients to accumulators on the parameter servers, then takes a token from
     a queue. When every worker has added its gradients, the chief applies their average and puts a
@@ -85,15 +85,16 @@ class SynchronizedStep:
     Attributes:
       train_op: adds the gradients of this worker and waits for the update.
       update_op: waits for the gradients of all workers and updates the variables. The chief runs it
-        in a loop, in parallel to `train_op`.
-      read_step_op: makes the current global step the step of this worker's next gradients.
-      init_op: sets the step of the accumulators. The chief runs it once, first.
-      add_tokens_op: adds a token for each worker, and thereby ends steps that wait for an update.
+        in a loop, in parallel with `train_op`.
+      read_step_op: assigns the current global step to this worker's next gradients.
+      init_op: sets the step of the accumulators. The chief runs it once, before any step.
+      add_tokens_op: adds a token for each worker, which ends steps that wait for an update.
     """
 
     def __init__(self, gradients, global_step, apply_gradients, num_workers):
         # The optimizer's own `variable_averages` are updated only after the workers have their
-        # tokens: the chief could save averages that lack a step. `apply_gradients` does it before.
+        # tokens: the chief could save averages that lack a step. `apply_gradients` updates them
+        # before that.
         updater = types.SimpleNamespace(
             apply_gradients=lambda averages, global_step: apply_gradients(list(averages))
         )
@@ -117,11 +118,6 @@ class SynchronizationHook(tf.train.SessionRunHook):
       variable instead of the token, which would stay one step behind.
     - A restarted chief cannot know which workers added their gradients before the first chief was
       killed, and still wait. So it adds a token for each worker.
-
-    Args:
-      step: the `SynchronizedStep`.
-      status: the `ChiefStatus`.
-      is_chief: bool.
     """
 
     def __init__(self, step, status, is_chief):
@@ -131,7 +127,7 @@ class SynchronizationHook(tf.train.SessionRunHook):
         self._thread = None
 
     def after_create_session(self, session, coord):
-        """On the chief, prepares the accumulators and tells the other tasks that it is ready."""
+        """On the chief, prepares the accumulators and reports to all tasks that it is ready."""
         if not self._is_chief:
             return
         session.run(self._step.init_op)

@@ -88,10 +88,10 @@ def _parse_task():
     try:
         resolver = tf.distribute.cluster_resolver.TFConfigClusterResolver()
         task = Task(resolver.cluster_spec().as_dict(), resolver.task_type, resolver.task_id)
-        places = [split_address(one) for addresses in task.cluster.values() for one in addresses]
+        endpoints = [split_address(one) for job in task.cluster.values() for one in job]
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"TF_CONFIG is malformed: {error}") from error
-    if len(set(places)) < len(places):
+    if len(set(endpoints)) < len(endpoints):
         raise UserError("TF_CONFIG gives two tasks the same address")
     return task
 
@@ -112,7 +112,7 @@ def _check_index(task):
     count = len(task.cluster.get(task.type, []))
     if not 0 <= (task.index or 0) < count:
         raise UserError(
-            f"TF_CONFIG makes this task {task.type} {task.index}, but the job `{task.type}` has "
+            f"TF_CONFIG says that this is {task.type} {task.index}, but the job `{task.type}` has "
             f"{count} tasks; the first one has index 0"
         )
     if task.index is None:
@@ -123,7 +123,7 @@ def split_address(address):
     """Returns the host and the port of an address.
 
     Args:
-      address: string, `host:port`. An IPv6 address stands in brackets.
+      address: string, `host:port`. The host can be an IPv6 address in brackets.
 
     Returns:
       (string, int): the host without brackets, and the port.

@@ -26,7 +26,7 @@ from support.errors import Interrupted, UserError
 from support.tensorflow_v1 import tf
 
 CHIEF_HAS_FAILED = "the chief has failed; see its output for the reason"
-LOST_AFTER = 3  # failed checks in a row, a second apart, until a parameter server counts as lost
+LOST_AFTER = 3  # failed checks in a row, a second apart, before a parameter server counts as lost
 MAX_WAIT_FOR_WORKERS = 20.0  # seconds that a parameter server keeps running after training
 
 
@@ -69,7 +69,7 @@ class Worker:
         return self._status.has(ChiefStatus.DONE)
 
     def device_setter(self):
-        """Returns a device function to build this worker's graph with: `with tf.device(…)`.
+        """Returns a device function for this worker's graph, to pass to `tf.device`.
 
         It places variables on the parameter servers in turn, and everything else on this worker.
         """
@@ -149,7 +149,7 @@ def run_worker(task, server, train, settings, timeout, shard_data=False):
     Args:
       task: the `Task`.
       server: the `tf.train.Server` from `start_server`.
-      train: function that trains as a `Worker`, up to the last step. On the chief it also restores
+      train: function of a `Worker` that trains up to the last step. On the chief it also restores
         and saves, and returns at once if there is nothing left to train.
       settings: the `checkpoints.TrainingSettings`. They must be those of the chief.
       timeout: seconds that another task may be missing.
@@ -159,7 +159,7 @@ def run_worker(task, server, train, settings, timeout, shard_data=False):
       UserError: a task is missing for too long, the chief has failed, or it trains with different
         settings. Also whatever `train` raises.
     """
-    # A worker does not look for the chief here: if it has ended already, its status says so.
+    # Other workers do not wait for the chief here: it may have finished, and its status says so.
     wait_for_peers(task, task.parameter_servers + (task.workers if task.is_chief else []), timeout)
     threading.Thread(target=_end_when_server_is_lost, args=(task,), daemon=True).start()
     statuses = [ChiefStatus(task, server.target, index) for _, index in task.parameter_servers]
@@ -172,7 +172,7 @@ def run_worker(task, server, train, settings, timeout, shard_data=False):
             _check_settings(task, statuses[0], settings)
             train(worker)
     except (tf.errors.UnavailableError, tf.errors.AbortedError):
-        # An orderly end would close sessions, which can wait forever for the lost server.
+        # A clean exit would close sessions, which can wait forever for the lost server.
         end_at_once(worker.explain_loss())
 
 
@@ -210,12 +210,12 @@ def _wait_for_chief(task, status, timeout):
 
 
 def _check_settings(task, status, settings):
-    """Raises UserError if the chief trains another model than this task, or on other classes."""
-    of_chief = checkpoints.parse_settings(status.read_settings())
-    if mismatch := checkpoints.find_mismatch(of_chief, settings):
+    """Raises UserError unless the chief trains the same model on the same classes."""
+    chief_settings = checkpoints.parse_settings(status.read_settings())
+    if mismatch := checkpoints.find_mismatch(chief_settings, settings):
         raise UserError(
             f"{task.describe(task.workers[0])} trains with {mismatch[0]}, but this task with "
-            f"{mismatch[1]}; give all tasks the same flags and the same dataset"
+            f"{mismatch[1]}; use the same flags and the same dataset for all tasks"
         )
 
 
@@ -265,8 +265,8 @@ def serve_parameters(task, config, timeout):
             _wait_for_workers_to_end(task)
             raise UserError(CHIEF_HAS_FAILED)
         check_chief()
-        # If another parameter server is lost, training ends. This one stays until the workers have
-        # found out which one it was.
+        # If another parameter server is lost, training ends. This one keeps running until the
+        # workers have found out which one is lost.
         lost = _find_lost_servers(task) if status.has(ChiefStatus.STARTED) else []
         failed_checks = failed_checks + 1 if lost else 0
         if failed_checks >= LOST_AFTER:

@@ -14,8 +14,8 @@ def decode(png):
     return np.asarray(Image.open(io.BytesIO(png)).convert("RGB")).astype(int)
 
 
-def cell_colour(image, row, column):
-    """Returns the colour near the corner of a cell, where no digit is drawn."""
+def cell_color(image, row, column):
+    """Returns the color near the corner of a cell, where no digit is drawn."""
     side, margin = charts.CELL_SIZE, charts.MARGIN
     return image[margin + row * side + 4, margin + column * side + 4]
 
@@ -24,13 +24,11 @@ def test_a_cell_is_darker_the_larger_its_share_of_its_row():
     matrix = np.zeros([10, 10], int)
     matrix[2, 2], matrix[2, 5], matrix[3, 3] = 30, 10, 7
     image = decode(charts.draw_confusion_matrix(matrix, CLASS_NAMES))
-    brightness = {
-        cell: cell_colour(image, *cell).sum() for cell in ((3, 3), (2, 2), (2, 5), (2, 3))
-    }
+    brightness = {cell: cell_color(image, *cell).sum() for cell in ((3, 3), (2, 2), (2, 5), (2, 3))}
     assert sorted(brightness, key=brightness.get) == [(3, 3), (2, 2), (2, 5), (2, 3)]
-    assert (cell_colour(image, 2, 3) == 255).all()  # no images
-    assert (cell_colour(image, 9, 9) == 255).all()  # a row without images
-    assert (cell_colour(image, 5, 2) == 255).all()  # the matrix is not transposed
+    assert (cell_color(image, 2, 3) == 255).all()  # no images
+    assert (cell_color(image, 9, 9) == 255).all()  # a row without images
+    assert (cell_color(image, 5, 2) == 255).all()  # the matrix is not transposed
 
 
 def test_names_are_drawn_beside_and_above_the_matrix_only():
@@ -133,9 +131,9 @@ def test_mistakes_are_drawn_in_rows_and_each_is_scaled_from_its_own_range(count)
         assert (sheet[top + 72 : top + 106, left : left + 72] != 255).any()  # the caption
 
 
-def test_a_mistake_of_uniform_colour_is_drawn():
-    grey = np.full([1, 24, 24, 3], 0.5)
-    sheet = decode(charts.draw_mistakes(grey, [0], [1], CLASS_NAMES))
+def test_a_mistake_of_uniform_color_is_drawn():
+    gray = np.full([1, 24, 24, 3], 0.5)
+    sheet = decode(charts.draw_mistakes(gray, [0], [1], CLASS_NAMES))
     assert sheet.shape[2] == 3
     assert (sheet[4:76, 4:76] == sheet[4, 4]).all()
 

@@ -133,7 +133,7 @@ def test_resuming_names_a_first_checkpoint_that_no_state_file_names_yet(tmp_path
 
 
 @pytest.mark.parametrize("state", [None, b"\0\0"])
-def test_a_folder_with_damaged_checkpoints_only_cannot_be_resumed(tmp_path, state):
+def test_a_folder_with_only_damaged_checkpoints_cannot_be_resumed(tmp_path, state):
     for step in (3, 5):
         save(tmp_path, step)
         (tmp_path / f"model.ckpt-{step}.index").write_bytes(b"")
@@ -167,7 +167,7 @@ def test_the_global_step_of_a_checkpoint_is_read(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["model.ckpt-3.data-00000-of-00001", "model.ckpt-3.index"])
-def test_a_damaged_checkpoint_is_an_error_of_one_line_that_names_it(tmp_path, name):
+def test_a_damaged_checkpoint_is_a_one_line_error_that_names_it(tmp_path, name):
     path = save(tmp_path)
     (tmp_path / name).write_bytes(b"")
     with pytest.raises(CheckpointError, match=f"^{path} cannot be read: ") as caught:
@@ -363,7 +363,7 @@ def test_no_more_than_five_variables_are_named(tmp_path, graph):
         checkpoints.check_variables(save(tmp_path), variables)
 
 
-def test_the_variables_of_a_damaged_checkpoint_are_an_error_of_one_line(tmp_path):
+def test_the_variables_of_a_damaged_checkpoint_are_a_one_line_error(tmp_path):
     path = save(tmp_path)
     (tmp_path / "model.ckpt-3.index").write_bytes(b"")
     with pytest.raises(CheckpointError, match=f"^{path} cannot be read: ") as caught:
@@ -390,11 +390,11 @@ def test_the_newest_checkpoint_is_restored(tmp_path):
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_a_checkpoint_that_is_not_finite_is_not_restored(tmp_path, value):
     path = save(tmp_path, 3, OWN, x=value)
-    with pytest.raises(CheckpointError, match=f"^{path} has values that are not finite, in x$"):
+    with pytest.raises(CheckpointError, match=f"^{path} has non-finite values in x$"):
         restore(tmp_path)
 
 
-def test_a_checkpoint_without_its_data_is_an_error_of_one_line(tmp_path):
+def test_a_checkpoint_without_its_data_is_a_one_line_error(tmp_path):
     path = save(tmp_path, 3, OWN)
     (tmp_path / "model.ckpt-3.data-00000-of-00001").unlink()
     with pytest.raises(CheckpointError, match=f"^{path} cannot be ") as caught:

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -37,7 +38,8 @@ def write_script(tmp_path):
 
 
 def environment():
-    return {**script_environment(), "PYTHONPATH": str(ROOT)}
+    """Returns the environment for scripts outside the project's folder, with buffered output."""
+    return {**script_environment(), "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": ""}
 
 
 def run(path, *arguments):
@@ -177,11 +179,24 @@ def signal_state():
     return handlers, wakeup_fd, os.listdir("/proc/self/fd"), threading.active_count()
 
 
+@pytest.fixture
+def wakeup_fd():
+    """The descriptor that another library, such as asyncio, has set for signals."""
+    receiver, sender = socket.socketpair()
+    with receiver, sender:
+        sender.setblocking(False)
+        previous = signal.set_wakeup_fd(sender.fileno())
+        yield sender.fileno()
+        signal.set_wakeup_fd(previous)
+
+
 @pytest.mark.parametrize("error", [None, ValueError])
-def test_deferring_signals_restores_handlers_descriptors_and_threads(error):
+def test_deferring_signals_restores_handlers_descriptors_and_threads(wakeup_fd, error):
     before = signal_state()
+    assert before[1] == wakeup_fd
     with contextlib.suppress(ValueError), DeferredSignals():
-        assert signal_state()[:2] != before[:2]
+        assert signal_state()[0] != before[0]
+        assert signal_state()[1] != before[1]
         if error is not None:
             raise error
     assert signal_state() == before
@@ -243,7 +258,7 @@ def test_an_error_that_the_user_can_fix_is_one_line_with_exit_code_1(write_scrip
     assert run(path) == (1, "", "script.py: error: the disk is full; free some space\n")
 
 
-def test_a_defect_of_the_program_has_a_traceback(write_script):
+def test_a_bug_has_a_traceback(write_script):
     code, output, errors = run(write_script(FAILS.format(statement="1 / 0")))
     assert (code, output) == (1, "")
     assert "Traceback" in errors
@@ -251,7 +266,7 @@ def test_a_defect_of_the_program_has_a_traceback(write_script):
 
 
 def test_a_reader_of_stdout_that_exits_early_ends_the_script_silently(write_script):
-    path = write_script(FAILS.format(statement="while True: print('line' * 1000)"))
+    path = write_script(FAILS.format(statement="while True: print('line', flush=True)"))
     command = f"{sys.executable} {path} | head -1 > /dev/null; exit ${{PIPESTATUS[0]}}"
     process = subprocess.run(
         ["bash", "-c", command],
@@ -390,6 +405,7 @@ FLAGS = '''
     {imports}
 
     flags.DEFINE_integer("own", 3, "A number of the script.", upper_bound=2**31 - 1)
+    flags.DEFINE_integer("timeout", 600, "Seconds to wait.")
     flags.DEFINE_boolean("verbose", False, "Print more.")
     flags.DEFINE_string("name", None, "A name." + " Some text." * 20)
     command_line.check_flags(["own", "common"], lambda value: value != 13, "it must not be 13")
@@ -421,7 +437,6 @@ def script(write_script):
 
         flags.DEFINE_integer("shared", 7, "A number of the other script that this one uses.")
         flags.DEFINE_integer("foreign", 9, "A number of the other script only.")
-        flags.DEFINE_integer("timeout", 600, "Seconds to wait.")
         """,
         "other.py",
     )

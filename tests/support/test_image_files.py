@@ -29,13 +29,13 @@ def draw_scene(size):
     ("suffix", "options"), [("png", {}), ("bmp", {}), ("webp", {"lossless": True}), ("gif", {})]
 )
 def test_an_image_of_32_x_32_keeps_its_pixels(tmp_path, suffix, options):
-    pixels = draw_scene(32) & 0xC0  # few enough colours for a GIF
+    pixels = draw_scene(32) & 0xC0  # few enough colors for a GIF
     read = save_and_read(tmp_path / f"image.{suffix}", Image.fromarray(pixels), **options)
     assert read.dtype == np.uint8
     np.testing.assert_array_equal(read, pixels)
 
 
-def test_a_jpeg_is_read_with_the_loss_of_its_compression_only(tmp_path):
+def test_a_jpeg_differs_only_by_its_compression_loss(tmp_path):
     pixels = draw_scene(32) // 2 + 64
     read = save_and_read(tmp_path / "image.jpg", Image.fromarray(pixels), quality=95, subsampling=0)
     assert np.abs(read.astype(int) - pixels).mean() < 4
@@ -49,7 +49,7 @@ def test_an_image_is_scaled_to_cover_the_pixels_and_cropped_centrally(tmp_path, 
     image.paste(RED, (left, top, left + side // 2, top + side))
     image.paste(BLUE, (left + side // 2, top, left + side, top + side))
     read = save_and_read(tmp_path / "image.png", image).astype(int)
-    # Scaling blurs the edges between the colours, so look away from them.
+    # Scaling blurs the edges between the colors, so look away from them.
     assert np.abs(read[:, 4:11] - RED).max() < 30
     assert np.abs(read[:, 21:28] - BLUE).max() < 30
     blurred = 1 if side >= 32 else 4
@@ -63,12 +63,12 @@ def test_scaling_down_a_fine_pattern_gives_its_mean_without_aliasing(tmp_path):
 
 
 @pytest.mark.parametrize("mode", ["L", "1", "P", "LA", "RGBA", "CMYK", "I;16"])
-def test_images_of_every_colour_mode_are_read(tmp_path, mode):
-    grey = np.where(np.indices((32, 32)).sum(axis=0) < 32, 255, 0).astype(np.uint8)
+def test_images_of_every_color_mode_are_read(tmp_path, mode):
+    gray = np.where(np.indices((32, 32)).sum(axis=0) < 32, 255, 0).astype(np.uint8)
     if mode == "I;16":
-        image = Image.fromarray(grey.astype(np.uint16) * 257)
+        image = Image.fromarray(gray.astype(np.uint16) * 257)
     else:
-        image = Image.fromarray(grey).convert("RGB" if mode == "CMYK" else mode)
+        image = Image.fromarray(gray).convert("RGB" if mode == "CMYK" else mode)
         image = image.convert(mode)
     if mode == "CMYK":
         read = save_and_read(tmp_path / "image.jpg", image, quality=100).astype(int)
@@ -81,7 +81,7 @@ def test_images_of_every_colour_mode_are_read(tmp_path, mode):
 
 
 @pytest.mark.parametrize("value", [0, 0x1234, 0x8000, 0xFFFF])
-def test_16_bit_greyscale_keeps_its_brightness(tmp_path, value):
+def test_16_bit_grayscale_keeps_its_brightness(tmp_path, value):
     image = Image.fromarray(np.full([32, 32], value, np.uint16))
     assert (save_and_read(tmp_path / "image.png", image) == value >> 8).all()
 
@@ -97,14 +97,14 @@ def test_transparent_areas_become_white(tmp_path):
     assert (read[24:] == 255).all()
 
 
-def test_a_transparent_value_of_16_bit_greyscale_becomes_white(tmp_path):
-    grey = np.where(np.indices((32, 32))[0] < 16, 0x1234, 0x8000).astype(np.uint16)
-    read = save_and_read(tmp_path / "grey.png", Image.fromarray(grey), transparency=0x1234)
+def test_a_transparent_value_of_16_bit_grayscale_becomes_white(tmp_path):
+    gray = np.where(np.indices((32, 32))[0] < 16, 0x1234, 0x8000).astype(np.uint16)
+    read = save_and_read(tmp_path / "gray.png", Image.fromarray(gray), transparency=0x1234)
     assert (read[:16] == 255).all()
     assert (read[16:] == 0x80).all()
 
 
-def test_a_transparent_colour_of_a_palette_becomes_white(tmp_path):
+def test_a_transparent_color_of_a_palette_becomes_white(tmp_path):
     palette = Image.fromarray(np.array([[0, 1] * 16] * 32, np.uint8), "P")
     palette.putpalette([*RED, *BLUE])
     read = save_and_read(tmp_path / "palette.png", palette, transparency=1)
@@ -114,7 +114,7 @@ def test_a_transparent_colour_of_a_palette_becomes_white(tmp_path):
 
 @pytest.mark.parametrize("suffix", ["gif", "webp", "png"])
 def test_the_first_frame_of_an_animation_is_read(tmp_path, suffix):
-    frames = [Image.new("RGB", (40, 40), colour) for colour in (RED, BLUE)]
+    frames = [Image.new("RGB", (40, 40), color) for color in (RED, BLUE)]
     options = {"save_all": True, "append_images": frames[1:], "lossless": True}
     read = save_and_read(tmp_path / f"frames.{suffix}", frames[0], **options)
     assert (read == RED).all()
@@ -144,7 +144,7 @@ def test_a_larger_image_is_turned_upright(tmp_path):
     assert (read[18:] == 255).all()
 
 
-def test_16_bit_greyscale_is_turned_upright(tmp_path):
+def test_16_bit_grayscale_is_turned_upright(tmp_path):
     values = np.full([32, 32], 0x8000, np.uint16)
     values[:, :16] = 0x1234
     exif = exif_with_orientation(6)
@@ -162,7 +162,7 @@ def test_an_image_with_unreadable_exif_data_is_read_without_turning_it(tmp_path,
     assert np.abs(read_image(tmp_path / "image.jpg") - np.array(RED)).max() < 5
 
 
-def test_an_image_is_turned_upright_if_other_exif_data_are_damaged(tmp_path):
+def test_an_image_is_turned_upright_if_other_exif_data_is_damaged(tmp_path):
     pixels = np.full([32, 32, 3], 255, np.uint8)
     pixels[:, :16] = RED
     exif = exif_with_orientation(6)
@@ -175,7 +175,7 @@ def test_an_image_is_turned_upright_if_other_exif_data_are_damaged(tmp_path):
     assert (read[16:] == 255).all()
 
 
-def test_paths_that_are_no_images_are_named_with_the_reason(tmp_path):
+def test_paths_that_are_not_images_are_reported_with_the_reason(tmp_path):
     (tmp_path / "empty.png").touch()
     (tmp_path / "text.png").write_text("This is not an image.")
     (tmp_path / "folder").mkdir()

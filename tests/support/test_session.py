@@ -220,15 +220,17 @@ def test_each_checkpoint_records_the_settings(tmp_path):
 
 def test_no_checkpoint_exists_without_the_file_that_holds_its_settings(tmp_path, monkeypatch):
     save = tf.train.Saver.save
-    exists = []
+    exists, is_written_again = [], []
 
     def look_first(saver, session, path, step, **arguments):
         exists.append((tmp_path / f"model.ckpt-{step}.meta").exists())
+        is_written_again.append(arguments.get("write_meta_graph", True))
         return save(saver, session, path, step, **arguments)
 
     monkeypatch.setattr(tf.train.Saver, "save", look_first)
     train(tmp_path, max_steps=3, save_checkpoint_steps=1)
     assert exists == [True] * 4
+    assert is_written_again == [False] * 4
     assert len(list(tmp_path.glob("*.meta"))) == 4
 
 
@@ -349,7 +351,7 @@ def test_training_resumes_from_a_first_checkpoint_that_no_state_file_names_yet(t
     assert printed(capsys)[0][0] == 3
 
 
-def test_a_damaged_checkpoint_is_an_error_of_one_line(tmp_path):
+def test_a_damaged_checkpoint_is_a_one_line_error(tmp_path):
     train(tmp_path, max_steps=3)
     for step in (0, 3):
         (tmp_path / f"model.ckpt-{step}.data-00000-of-00001").write_bytes(b"")
@@ -464,7 +466,7 @@ def test_a_finished_run_has_nothing_to_do_whatever_the_settings(tmp_path):
 
 
 @pytest.mark.parametrize("start", [has_steps_left, train])
-def test_an_unusable_train_dir_is_an_error_of_one_line(tmp_path, start):
+def test_an_unusable_train_dir_is_a_one_line_error(tmp_path, start):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(UserError, match="^cannot use --train_dir=.*file: ") as caught:
         start(tmp_path / "file", 5)
@@ -533,7 +535,7 @@ def test_the_record_of_a_start_names_the_commit_of_the_project(tmp_path):
 @pytest.mark.parametrize("content", ["{}", "[1]", "[{", ""])
 def test_a_run_file_that_is_not_a_list_of_starts_is_not_overwritten(tmp_path, content):
     (tmp_path / "run.json").write_text(content)
-    with pytest.raises(UserError, match="run.json does not hold the list .*; move it away$"):
+    with pytest.raises(UserError, match="run.json cannot be read as a list .*; move it away$"):
         train(tmp_path, max_steps=3)
     assert (tmp_path / "run.json").read_text() == content
     assert not (tmp_path / "checkpoint").exists()
@@ -802,7 +804,7 @@ def test_a_signal_lets_the_step_finish_and_saves_it(tmp_path, signals, number):
     assert saved_step(tmp_path) == 4
     assert caught.value.signal_number == number
     assert caught.value.message == (
-        f"{tmp_path}/model.ckpt-4 holds step 4; run the same command again to resume from it"
+        f"step 4 is saved in {tmp_path}/model.ckpt-4; run the same command again to resume from it"
     )
 
 
@@ -821,7 +823,7 @@ def test_a_signal_stops_a_first_step_that_waits_for_its_input(tmp_path, signals)
     timer = threading.Timer(1.0, signals, [signal.SIGINT])
     timer.start()
     start = time.monotonic()
-    with pytest.raises(Interrupted, match=r"ckpt-0 holds step 0; run the same command again"):
+    with pytest.raises(Interrupted, match=r"^step 0 is saved in .*ckpt-0; run the same command"):
         run(train_op, tmp_path, max_steps=100)
     assert time.monotonic() - start < 10
     timer.join()
@@ -831,16 +833,21 @@ def test_a_signal_stops_a_first_step_that_waits_for_its_input(tmp_path, signals)
 def test_a_signal_stops_a_later_step_that_waits_for_its_input_within_half_a_minute(
     tmp_path, signals
 ):
+    def send_after_the_first_step():
+        while not (tmp_path / "metrics.jsonl").exists():
+            time.sleep(0.01)
+        signals(signal.SIGINT)
+
     queue = make_slow_queue()
     is_first = tf.equal(tf.train.get_or_create_global_step(), 0)
     batch = tf.cond(is_first, lambda: tf.zeros([1000]), lambda: queue.dequeue_many(1000))
-    timer = threading.Timer(2.0, signals, [signal.SIGINT])
-    timer.start()
+    thread = threading.Thread(target=send_after_the_first_step)
+    thread.start()
     start = time.monotonic()
-    with pytest.raises(Interrupted, match=r"ckpt-1 holds step 1; run the same command again"):
+    with pytest.raises(Interrupted, match=r"^step 1 is saved in .*ckpt-1; run the same command"):
         run(count_step(batch), tmp_path, max_steps=100)
     assert 10 < time.monotonic() - start < 30
-    timer.join()
+    thread.join()
     assert saved_step(tmp_path) == 1
 
 
@@ -884,11 +891,11 @@ def test_a_seed_determines_all_random_numbers_of_a_training_graph():
     assert not set(draw(5)) & set(draw(6))
 
 
-def test_without_a_seed_each_training_graph_draws_other_numbers():
+def test_without_a_seed_each_training_graph_draws_different_numbers():
     assert not set(draw()) & set(draw())
 
 
-def test_workers_draw_other_numbers_from_the_same_seed():
+def test_workers_draw_different_numbers_from_the_same_seed():
     assert draw(7, make_worker(0)) == draw(7)
     assert draw(7, make_worker(1)) == draw(7, make_worker(1))
     assert not set(draw(7, make_worker(0))) & set(draw(7, make_worker(1)))
@@ -929,6 +936,13 @@ def test_a_worker_trains_with_the_variables_of_the_chief_and_leaves_train_dir_al
     assert train(train_dir, max_steps=5, worker=worker) == 3
     assert [line[:2] for line in printed(capsys)] == [(2, 102)]
     assert not train_dir.exists()
+
+
+def test_the_session_of_a_worker_contacts_only_the_devices_that_the_worker_names(tmp_path, server):
+    config = tf.ConfigProto()
+    worker = make_worker(1, target=server.target, device_filters=["/job:ps", "/job:local"])
+    train(tmp_path, max_steps=3, worker=worker, config=config)
+    assert list(config.device_filters) == ["/job:ps", "/job:local"]
 
 
 @pytest.mark.slow

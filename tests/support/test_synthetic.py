@@ -18,7 +18,7 @@ def read_records(data_dir, name):
     return np.fromfile(path, np.uint8).reshape(-1, dataset.RECORD_BYTES)
 
 
-def test_the_dataset_is_generated_within_five_seconds_beside_another_one(tmp_path):
+def test_the_dataset_is_generated_within_five_seconds_alongside_another_one(tmp_path):
     write_dataset(tmp_path / dataset.EXTRACTED_FOLDER)
     start = time.monotonic()
     folder = synthetic.maybe_generate(tmp_path)

@@ -1,4 +1,4 @@
-"""Which task TF_CONFIG makes of a process, and which values of TF_CONFIG are refused."""
+"""Which task a process is according to TF_CONFIG, and which values of TF_CONFIG are refused."""
 
 import json
 
@@ -87,10 +87,10 @@ def test_an_evaluator_need_not_be_listed_in_the_cluster(set_tf_config, cluster):
         (config(index="first"), "is malformed"),
         (config(type_="driver"), "task type to 'driver'; it must be one of ps, chief"),
         (config({**CLUSTER, "driver": ["e:1"]}), "a job 'driver'; a job must be one of ps, chief"),
-        (config(index=2), "this task worker 2, but the job `worker` has 2 tasks"),
-        (config(index=-1), "this task worker -1, but the job `worker` has 2 tasks"),
-        (config({"worker": ["a:1"]}, index=3), "this task worker 3, but the job `worker` has 1"),
-        (config({"worker": ["a:1"]}, "ps"), "this task ps 0, but the job `ps` has 0 tasks"),
+        (config(index=2), "this is worker 2, but the job `worker` has 2 tasks"),
+        (config(index=-1), "this is worker -1, but the job `worker` has 2 tasks"),
+        (config({"worker": ["a:1"]}, index=3), "this is worker 3, but the job `worker` has 1"),
+        (config({"worker": ["a:1"]}, "ps"), "this is ps 0, but the job `ps` has 0 tasks"),
         ({"cluster": CLUSTER, "task": {"type": "worker"}}, "which worker .*`index` is missing"),
         (config({"chief": ["b:1"], "worker": ["c:1"]}), "needs a parameter server"),
         (config({"ps": ["a:1"]}, "ps"), "needs exactly one chief"),

@@ -446,7 +446,7 @@ def test_a_worker_with_other_settings_than_the_chief_is_refused(tmp_path):
         (line,) = cluster.lines("worker")
         assert re.fullmatch(
             r"cifar10_train.py: error: chief 0 \(\S+\) trains with --top_layers=full, but this "
-            r"task with --top_layers=local; give all tasks the same flags and the same dataset",
+            r"task with --top_layers=local; use the same flags and the same dataset for all tasks",
             line,
         )
         cluster.start("worker")  # with the chief's settings, training begins
