@@ -26,7 +26,7 @@ from support import (
     summaries,
     synthetic,
 )
-from support.errors import DataError
+from support.errors import DataError, UserError
 from support.tensorflow_v1 import GPUS, tf, with_loss_scaling
 
 FLAGS = flags.FLAGS
@@ -146,7 +146,7 @@ def maybe_download_and_extract():
             )
         folder = synthetic.maybe_generate(FLAGS.data_dir)
     else:
-        folder = download.maybe_download_and_extract(FLAGS.data_dir, FLAGS.data_url)
+        folder = download.maybe_download_and_extract(FLAGS.data_dir, setting("data_url"))
     dataset.check_records(folder, _edited_num_classes())
     return folder
 
@@ -177,14 +177,67 @@ def num_examples_per_epoch(eval_data=False):
 
 
 def crop_size():
-    """Returns the side of the images that the model sees, in pixels."""
-    return command_line.flag_or_constant("crop_size", _constant("IMAGE_SIZE"))
+    """Returns the side of the images that the model sees, in pixels.
+
+    Raises:
+      UserError: the model or the records do not allow it.
+    """
+    size = setting("crop_size")
+    if not cifar10_input.is_valid_crop_size(size):
+        raise UserError(f"--crop_size or IMAGE_SIZE is {size}, but {cifar10_input.CROP_SIZE_RULE}")
+    return size
+
+
+# These flags have constants as their defaults.
+_CONSTANT_OF_FLAG = {
+    "crop_size": "IMAGE_SIZE",
+    "num_examples": "NUM_EXAMPLES_PER_EPOCH_FOR_EVAL",
+    **{
+        name: name.upper()
+        for name in (
+            "data_url",
+            "initial_learning_rate",
+            "num_epochs_per_decay",
+            "learning_rate_decay_factor",
+            "moving_average_decay",
+            "weight_decay",
+            "max_brightness_delta",
+            "min_contrast_factor",
+            "max_contrast_factor",
+            "min_fraction_of_examples_in_queue",
+            "num_preprocess_threads",
+        )
+    },
+}
+
+
+def setting(flag):
+    """Returns the value of a flag or, if it was not given, of its constant, as edited."""
+    return command_line.flag_or_constant(flag, _constant(_CONSTANT_OF_FLAG[flag]))
+
+
+def flags_in_effect(values):
+    """Replaces the values of flags that were not given by their constants, as edited.
+
+    Args:
+      values: dict of values by the name of the flag.
+
+    Returns:
+      dict with the same names.
+    """
+    return {
+        name: setting(name) if name in _CONSTANT_OF_FLAG else value
+        for name, value in values.items()
+    }
 
 
 def _constant(name):
-    """Returns a constant of the dataset, which may have been edited here or in cifar10_input."""
+    """Returns a constant as it was edited, here or in cifar10_input."""
+    if name not in globals():
+        return getattr(cifar10_input, name)
     constant = globals()[name]
-    return constant if constant != getattr(dataset, name) else getattr(cifar10_input, name)
+    is_edited = constant != getattr(dataset, name, constant)
+    return constant if is_edited else getattr(cifar10_input, name, constant)
 
 
 def _edited_num_classes():
@@ -219,18 +272,15 @@ def distorted_inputs(batch_size=None, shard=None):
       images: float32 [batch_size, 24, 24, 3], or another size with --crop_size.
       labels: int32 [batch_size].
     """
-    flag_or_constant = command_line.flag_or_constant
     return cifar10_input.distorted_inputs(
         find_data_folder(),
         batch_size or FLAGS.batch_size,
-        flag_or_constant(
-            "min_fraction_of_examples_in_queue", cifar10_input.MIN_FRACTION_OF_EXAMPLES_IN_QUEUE
-        ),
-        flag_or_constant("num_preprocess_threads", cifar10_input.NUM_PREPROCESS_THREADS),
+        setting("min_fraction_of_examples_in_queue"),
+        setting("num_preprocess_threads"),
         cifar10_input.Distortion(
-            flag_or_constant("max_brightness_delta", cifar10_input.MAX_BRIGHTNESS_DELTA),
-            flag_or_constant("min_contrast_factor", cifar10_input.MIN_CONTRAST_FACTOR),
-            flag_or_constant("max_contrast_factor", cifar10_input.MAX_CONTRAST_FACTOR),
+            setting("max_brightness_delta"),
+            setting("min_contrast_factor"),
+            setting("max_contrast_factor"),
             FLAGS.random_flip,
         ),
         shard,
@@ -287,7 +337,7 @@ def _value(variable):
     In a cluster, each read operation sends the value across the network.
     """
     for value in tf.get_collection("variable_values", tf.get_default_graph().get_name_scope()):
-        if value.op.inputs[0] is variable.handle:
+        if value.op.inputs[0].op is variable.op:
             return value
     value = tf.convert_to_tensor(variable)
     tf.add_to_collection("variable_values", value)
@@ -380,7 +430,7 @@ def inference(images, num_classes=None):
     if num_classes is None:
         num_classes = len(find_class_names())
     nn = fast_nn if FLAGS.fast_ops else tf.nn
-    wd = command_line.flag_or_constant("weight_decay", WEIGHT_DECAY)
+    wd = setting("weight_decay")
 
     conv1 = _convolution(nn, images, "conv1", channels=64, bias=0.0)  # [batch, 24, 24, 64]
     pool1 = nn.max_pool(
@@ -489,14 +539,13 @@ def decayed_learning_rate(global_step, examples_per_step, examples_per_epoch=Non
     Returns:
       float32 [].
     """
-    flag_or_constant = command_line.flag_or_constant
     num_batches_per_epoch = (examples_per_epoch or num_examples_per_epoch()) / examples_per_step
-    num_epochs_per_decay = flag_or_constant("num_epochs_per_decay", NUM_EPOCHS_PER_DECAY)
+    num_epochs_per_decay = setting("num_epochs_per_decay")
     learning_rate = tf.train.exponential_decay(
-        flag_or_constant("initial_learning_rate", INITIAL_LEARNING_RATE),
+        setting("initial_learning_rate"),
         global_step,
         decay_steps=max(1, int(num_batches_per_epoch * num_epochs_per_decay)),
-        decay_rate=flag_or_constant("learning_rate_decay_factor", LEARNING_RATE_DECAY_FACTOR),
+        decay_rate=setting("learning_rate_decay_factor"),
         staircase=True,
         name="learning_rate",
     )
@@ -529,7 +578,7 @@ def apply_gradients(optimizer, gradients, global_step):
         apply_gradient_op = optimizer.apply_gradients(gradients)
         with tf.control_dependencies([apply_gradient_op]):
             count_op = tf.assign_add(global_step, 1)
-        decay = command_line.flag_or_constant("moving_average_decay", MOVING_AVERAGE_DECAY)
+        decay = setting("moving_average_decay")
         variable_averages = tf.train.ExponentialMovingAverage(decay, global_step)
         with tf.control_dependencies([count_op]):
             return variable_averages.apply(tf.trainable_variables())
@@ -575,19 +624,22 @@ def _summarize_gradients(optimizer, gradients):
         summaries.histogram(tag, gradient)
 
 
-def train(total_loss, global_step, worker=None):
+def train(total_loss, global_step, examples_per_step=None, worker=None):
     """Builds one training step: gradients, update and moving averages.
 
     Args:
       total_loss: float32 [] from `loss`.
       global_step: int64 [] variable; counts the updates.
+      examples_per_step: int; images that one step consumes, over all workers. --batch_size for each
+        worker if None.
       worker: `support.cluster.training.Worker` in a cluster, or None.
 
     Returns:
       The operation that trains on one batch.
     """
-    num_workers = worker.count if worker else 1
-    learning_rate = decayed_learning_rate(global_step, FLAGS.batch_size * num_workers)
+    if examples_per_step is None:
+        examples_per_step = FLAGS.batch_size * (worker.count if worker else 1)
+    learning_rate = decayed_learning_rate(global_step, examples_per_step)
     optimizer = make_optimizer(learning_rate)
     loss_averages_op = _add_loss_summaries(total_loss)
     gradients = optimizer.compute_gradients(total_loss)

@@ -21,7 +21,12 @@ from absl import flags
 import cifar10
 from support import charts, checkpoints, command_line, dataset, files, progress
 from support.errors import CheckpointError, UserError, first_line
-from support.tensorflow_v1 import is_nonfinite_histogram, session_config, tf
+from support.tensorflow_v1 import (
+    is_nonfinite_histogram,
+    session_config,
+    tf,
+    warn_of_unusable_gpus,
+)
 
 FLAGS = flags.FLAGS
 
@@ -243,11 +248,7 @@ def variables_to_restore():
 def _count_examples(eval_test):
     """Returns how many images to evaluate; reports on stderr if some are left out or missing."""
     available = dataset.count_records(cifar10.find_data_folder(), eval_test)
-    constant = cifar10.num_examples_per_epoch(eval_data=True)
-    is_edited = constant != available and eval_test
-    limit = FLAGS.num_examples
-    if FLAGS["num_examples"].using_default_value and is_edited:
-        limit = constant
+    limit = cifar10.setting("num_examples")
     if available < limit:
         print(
             f"--num_examples={limit}, but there are only {available} images: evaluating all of "
@@ -276,12 +277,7 @@ def _wait_for_checkpoint(checkpoint_dir, evaluated, check_trainer):
 
 @contextlib.contextmanager
 def _summary_writer(eval_dir, graph):
-    """Yields a `tf.summary.FileWriter` for `eval_dir`, which must not be --checkpoint_dir."""
-    if os.path.realpath(eval_dir) == os.path.realpath(FLAGS.checkpoint_dir):
-        raise UserError(
-            f"--eval_dir and --checkpoint_dir are both {eval_dir}; choose a separate folder for "
-            "the evaluation summaries"
-        )
+    """Yields a `tf.summary.FileWriter`."""
     try:
         # The default name has a resolution of one second, so two writers could use the same file.
         suffix = f".{uuid.uuid4().hex}"
@@ -304,6 +300,11 @@ def evaluate(last_step=None, check_trainer=lambda: None):
       UserError: --eval_dir cannot be written, or the dataset has changed. With --run_once also:
         there is no checkpoint, or it cannot be evaluated.
     """
+    if os.path.realpath(FLAGS.eval_dir) == os.path.realpath(FLAGS.checkpoint_dir):
+        raise UserError(
+            f"--eval_dir and --checkpoint_dir are both {FLAGS.eval_dir}; choose a separate folder "
+            "for the evaluation summaries"
+        )
     settings = cifar10.training_settings()
     if FLAGS.run_once:  # before spending time on the graph
         newest = checkpoints.require_checkpoint(FLAGS.checkpoint_dir)
@@ -374,6 +375,7 @@ def evaluate(last_step=None, check_trainer=lambda: None):
 
 
 def main(argv=None):
+    warn_of_unusable_gpus()
     cifar10.maybe_download_and_extract()
     evaluate()
 

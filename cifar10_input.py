@@ -7,6 +7,7 @@ with `--fast_ops=false` they work on one image at a time, as in the functions be
 """
 
 import contextlib
+import functools
 import math
 import os
 from typing import NamedTuple
@@ -33,6 +34,14 @@ MAX_BRIGHTNESS_DELTA = 63.0  # pixel values range from 0 to 255
 MIN_CONTRAST_FACTOR = 0.2
 MAX_CONTRAST_FACTOR = 1.8
 
+CROP_SIZE_RULE = "it must be 8 to 32"
+
+
+def is_valid_crop_size(size):
+    """Returns whether images of that side, in pixels, can be cropped and pooled twice."""
+    return 8 <= size <= min(dataset.HEIGHT, dataset.WIDTH)
+
+
 flags.DEFINE_boolean(
     "fast_ops",
     True,
@@ -44,8 +53,6 @@ flags.DEFINE_integer(
     IMAGE_SIZE,
     "Side in pixels (8 to 32) of the square crop of each 32 x 32 image that the model sees. "
     "Training crops at random positions, evaluation at the center.",
-    lower_bound=8,  # the model's two pools reduce it to 2
-    upper_bound=min(dataset.HEIGHT, dataset.WIDTH),
 )
 flags.DEFINE_boolean(
     "random_flip",
@@ -90,6 +97,7 @@ flags.DEFINE_integer(
     lower_bound=1,
     upper_bound=1024,
 )
+command_line.check_flags(["crop_size"], is_valid_crop_size, CROP_SIZE_RULE)
 command_line.check_flags(
     [
         "max_brightness_delta",
@@ -225,27 +233,34 @@ def _generate_image_and_label_batch(
       labels: int32 [batch_size].
     """
     num_threads = num_threads or NUM_PREPROCESS_THREADS
-    arguments |= {"tensors": [image, label], "batch_size": batch_size, "num_threads": num_threads}
     if shuffle:
         # The queue draws from the examples that it holds at the moment. With one thread and room
         # for a single example beyond the minimum, it always holds the same number, which makes
         # runs reproducible.
         spare = 3 * batch_size if num_threads > 1 else 1
-        arguments |= {
-            "capacity": min_queue_examples + spare,
-            "min_after_dequeue": min_queue_examples,
-        }
-        if keep is None:
-            images, labels = tf.train.shuffle_batch(**arguments)
-        else:
-            images, labels = tf.train.maybe_shuffle_batch(keep_input=keep, **arguments)
+        shuffle_batch = tf.train.shuffle_batch
+        if keep is not None:
+            shuffle_batch = functools.partial(tf.train.maybe_shuffle_batch, keep_input=keep)
+        images, labels = shuffle_batch(
+            [image, label],
+            batch_size=batch_size,
+            num_threads=num_threads,
+            capacity=min_queue_examples + spare,
+            min_after_dequeue=min_queue_examples,
+            **arguments,
+        )
         queue = tf.get_collection(tf.GraphKeys.QUEUE_RUNNERS)[-1].queue
         session.watch_queue(queue.size(), min_queue_examples)
         fraction = tf.cast(queue.size() - min_queue_examples, tf.float32) / spare
         summaries.scalar("queue/fraction_full", tf.maximum(fraction, 0.0))
     else:
-        capacity = min_queue_examples + 3 * batch_size
-        images, labels = tf.train.batch(capacity=capacity, **arguments)
+        images, labels = tf.train.batch(
+            [image, label],
+            batch_size=batch_size,
+            num_threads=num_threads,
+            capacity=min_queue_examples + 3 * batch_size,
+            **arguments,
+        )
     summaries.image_sheet("input", images)
     return images, tf.reshape(labels, [-1])
 

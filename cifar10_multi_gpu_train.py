@@ -116,7 +116,7 @@ def train():
             settings,
             session_config(FLAGS.use_fp16, FLAGS.log_device_placement),
             check_input=cifar10.make_change_detector(eval_data=False).check,
-            flags=command_line.flag_values(),
+            flags=cifar10.flags_in_effect(command_line.flag_values()),
         ) as sess:
             while not sess.should_stop():
                 sess.run(train_op)

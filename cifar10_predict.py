@@ -25,7 +25,7 @@ import cifar10_eval  # defines --checkpoint_dir and --use_moving_averages
 import cifar10_input
 from support import checkpoints, command_line, dataset, files, image_files
 from support.errors import CheckpointError, UserError, first_line
-from support.tensorflow_v1 import session_config, tf
+from support.tensorflow_v1 import session_config, tf, warn_of_unusable_gpus
 
 FLAGS = flags.FLAGS
 
@@ -126,11 +126,10 @@ def predict(model, images):
     probabilities = model.session.run(model.probabilities, {model.images: images})
     if not np.isfinite(probabilities).all():
         raise CheckpointError(f"{model.checkpoint} produces non-finite probabilities")
+    best = np.argsort(-probabilities, axis=1, kind="stable")[:, :TOP_CLASSES]
     return [
-        [(model.class_names[i], float(row[i])) for i in np.argsort(-row, kind="stable")][
-            :TOP_CLASSES
-        ]
-        for row in probabilities
+        [(model.class_names[i], float(row[i])) for i in indices]
+        for row, indices in zip(probabilities, best, strict=True)
     ]
 
 
@@ -230,6 +229,7 @@ def main(argv):
         raise app.UsageError("specify images or folders of images, or --export_dir")
     if FLAGS.export_dir is not None:  # before spending time on the model
         files.check_new_folder("--export_dir", FLAGS.export_dir)
+    warn_of_unusable_gpus()
     with open_model() as model:
         if FLAGS.export_dir is not None:
             export(model, FLAGS.export_dir)

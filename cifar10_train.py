@@ -18,9 +18,6 @@ from support import command_line, session
 from support.cluster import server, task, training
 from support.tensorflow_v1 import session_config, tf, warn_of_unusable_gpus
 
-if os.environ.get("TF_CONFIG"):  # all tasks get the same flags, and one may be an evaluator
-    import cifar10_eval
-
 FLAGS = flags.FLAGS
 _MAX_INT = 2**31 - 1
 
@@ -112,7 +109,7 @@ def train(worker=None):
         images, labels = cifar10.distorted_inputs(shard=worker and worker.shard)
         logits = cifar10.inference(images)
         loss = cifar10.loss(logits, labels)
-        train_op = cifar10.train(loss, global_step, worker)
+        train_op = cifar10.train(loss, global_step, worker=worker)
 
         with session.training_session(
             loss,
@@ -121,7 +118,7 @@ def train(worker=None):
             settings,
             session_config(FLAGS.use_fp16, FLAGS.log_device_placement),
             check_input=cifar10.make_change_detector(eval_data=False).check,
-            flags=command_line.flag_values(CLUSTER_FLAGS),
+            flags=cifar10.flags_in_effect(command_line.flag_values(CLUSTER_FLAGS)),
             worker=worker,
         ) as sess:
             while not sess.should_stop():
@@ -135,6 +132,8 @@ def train_in_cluster(this_task):
     if this_task.type == "ps":
         training.serve_parameters(this_task, config, timeout)
     elif this_task.type == "evaluator":
+        import cifar10_eval
+
         if not FLAGS["checkpoint_dir"].present:
             FLAGS.checkpoint_dir = FLAGS.train_dir
         cifar10.maybe_download_and_extract()
@@ -157,4 +156,6 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    if os.environ.get("TF_CONFIG"):  # all tasks get the same flags, and one may be an evaluator
+        import cifar10_eval  # noqa: F401
     command_line.run(main, last_flags=CLUSTER_FLAGS)

@@ -7,8 +7,8 @@ and 20 test images of each class, in several sizes, shapes and formats. The posi
 colors of the objects vary.
 """
 
+import argparse
 import os
-import sys
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -70,6 +70,8 @@ def main(folder):
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit(__doc__)
-    main(sys.argv[1])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", help="where to create the folders of images")
+    main(parser.parse_args().folder)

@@ -24,6 +24,8 @@ FLAGS.mark_as_parsed()
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _HELP_WIDTH = 100  # columns
 
+_runs_script = False  # whether `run` has been called, so that the process may be ended
+
 
 def check_flags(names, is_valid, rule):
     """Registers the same validator for several flags.
@@ -68,6 +70,8 @@ def run(main, takes_arguments=False, last_flags=("", ())):
     """
 
     def guarded_main(argv):
+        global _runs_script
+        _runs_script = True
         script = os.path.basename(argv[0])
         try:
             _refuse_flags_of_other_scripts(last_flags)
@@ -126,7 +130,7 @@ def _discard_stdout():
 
 
 class _StopSignals:
-    """A context in which SIGINT and SIGTERM call a handler; a second one ends the process at once.
+    """A context in which SIGINT and SIGTERM call a handler; a second one ends a script at once.
 
     Python runs signal handlers only in the main thread and only between two of its instructions,
     but a call into TensorFlow can take minutes. So a thread is notified of the signals as well.
@@ -173,19 +177,26 @@ class _StopSignals:
         while received := self._receiver.recv(1):
             number = received[0]
             if number in _STOP_SIGNALS:
-                if self.signal_number is not None:
+                if self.signal_number is not None and _runs_script:
                     os._exit(128 + number)
-                self.signal_number = number
+                self.signal_number = self.signal_number or number
 
 
 class DeferredSignals(_StopSignals):
     """A context in which the first SIGINT or SIGTERM interrupts nothing.
 
-    The program polls `signal_number`. A second signal ends the process at once.
+    The program polls `signal_number`. A second signal ends a script at once. In a process that does
+    more than run a script, for example a notebook's kernel, it raises KeyboardInterrupt.
     """
 
     def __init__(self):
-        super().__init__(lambda number, frame: None)
+        super().__init__(self._defer)
+        self._count = 0
+
+    def _defer(self, number, frame):
+        self._count += 1
+        if self._count > 1 and not _runs_script:
+            raise KeyboardInterrupt
 
 
 def _interrupt(number, frame):

@@ -3,7 +3,7 @@
 import re
 
 
-class UserError(RuntimeError):
+class UserError(Exception):
     """The user can fix this. The message is one line that says what is wrong and what to do."""
 
     def __init__(self, message):

@@ -40,7 +40,6 @@ def lrn(input, depth_radius=5, bias=1.0, alpha=1.0, beta=0.5, name=None):
     if tensorflow_v1.GPUS or not is_covered or input.shape[3] is None:
         return tf.nn.lrn(input, depth_radius, bias, alpha, beta, name)
     channels = input.shape.as_list()[3]
-    shape = tf.concat([tf.shape(input)[:3], [channels]], axis=0)
 
     def window_sums(rows, factor):
         # A matrix product with a band of ones runs at the processor's full speed, which outweighs
@@ -64,6 +63,7 @@ def lrn(input, depth_radius=5, bias=1.0, alpha=1.0, beta=0.5, name=None):
         return result, gradient
 
     with tf.name_scope(name or "lrn") as scope:
+        shape = tf.concat([tf.shape(input)[:3], [channels]], axis=0)
         normalized = normalize(tf.reshape(input, [-1, channels]))
         return tf.ensure_shape(tf.reshape(normalized, shape), input.shape, name=scope)
 

@@ -373,8 +373,6 @@ def _errors_explained(progress, signals, check_input, worker):
         yield
     except (tf.errors.OutOfRangeError, tf.errors.CancelledError):
         pass  # the input ended or was closed
-    except UserError:
-        raise
     except RuntimeError:  # worker.release() closed the session between two of its calls
         if worker is None or signals.signal_number is None:
             raise

@@ -2,7 +2,7 @@
 
 `tf.summary` derives tags from the names of operations: it appends `_1` to a name that is taken,
 and `/image/0` to images. The operations here share one scope, which keeps the graph readable in
-TensorBoard.
+TensorBoard. If the graph already has a summary with the tag, it keeps that one.
 """
 
 from support.tensorflow_v1 import tf
@@ -15,14 +15,16 @@ MAX_SHEET_IMAGES = 128
 
 def scalar(tag, value):
     """Adds a scalar summary of a tensor of shape []."""
-    with tf.name_scope(SCOPE):
-        _add(tf.raw_ops.ScalarSummary(tags=tag, values=value, name=tag))
+    if not _has(tag):
+        with tf.name_scope(SCOPE):
+            _add(tf.raw_ops.ScalarSummary(tags=tag, values=value, name=tag))
 
 
 def histogram(tag, values):
     """Adds a histogram of a tensor of any shape. Running it fails if a value is not finite."""
-    with tf.name_scope(SCOPE):
-        _add(tf.raw_ops.HistogramSummary(tag=tag, values=values, name=tag))
+    if not _has(tag):
+        with tf.name_scope(SCOPE):
+            _add(tf.raw_ops.HistogramSummary(tag=tag, values=values, name=tag))
 
 
 def sparsity(tag, values):
@@ -40,6 +42,8 @@ def image_sheet(tag, images):
       tag: string.
       images: float32 [batch, height, width, 3]; the first MAX_SHEET_IMAGES are shown.
     """
+    if _has(tag):
+        return
     with tf.name_scope(SCOPE), tf.name_scope(f"{tag}_sheet"):
         images = images[:MAX_SHEET_IMAGES]
         low = tf.reduce_min(images, [1, 2, 3], keepdims=True)
@@ -58,10 +62,22 @@ def image_sheet(tag, images):
         plugin = tf.SummaryMetadata.PluginData(plugin_name="images")
         metadata = tf.SummaryMetadata(plugin_data=plugin).SerializeToString()
         tensor = tf.stack([size[1], size[0], png])
+    with tf.name_scope(SCOPE):
         _add(
-            tf.raw_ops.TensorSummaryV2(tag=tag, tensor=tensor, serialized_summary_metadata=metadata)
+            tf.raw_ops.TensorSummaryV2(
+                tag=tag, tensor=tensor, serialized_summary_metadata=metadata, name=tag
+            )
         )
 
 
 def _add(summary):
     tf.add_to_collection(tf.GraphKeys.SUMMARIES, summary)
+
+
+def _has(tag):
+    """Returns whether the graph has a summary with a tag: it cannot merge two with the same tag."""
+    try:
+        tf.get_default_graph().get_operation_by_name(f"{SCOPE}{tag}")
+    except KeyError:
+        return False
+    return True

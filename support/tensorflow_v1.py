@@ -5,10 +5,11 @@ The other modules write `from support.tensorflow_v1 import tf`; `tf` is `tensorf
 Importing this module has four effects:
 
 - TF_CPP_MIN_LOG_LEVEL becomes 2 unless it is set: TensorFlow's C++ code then logs errors only.
-  Otherwise, each queue thread would warn that it was canceled whenever a session ends.
+  Otherwise, each queue thread would warn that it was canceled whenever a session ends. This has no
+  effect if TensorFlow was imported before.
 - Eager execution is turned off.
-- TensorFlow's Python logger no longer advises you to replace queues with tf.data, unless it logs
-  INFO messages.
+- TensorFlow's Python logger has the level WARNING unless it has a level of its own. It no longer
+  advises you to replace queues with tf.data, unless it logs INFO messages.
 - TensorFlow looks for GPUs, but does not allocate their memory.
 """
 
@@ -18,6 +19,7 @@ import logging
 import os
 import platform
 import re
+import signal
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
@@ -27,6 +29,8 @@ _collects_garbage = gc.isenabled()
 gc.disable()
 try:
     import tensorflow.compat.v1 as tf
+except KeyboardInterrupt:  # in the first seconds of a script, when nothing has begun
+    raise SystemExit(128 + signal.SIGINT) from None
 finally:
     if _collects_garbage:
         gc.enable()
@@ -43,6 +47,10 @@ def _is_not_deprecation_advice(record):
     return not is_advice or tf.get_logger().isEnabledFor(logging.INFO)
 
 
+# Without a level of its own, the logger would have that of the root logger, which absl sets to INFO
+# in `tf.app.run`.
+if tf.get_logger().level == logging.NOTSET:
+    tf.get_logger().setLevel(logging.WARNING)
 tf.get_logger().addFilter(_is_not_deprecation_advice)
 
 

@@ -217,9 +217,11 @@ def test_class_names_that_change_during_an_evaluation_do_not_affect_it(records, 
     assert np.shape(result["confusion_matrix"]) == (10, 10)
 
 
-def test_evaluating_fewer_images_than_there_are_is_reported_unless_requested(records, capsys):
+def test_evaluating_fewer_images_than_there_are_is_reported_unless_requested(
+    records, capsys, monkeypatch
+):
     save_checkpoint(FLAGS.checkpoint_dir, 7)
-    FLAGS.set_default("num_examples", 100)
+    monkeypatch.setattr(cifar10, "NUM_EXAMPLES_PER_EPOCH_FOR_EVAL", 100)
     cifar10_eval.evaluate()
     assert capsys.readouterr().err == (
         "There are 131 images: evaluating the first 100 of them (--num_examples)\n"
@@ -228,6 +230,16 @@ def test_evaluating_fewer_images_than_there_are_is_reported_unless_requested(rec
     cifar10_eval.evaluate()
     assert capsys.readouterr().err == ""
     assert [result["count"] for result in written_results()] == [100, 99]
+
+
+def test_an_edited_example_count_limits_the_evaluation_of_training_images_as_well(
+    records, monkeypatch
+):
+    save_checkpoint(FLAGS.checkpoint_dir, 7)
+    monkeypatch.setattr(cifar10_input, "NUM_EXAMPLES_PER_EPOCH_FOR_EVAL", 9)
+    FLAGS.eval_data = "train_eval"
+    cifar10_eval.evaluate()
+    assert [result["count"] for result in written_results()] == [9]
 
 
 @pytest.mark.parametrize("module", [cifar10, cifar10_input])

@@ -20,6 +20,7 @@ from conftest import (
 from PIL import Image
 
 import cifar10_input
+from support import dataset
 from support.errors import UserError
 from support.tensorflow_v1 import tf
 
@@ -490,3 +491,21 @@ def test_an_image_summary_shows_the_batch_that_the_model_gets(
     low, high = (f(images, axis=(1, 2, 3), keepdims=True) for f in (np.min, np.max))
     expected = 255 * (images - low) / (high - low)
     np.testing.assert_allclose(cells[:batch_size, 1:25, 1:25], expected, atol=1.01)
+
+
+def test_equal_contrast_factors_scale_every_image_by_that_factor(tmp_path, monkeypatch):
+    # Without standardization, which would hide it. Half of the pixels are 80, half are 120.
+    monkeypatch.setattr(tf.image, "per_image_standardization", lambda image: image)
+    write_dataset(tmp_path)
+    records = np.full([4, 3073], 80, np.uint8)
+    records[:, 1::2] = 120
+    records[:, 0] = 0
+    for path in dataset.record_files(tmp_path, eval_data=False):
+        records.tofile(path)
+    distortion = cifar10_input.Distortion(0.0, 0.5, 0.5, random_flip=False)
+    images, _ = cifar10_input.distorted_inputs(
+        str(tmp_path), 8, 0.01, distortion=distortion, fast_ops=False
+    )
+    with running_queues() as session:
+        images = session.run(images)
+    np.testing.assert_allclose(np.ptp(images, axis=(1, 2, 3)), 20, atol=1e-3)

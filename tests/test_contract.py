@@ -7,6 +7,8 @@ edited, and flags. tests/test_cifar10.py tests the variables and the operations 
 import inspect
 import itertools
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -25,7 +27,7 @@ import cifar10_input
 import cifar10_multi_gpu_train
 import cifar10_train
 from support import dataset, fast_input
-from support.errors import DataError
+from support.errors import DataError, UserError
 from support.tensorflow_v1 import session_config, tf
 
 pytestmark = pytest.mark.usefixtures("graph")
@@ -738,3 +740,50 @@ def test_tf_app_runs_the_main_function_of_a_script(data_folder, tmp_path, monkey
     assert tf.train.latest_checkpoint(str(tmp_path / "train")).endswith("model.ckpt-2")
     (start,) = json.loads((tmp_path / "train" / "run.json").read_text())
     assert start["flags"]["batch_size"] == 4
+
+
+def test_a_fork_that_disables_the_behavior_of_tensorflow_2_trains():
+    code = """
+import cifar10
+from support.tensorflow_v1 import tf
+tf.disable_v2_behavior()
+global_step = tf.train.get_or_create_global_step()
+loss = cifar10.loss(cifar10.inference(tf.zeros([2, 24, 24, 3])), tf.constant([0, 1]))
+train_op = cifar10.train(loss, global_step)
+with tf.train.MonitoredTrainingSession() as session:
+    session.run(train_op)
+    print(session.run(global_step))
+"""
+    output = subprocess.check_output([sys.executable, "-c", code], text=True, cwd=ROOT)
+    assert output == "1\n"
+
+
+def test_constants_that_were_edited_are_recorded_instead_of_the_defaults_of_their_flags(
+    monkeypatch,
+):
+    monkeypatch.setattr(cifar10, "INITIAL_LEARNING_RATE", 0.05)
+    monkeypatch.setattr(cifar10_input, "IMAGE_SIZE", 28)
+    monkeypatch.setattr(cifar10_input, "NUM_PREPROCESS_THREADS", 2)
+    cifar10.FLAGS.weight_decay = 0.5
+    monkeypatch.setattr(cifar10, "WEIGHT_DECAY", 0.25)
+    values = {
+        "initial_learning_rate": 0.1,
+        "crop_size": 24,
+        "num_preprocess_threads": 16,
+        "weight_decay": 0.5,
+        "batch_size": 128,
+    }
+    assert cifar10.flags_in_effect(values) == {
+        "initial_learning_rate": 0.05,
+        "crop_size": 28,
+        "num_preprocess_threads": 2,
+        "weight_decay": 0.5,
+        "batch_size": 128,
+    }
+
+
+@pytest.mark.parametrize("size", [7, 33])
+def test_an_image_size_that_the_records_or_the_model_do_not_allow_is_refused(monkeypatch, size):
+    monkeypatch.setattr(cifar10_input, "IMAGE_SIZE", size)
+    with pytest.raises(UserError, match=f"IMAGE_SIZE is {size}, but it must be 8 to 32"):
+        cifar10.crop_size()

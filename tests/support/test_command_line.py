@@ -81,21 +81,24 @@ def running(path, *arguments):
 
 
 WAITS = """
-    import hashlib, sys, threading, time
-    from support.command_line import DeferredSignals
+    import hashlib, threading, time
+    from support.command_line import DeferredSignals, run
 
     def report(signals):
         while signals.signal_number is None:
             time.sleep(0.01)
         print("received", signals.signal_number, flush=True)
 
-    with DeferredSignals() as signals:
-        threading.Thread(target=report, args=[signals], daemon=True).start()
-        print("ready", flush=True)
-        if sys.argv[1] == "sleep":
-            time.sleep(60)
-        else:  # an uninterruptible call, which would take an hour
-            hashlib.pbkdf2_hmac("sha256", b"password", b"salt", 2**31 - 1)
+    def main(argv):
+        with DeferredSignals() as signals:
+            threading.Thread(target=report, args=[signals], daemon=True).start()
+            print("ready", flush=True)
+            if argv[1] == "sleep":
+                time.sleep(60)
+            else:  # an uninterruptible call, which would take an hour
+                hashlib.pbkdf2_hmac("sha256", b"password", b"salt", 2**31 - 1)
+
+    run(main, takes_arguments=True)
     """
 
 
@@ -594,3 +597,24 @@ def test_each_command_refuses_flags_of_other_commands(script, flag):
     name = flag.partition("=")[0].lstrip("-")
     assert (process.returncode, process.stdout) == (1, "")
     assert f"Unknown command line flag '{name}'" in process.stderr
+
+
+def test_a_second_interrupt_does_not_end_a_process_that_runs_no_script():
+    code = """
+import os, signal, time
+from support.command_line import DeferredSignals
+try:
+    with DeferredSignals() as signals:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.2)
+        assert signals.signal_number == signal.SIGINT
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(10)
+except KeyboardInterrupt:
+    print("interrupted")
+assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+"""
+    process = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False
+    )
+    assert (process.returncode, process.stdout, process.stderr) == (0, "interrupted\n", "")

@@ -87,3 +87,13 @@ def test_a_histogram_of_a_value_that_is_not_finite_fails_and_names_its_tag(value
     summaries.histogram("gradients/conv1/weights", tf.constant([value]))
     with pytest.raises(tf.errors.InvalidArgumentError, match="for: summaries/gradients/conv1/w"):
         run_summaries()
+
+
+def test_a_second_summary_with_the_same_tag_is_left_out(graph):
+    for _ in range(2):
+        summaries.scalar("a/scalar", 1.0)
+        summaries.histogram("a/histogram", [1.0, 2.0])
+        summaries.image_sheet("a/sheet", tf.zeros([2, 4, 4, 3]))
+    with tf.Session() as session:
+        merged = tf.Summary.FromString(session.run(tf.summary.merge_all()))
+    assert sorted(value.tag for value in merged.value) == ["a/histogram", "a/scalar", "a/sheet"]
