@@ -4,7 +4,7 @@
     python benchmarks/compare.py --turns=2 --steps=2     # a quick look
 
 The baseline is the graph that the tutorial describes: the scripts with --fast_ops=false, in
-float32. The benchmark takes about five minutes on two cores and generates its own dataset.
+float32. The benchmark takes two to five minutes on two cores and generates its own dataset.
 
 The speed of a shared machine drifts, so the contenders take turns. Each figure is the median, over
 the turns, of the ratio within one turn.
