@@ -1,10 +1,13 @@
 """Compares the speed of this project with a baseline, and prints a table.
 
     python benchmarks/compare.py
-    python benchmarks/compare.py --turns=2 --steps=2     # a quick look
+    python benchmarks/compare.py --turns=2 --steps=2               # a quick look
+    ONEDNN_MAX_CPU_ISA=AVX2 python benchmarks/compare.py           # as without AVX512
+    TF_ENABLE_ONEDNN_OPTS=0 python benchmarks/compare.py           # without oneDNN
 
 The baseline is the graph that the tutorial describes: the scripts with --fast_ops=false, in
-float32. The benchmark takes two to five minutes on two cores and generates its own dataset.
+float32, with the same kernels. The benchmark takes two to five minutes on two cores and generates
+its own dataset.
 
 The speed of a shared machine drifts, so the contenders take turns. Each figure is the median, over
 the turns, of the ratio within one turn.
@@ -195,27 +198,26 @@ def prepare_dataset(data_dir):
 
 
 def compare_training():
-    figures = time_steps(
-        {
-            "baseline": Contender(build_training, fast_ops=False),
-            "fast": Contender(build_training),
-            "resident": Contender(build_resident_training),
-            "fast fp16": Contender(build_training, use_fp16=True),
-            "resident fp16": Contender(build_resident_training, use_fp16=True),
-            "matrix product": Contender(build_matrix_product),
-        }
-    )
+    contenders = {
+        "baseline": Contender(build_training, fast_ops=False),
+        "fast": Contender(build_training),
+        "resident": Contender(build_resident_training),
+        "matrix product": Contender(build_matrix_product),
+    }
+    # Where oneDNN is limited to older instructions, operations in bfloat16 end the process.
+    includes_fp16 = "ONEDNN_MAX_CPU_ISA" not in os.environ
+    if includes_fp16:
+        contenders["fast fp16"] = Contender(build_training, use_fp16=True)
+        contenders["resident fp16"] = Contender(build_resident_training, use_fp16=True)
+    figures = time_steps(contenders)
     print_row("training, float32 (baseline = 1)", ratios(figures, "baseline", "fast"), 1.5, 2)
-    print_row(
-        "training, `--use_fp16` (baseline = 1)", ratios(figures, "baseline", "fast fp16"), 2.2, 3
-    )
+    if includes_fp16:
+        shares = ratios(figures, "baseline", "fast fp16")
+        print_row("training, `--use_fp16` (baseline = 1)", shares, 2.2, 3)
     print_row("float32 (resident batch = 1)", ratios(figures, "resident", "fast"), 0.9, 0.97)
-    print_row(
-        "`--use_fp16` (resident batch = 1)",
-        ratios(figures, "resident fp16", "fast fp16"),
-        0.75,
-        0.9,
-    )
+    if includes_fp16:
+        shares = ratios(figures, "resident fp16", "fast fp16")
+        print_row("`--use_fp16` (resident batch = 1)", shares, 0.75, 0.9)
     arithmetic = BATCH_SIZE * MFLOP_PER_IMAGE * 1e6 / (2 * MATRIX_SIZE**3)  # in matrix products
     print_row(
         "resident batch, float32 (arithmetic alone = 1)",

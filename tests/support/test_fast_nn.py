@@ -1,4 +1,4 @@
-"""Tests of the faster normalization against tf.nn.lrn, and of the module's other names."""
+"""Tests of the faster operations against those of tf.nn, and of the module's other names."""
 
 import inspect
 
@@ -166,7 +166,7 @@ def test_the_signature_is_that_of_tf_nn():
     assert fast_nn.local_response_normalization is fast_nn.lrn
 
 
-@pytest.mark.parametrize("name", ["conv2d", "max_pool", "bias_add", "relu", "softmax"])
+@pytest.mark.parametrize("name", ["max_pool", "bias_add", "relu", "softmax"])
 def test_other_names_are_those_of_tf_nn(name):
     assert getattr(fast_nn, name) is getattr(tf.nn, name)
 
@@ -174,3 +174,81 @@ def test_other_names_are_those_of_tf_nn(name):
 def test_a_name_that_tf_nn_does_not_have_is_an_attribute_error():
     with pytest.raises(AttributeError, match="max_poool"):
         fast_nn.max_poool  # noqa: B018
+
+
+# --- Convolution; see test_winograd.py for its results.
+
+
+def conv2d_operations():
+    return [op for op in tf.get_default_graph().get_operations() if op.type == "Conv2D"]
+
+
+@pytest.fixture
+def winograd_everywhere(monkeypatch):
+    monkeypatch.setattr(tensorflow_v1, "GPUS", [])
+    monkeypatch.setattr(tensorflow_v1, "USES_ONEDNN", True)
+
+
+def convolve(images_shape=(2, 12, 12, 64), filters_shape=(5, 5, 64, 64), dtype=tf.float32, **given):
+    arguments = {"strides": [1, 1, 1, 1], "padding": "SAME", **given}
+    images = tf.placeholder(dtype, images_shape)
+    return fast_nn.conv2d(images, tf.zeros(filters_shape, dtype), **arguments, name="conv")
+
+
+def test_conv2d_has_the_signature_of_tf_nn_conv2d():
+    own, reference = (inspect.signature(nn.conv2d).parameters for nn in (fast_nn, tf.nn))
+    assert list(own) == list(reference)
+    for name, parameter in own.items():
+        default = parameter.default
+        assert (list(default) if name == "dilations" else default) == reference[name].default
+
+
+@pytest.mark.parametrize("batch", [None, 2, 40])
+def test_conv2d_with_5_x_5_filters_uses_winograds_algorithm(winograd_everywhere, batch):
+    result = convolve(images_shape=[batch, 12, 12, 64])
+    assert result.op.name == "conv"
+    assert result.shape.as_list() == [batch, 12, 12, 64]
+    assert not conv2d_operations()
+
+
+def test_conv2d_takes_the_filters_by_either_name(winograd_everywhere):
+    images = tf.ones([2, 12, 12, 32])
+    arguments = {"strides": [1, 1, 1, 1], "padding": "SAME"}
+    results = [
+        fast_nn.conv2d(images, **{name: tf.ones([5, 5, 32, 32])}, **arguments)
+        for name in ("filter", "filters")
+    ]
+    with tf.Session() as session:
+        first, second = session.run(results)
+    np.testing.assert_array_equal(first, second)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"dtype": tf.float64},
+        {"dtype": tf.float16},
+        {"strides": [1, 2, 2, 1]},
+        {"padding": "VALID"},
+        {"padding": [[0, 0], [2, 2], [2, 2], [0, 0]]},
+        {"dilations": [1, 2, 2, 1]},
+        {"images_shape": (2, 64, 12, 12), "data_format": "NCHW"},
+        {"filters_shape": (3, 3, 64, 64)},
+        {"images_shape": (2, 24, 24, 3), "filters_shape": (5, 5, 3, 64)},
+        {"filters_shape": (5, 5, 64, 31)},
+        {"images_shape": (2, None, None, 64)},
+    ],
+    ids=str,
+)
+def test_conv2d_is_that_of_tf_nn_in_all_other_cases(winograd_everywhere, arguments):
+    result = convolve(**arguments)
+    assert [op.name for op in conv2d_operations()] == [result.op.name] == ["conv"]
+
+
+@pytest.mark.parametrize(("name", "value"), [("GPUS", ["a GPU"]), ("USES_ONEDNN", False)])
+def test_conv2d_is_that_of_tf_nn_on_gpus_and_without_onednn(
+    winograd_everywhere, monkeypatch, name, value
+):
+    monkeypatch.setattr(tensorflow_v1, name, value)
+    result = convolve()
+    assert [op.name for op in conv2d_operations()] == [result.op.name] == ["conv"]

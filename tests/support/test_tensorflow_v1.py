@@ -1,6 +1,8 @@
 """Tests of graph mode, of the session configuration and of what TensorFlow logs."""
 
 import logging
+import os
+import platform
 import subprocess
 import sys
 
@@ -218,3 +220,20 @@ def test_other_errors_are_not_taken_for_that_of_a_histogram(graph):
         session.run(failure)
     assert not tensorflow_v1.is_nonfinite_histogram(caught.value)
     assert not tensorflow_v1.is_nonfinite_histogram(ValueError("Nan in histogram for: x"))
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="oneDNN is turned on for x86 only")
+@pytest.mark.parametrize(("given", "expected"), [(None, "1"), ("0", "0"), ("1", "1")])
+def test_onednn_is_on_unless_the_user_has_decided(given, expected):
+    environment = {name: os.environ[name] for name in os.environ if "ONEDNN" not in name}
+    if given is not None:
+        environment["TF_ENABLE_ONEDNN_OPTS"] = given
+    code = """
+import os
+from support import tensorflow_v1
+print(os.environ["TF_ENABLE_ONEDNN_OPTS"], tensorflow_v1.USES_ONEDNN)
+"""
+    output = subprocess.check_output(
+        [sys.executable, "-c", code], text=True, cwd=ROOT, env=environment
+    )
+    assert output == f"{expected} {expected == '1'}\n"
