@@ -13,6 +13,8 @@ from support.tensorflow_v1 import tf
 # With 16 input and output channels, the transforms take more time than they save. With 32, the
 # algorithm is faster on a processor without AVX512; with 64, it is faster with AVX512 as well.
 MIN_CHANNELS = 32
+# Each block of winograd.BLOCK_SIZE images has operations of its own in the graph.
+MAX_BATCH_SIZE = 256
 
 
 def __getattr__(name):
@@ -33,9 +35,9 @@ def conv2d(
     """Convolves like `tf.nn.conv2d`, with Winograd's algorithm where that is faster.
 
     That is the case for float32 filters of 5 x 5 with at least MIN_CHANNELS input and output
-    channels, stride 1 and padding SAME. Relative to the L2 norm, the results have an error of about
-    3e-6; the error of `tf.nn.conv2d` is 2e-7. Do not use it in 16 bits, where the error would be
-    too large.
+    channels, stride 1, padding SAME and at most MAX_BATCH_SIZE images. Relative to the L2 norm, the
+    results have an error of about 3e-6; the error of `tf.nn.conv2d` is 2e-7. Do not use it in 16
+    bits, where the error would be too large.
 
     Args:
       input: float32 [batch, height, width, m].
@@ -72,11 +74,13 @@ def _can_use_winograd(input, filter):
         return False
     size = winograd.FILTER_SIZE
     height, width, depth, channels = filter.shape.as_list()
+    batch = input.shape.as_list()[0]
     return (
         input.dtype == filter.dtype == tf.float32
         and input.shape[1:].is_fully_defined()
         and (height, width) == (size, size)
         and min(depth, channels) >= MIN_CHANNELS
+        and (batch is None or batch <= MAX_BATCH_SIZE)
     )
 
 

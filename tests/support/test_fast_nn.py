@@ -237,6 +237,7 @@ def test_conv2d_takes_the_filters_by_either_name(winograd_everywhere):
         {"images_shape": (2, 24, 24, 3), "filters_shape": (5, 5, 3, 64)},
         {"filters_shape": (5, 5, 64, 31)},
         {"images_shape": (2, None, None, 64)},
+        {"images_shape": (257, 12, 12, 64)},
     ],
     ids=str,
 )
