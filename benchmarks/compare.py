@@ -1,25 +1,22 @@
-"""Compares the speed of this project with a baseline, and prints a table.
+"""Compares the speed of this project with that of other implementations, and prints a table.
 
     python benchmarks/compare.py
     python benchmarks/compare.py --turns=2 --steps=2               # a quick look
     ONEDNN_MAX_CPU_ISA=AVX2 python benchmarks/compare.py           # as without AVX512
-    TF_ENABLE_ONEDNN_OPTS=0 python benchmarks/compare.py           # without oneDNN
 
 The baseline is the graph that the tutorial describes: the scripts with --fast_ops=false, in
-float32, with the same kernels. The benchmark takes two to five minutes on two cores and generates
-its own dataset.
+float32. Keras 3 trains the same network with tf.data. The benchmark takes five minutes on two cores
+and generates its own dataset, which has the size of CIFAR-10.
 
 The speed of a shared machine drifts, so the contenders take turns. Each figure is the median, over
 the turns, of the ratio within one turn.
 """
 
-import contextlib
-import functools
-import io
 import itertools
 import os
 import pathlib
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -29,20 +26,14 @@ import time
 ROOT = pathlib.Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-import numpy as np  # noqa: E402
+import turns  # noqa: E402
 from absl import flags  # noqa: E402
-from absl.testing import flagsaver  # noqa: E402
+from contender import MATRIX_SIZE  # noqa: E402
 
-import cifar10  # noqa: E402
 import cifar10_input  # noqa: E402
-from support import command_line, dataset, fast_input, synthetic  # noqa: E402
+from support import command_line, dataset, synthetic  # noqa: E402
 from support.errors import UserError  # noqa: E402
-from support.tensorflow_v1 import (  # noqa: E402
-    find_processor_name,
-    has_fast_bfloat16,
-    session_config,
-    tf,
-)
+from support.tensorflow_v1 import find_processor_name, has_fast_bfloat16, tf  # noqa: E402
 
 FLAGS = flags.FLAGS
 
@@ -55,126 +46,28 @@ flags.DEFINE_integer(
 )
 flags.DEFINE_integer("steps", 8, "Number of training steps to time in a turn.", lower_bound=1)
 
+CONTENDER = pathlib.Path(__file__).parent / "contender.py"
+KERAS_CONTENDER = pathlib.Path(__file__).parent / "keras_contender.py"
 BATCH_SIZE = 128
 RECORDS_PER_FILE = 10_000  # as in CIFAR-10
 MFLOP_PER_IMAGE = 105  # multiplications and additions of the forward and the backward pass
-MATRIX_SIZE = 2048
-# Untimed steps at the start of a turn. During the other contenders' turns, the queue fills to three
-# batches beyond its minimum, and each of its threads prepares another block of images.
-WARM_UP_STEPS = 4 + cifar10_input.NUM_PREPROCESS_THREADS * fast_input.RECORDS_PER_READ // BATCH_SIZE
-
-
-class Contender:
-    """A graph with its own session and running queues.
-
-    Args:
-      build: function that builds the graph and returns the tensors that each step fetches.
-      **flag_values: flags to build it with, such as fast_ops=False.
-    """
-
-    def __init__(self, build, **flag_values):
-        with tf.Graph().as_default() as self.graph, flagsaver.flagsaver(**flag_values):
-            with contextlib.redirect_stdout(io.StringIO()):  # hides the line about the queue
-                self._fetches = build()
-            self._session = tf.Session(config=session_config(FLAGS.use_fp16))
-            self._session.run(tf.global_variables_initializer())
-            self._coordinator = tf.train.Coordinator()
-            for runner in tf.get_collection(tf.GraphKeys.QUEUE_RUNNERS):
-                runner.create_threads(self._session, self._coordinator, daemon=True, start=True)
-        self._run(1)
-
-    def _run(self, steps):
-        for _ in range(steps):
-            self._session.run(self._fetches)
-
-    def seconds_per_step(self, steps):
-        self._run(min(2 * steps, WARM_UP_STEPS))
-        start = time.perf_counter()
-        self._run(steps)
-        return (time.perf_counter() - start) / steps
-
-    def cpu_seconds_per_step(self, steps):
-        # With full queues before and after, each image that a step took was replaced.
-        _wait_until_idle()
-        start = time.process_time()
-        self._run(steps)
-        _wait_until_idle()
-        return (time.process_time() - start) / steps
-
-    def close(self):
-        self._coordinator.request_stop()
-        self._coordinator.join()
-        self._session.close()
-
-
-def _wait_until_idle():
-    """Waits until no thread of this process uses the CPU, because all queues are full."""
-    used = None
-    while used is None or time.process_time() - used > 0.002:
-        used = time.process_time()
-        time.sleep(0.1)
-
-
-def _build_training(images, labels):
-    with tf.device("/cpu:0"):
-        global_step = tf.train.get_or_create_global_step()
-    loss = cifar10.loss(cifar10.inference(images), labels)
-    return cifar10.train(loss, global_step), loss  # the scripts fetch the loss of each step, too
-
-
-def build_training():
-    """Builds training from the queues."""
-    return _build_training(*cifar10.distorted_inputs(BATCH_SIZE))
-
-
-def build_resident_training():
-    """Builds training on a resident batch: it is already in memory, so there is no input."""
-    generator = np.random.default_rng(0)
-    shape = [BATCH_SIZE, cifar10.crop_size(), cifar10.crop_size(), 3]
-    images = tf.get_variable(
-        "resident", initializer=generator.normal(size=shape).astype(np.float32), trainable=False
-    )
-    return _build_training(images.read_value(), tf.range(BATCH_SIZE) % cifar10.NUM_CLASSES)
-
-
-def build_input():
-    """Builds only the training input; fetching the operation does not copy the batch."""
-    images, _ = cifar10.distorted_inputs(BATCH_SIZE)
-    return images.op
-
-
-def build_matrix_product():
-    """Builds the product of two large matrices, the fastest arithmetic on this machine."""
-    matrix = tf.get_variable("matrix", [MATRIX_SIZE, MATRIX_SIZE])
-    return tf.matmul(matrix, matrix).op
-
-
-def take_turns(turns, measurements):
-    """Calls all functions of a dict once per turn; returns a dict of lists of their results."""
-    figures = {name: [] for name in measurements}
-    for _ in range(turns):
-        for name, measure in measurements.items():
-            figures[name].append(measure())
-    return figures
+MEMORY_STEPS = 20  # steps after which the memory of a training process no longer grows
 
 
 def time_steps(contenders):
     """Returns the seconds per step of each contender (dict by name) in each turn; closes them."""
-    figures = take_turns(
+    for contender in contenders.values():
+        contender.wait_until_ready()
+    seconds = turns.take_turns(
         FLAGS.turns,
         {
-            name: functools.partial(contender.seconds_per_step, FLAGS.steps)
+            name: lambda contender=contender: contender.seconds_per_step(FLAGS.steps)
             for name, contender in contenders.items()
         },
     )
     for contender in contenders.values():
         contender.close()
-    return figures
-
-
-def ratios(figures, numerator, denominator):
-    """Returns the ratio of two figures in each turn."""
-    return [a / b for a, b in zip(figures[numerator], figures[denominator], strict=True)]
+    return seconds
 
 
 def print_row(name, ratios, *more_columns):
@@ -183,9 +76,7 @@ def print_row(name, ratios, *more_columns):
 
 
 def prepare_dataset(data_dir):
-    """Generates the synthetic dataset, and sets the flags to use it.
-
-    Each training file is repeated until it is as large as CIFAR-10's.
+    """Generates the synthetic dataset, and repeats each training file to the size of CIFAR-10's.
 
     Returns:
       The path of the folder with the record files.
@@ -193,145 +84,183 @@ def prepare_dataset(data_dir):
     folder = synthetic.maybe_generate(data_dir)
     for path in map(pathlib.Path, dataset.record_files(folder, eval_data=False)):
         path.write_bytes(path.read_bytes() * (RECORDS_PER_FILE // synthetic.RECORDS_PER_FILE))
-    FLAGS.data_dir, FLAGS.synthetic_data = data_dir, True
     return folder
 
 
-def compare_training():
+def compare_training(folder, shared_flags, onednn_is_default):
+    """Prints the rows about training steps; returns the images per second by contender."""
+
+    def train(*arguments, kind="training", **environment):
+        return turns.Contender(CONTENDER, kind, *shared_flags, *arguments, **environment)
+
+    queued = int(
+        FLAGS.min_fraction_of_examples_in_queue
+        * cifar10_input.num_examples_per_epoch(str(folder), eval_data=False)
+    )
     contenders = {
-        "baseline": Contender(build_training, fast_ops=False),
-        "fast": Contender(build_training),
-        "resident": Contender(build_resident_training),
-        "matrix product": Contender(build_matrix_product),
+        "float32": train(),
+        "baseline without oneDNN": train("--fast_ops=false", TF_ENABLE_ONEDNN_OPTS="0"),
+        "baseline": train("--fast_ops=false"),
+        "Keras": turns.Contender(
+            KERAS_CONTENDER,
+            folder,
+            BATCH_SIZE,
+            max(1, queued),
+            KERAS_BACKEND="tensorflow",
+            TF_ENABLE_ONEDNN_OPTS="1",
+        ),
+        "resident": train(kind="resident"),
+        "matrix product": train(kind="matrix_product"),
     }
     # Where oneDNN is limited to older instructions, operations in bfloat16 end the process.
-    includes_fp16 = "ONEDNN_MAX_CPU_ISA" not in os.environ
-    if includes_fp16:
-        contenders["fast fp16"] = Contender(build_training, use_fp16=True)
-        contenders["resident fp16"] = Contender(build_resident_training, use_fp16=True)
-    figures = time_steps(contenders)
-    print_row("training, float32 (baseline = 1)", ratios(figures, "baseline", "fast"), 1.5, 2)
-    if includes_fp16:
-        shares = ratios(figures, "baseline", "fast fp16")
-        print_row("training, `--use_fp16` (baseline = 1)", shares, 2.2, 3)
-    print_row("float32 (resident batch = 1)", ratios(figures, "resident", "fast"), 0.9, 0.97)
-    if includes_fp16:
-        shares = ratios(figures, "resident fp16", "fast fp16")
-        print_row("`--use_fp16` (resident batch = 1)", shares, 0.75, 0.9)
+    if has_fast_bfloat16() and "ONEDNN_MAX_CPU_ISA" not in os.environ:
+        contenders["16 bits"] = train("--use_fp16")
+    seconds = time_steps(contenders)
+
+    goals = ["", ""] if onednn_is_default else [2.3, 3]
+    ratios = turns.ratios(seconds["baseline without oneDNN"], seconds["float32"])
+    print_row("training (baseline without oneDNN = 1)", ratios, *goals)
+    ratios = turns.ratios(seconds["baseline"], seconds["float32"])
+    print_row("training (baseline with oneDNN = 1)", ratios, 1.7, 2.2)
+    ratios = turns.ratios(seconds["Keras"], seconds["float32"])
+    print_row("training (Keras 3 with oneDNN = 1)", ratios, 1.5, 1.8)
+    if "16 bits" in seconds:
+        ratios = turns.ratios(seconds["baseline"], seconds["16 bits"])
+        print_row("training, `--use_fp16` (baseline with oneDNN = 1)", ratios, 2.5, 3.5)
     arithmetic = BATCH_SIZE * MFLOP_PER_IMAGE * 1e6 / (2 * MATRIX_SIZE**3)  # in matrix products
+    ratios = turns.ratios(seconds.pop("matrix product"), seconds["resident"])
     print_row(
-        "resident batch, float32 (arithmetic alone = 1)",
-        [arithmetic * ratio for ratio in ratios(figures, "matrix product", "resident")],
-        0.55,
-        0.75,
+        "step on a resident batch (its direct arithmetic = 1)",
+        [arithmetic * ratio for ratio in ratios],
+        0.95,
+        1.3,
     )
-    del figures["matrix product"]
-    return {name: BATCH_SIZE / statistics.median(seconds) for name, seconds in figures.items()}
+    return {name: BATCH_SIZE / statistics.median(times) for name, times in seconds.items()}
 
 
-def compare_input():
-    inputs = {
-        "baseline": Contender(build_input, fast_ops=False),
-        "fast": Contender(build_input),
-    }
-    figures = take_turns(
-        FLAGS.turns,
-        {
-            name: functools.partial(contender.cpu_seconds_per_step, 4 * FLAGS.steps)
-            for name, contender in inputs.items()
-        },
-    )
-    for contender in inputs.values():
-        contender.close()
-    print_row(
-        "images distorted per CPU second (baseline = 1)", ratios(figures, "baseline", "fast"), 4, 8
-    )
+def run_script(text, script, *arguments, **environment):
+    """Runs a script.
 
-
-def seconds_until(text, script, *arguments):
-    """Runs a script and returns the seconds from its start until it prints a line with `text`."""
+    Returns:
+      (float, int): the seconds from its start until it prints a line with `text`, and the peak
+      memory of the process in the units of the system.
+    """
     start = time.perf_counter()
-    with subprocess.Popen(
-        [sys.executable, script, *arguments],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as process:
-        times = [time.perf_counter() - start for line in process.stdout if text in line]
-        errors = process.stderr.read()
-    if process.returncode:
-        raise UserError(f"{script} failed: {errors}")
-    return times[0]
+    with tempfile.TemporaryFile("w+") as errors:
+        process = subprocess.Popen(
+            [sys.executable, script, *arguments],
+            cwd=ROOT,
+            env={**os.environ, **environment},
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+        )
+        with process.stdout:
+            times = [time.perf_counter() - start for line in process.stdout if text in line]
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode:
+            errors.seek(0)
+            raise UserError(f"{script} failed: {errors.read()}")
+    return times[0], usage.ru_maxrss
 
 
-def compare_processes(folder):
-    names = ("data_dir", "synthetic_data", "min_fraction_of_examples_in_queue")
-    shared = [*(f"--{name}={FLAGS[name].value}" for name in names), f"--batch_size={BATCH_SIZE}"]
+def compare_processes(folder, shared_flags, onednn_is_default):
+    """Prints the rows about whole processes."""
     numbers = itertools.count()
+    settings = {
+        "fast": ("--fast_ops=true", {}),
+        "baseline": (
+            "--fast_ops=false",
+            {"TF_ENABLE_ONEDNN_OPTS": "1" if onednn_is_default else "0"},
+        ),
+    }
 
-    def start(fast_ops):
-        return seconds_until(
+    def train(fast_ops, environment):
+        return run_script(
             ": step 0,",
             "cifar10_train.py",
-            *shared,
-            f"--fast_ops={fast_ops}",
+            *shared_flags,
+            fast_ops,
             f"--train_dir={folder}/train_{next(numbers)}",
-            "--max_steps=1",
+            f"--max_steps={MEMORY_STEPS}",
+            **environment,
         )
 
-    def evaluate(fast_ops):
-        return seconds_until(
+    def evaluate(fast_ops, environment):
+        return run_script(
             "precision @ 1",
             "cifar10_eval.py",
-            *shared,
-            f"--fast_ops={fast_ops}",
+            *shared_flags,
+            fast_ops,
             f"--checkpoint_dir={folder}/train_0",
             f"--eval_dir={folder}/eval",
             "--eval_data=train_eval",
             "--num_examples=10000",
             "--run_once",
+            **environment,
         )
 
-    figures = take_turns(
+    figures = turns.take_turns(
         FLAGS.process_turns,
         {
-            "start": lambda: start(True),
-            "start, baseline": lambda: start(False),
-            "evaluation": lambda: evaluate(True),
-            "evaluation, baseline": lambda: evaluate(False),
+            (function, name): lambda function=function, name=name: function(*settings[name])
+            for function in (train, evaluate)
+            for name in settings
         },
     )
-    print_row(
-        "time to step 0 (baseline = 1)", ratios(figures, "start", "start, baseline"), 0.9, 0.7
+
+    def ratios(function, index):
+        fast, baseline = ([turn[index] for turn in figures[function, name]] for name in settings)
+        return turns.ratios(fast, baseline)
+
+    print_row("time to evaluate 10,000 images (baseline = 1)", ratios(evaluate, 0), 0.6, 0.4)
+    print_row("time to step 0 (baseline = 1)", ratios(train, 0), 0.7, 0.5)
+    print_row("peak memory of training (baseline = 1)", ratios(train, 1), 1.2, "1.0")
+
+
+def find_onednn_instructions():
+    """Returns the name of the instruction set that oneDNN uses, according to oneDNN."""
+    code = "import tensorflow as tf; tf.matmul(tf.ones([64, 64]), tf.ones([64, 64]))"
+    process = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "ONEDNN_VERBOSE": "1", "TF_ENABLE_ONEDNN_OPTS": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
     )
-    print_row(
-        "time to evaluate 10,000 images (baseline = 1)",
-        ratios(figures, "evaluation", "evaluation, baseline"),
-        0.8,
-        0.5,
-    )
+    return re.search(r"cpu,isa:(.*)", process.stdout)[1]
 
 
 def describe_machine():
     """Returns the hardware and the versions in one line."""
     return (
-        f"{os.cpu_count()} x {find_processor_name()}, "
-        f"{'with' if has_fast_bfloat16() else 'without'} bfloat16; "
-        f"Python {platform.python_version()}, TensorFlow {tf.version.VERSION}, batch {BATCH_SIZE}"
+        f"{os.cpu_count()} x {find_processor_name()}, Python {platform.python_version()}, "
+        f"TensorFlow {tf.version.VERSION}, batch {BATCH_SIZE}"
     )
 
 
 def main(argv=None):
-    turns = f"median of {FLAGS.turns} turns ({FLAGS.process_turns} for times)"
-    print(f"{describe_machine()}, {turns}\n")
-    print("| | median | range | required | target |\n| --- | --- | --- | --- | --- |")
-    with tempfile.TemporaryDirectory() as folder:
-        prepare_dataset(folder)
-        throughput = compare_training()
-        compare_input()
+    instructions = find_onednn_instructions()
+    onednn_is_default = "DL Boost" in instructions  # AVX512_VNNI, AVX512_BF16, AMX or AVX_VNNI
+    turns_of_processes = f"{FLAGS.process_turns} for whole processes"
+    print(f"{describe_machine()}, median of {FLAGS.turns} turns ({turns_of_processes})")
+    print(
+        f"oneDNN with {instructions}; TensorFlow's default: {'on' if onednn_is_default else 'off'}"
+    )
+    print("The last three rows use that default for the baseline; smaller is better there.\n")
+    print("| | median | range | at least | aim |\n| --- | --- | --- | --- | --- |")
+    with tempfile.TemporaryDirectory() as data_dir:
+        folder = prepare_dataset(data_dir)
+        shared_flags = [
+            f"--data_dir={data_dir}",
+            "--synthetic_data",
+            f"--batch_size={BATCH_SIZE}",
+            f"--min_fraction_of_examples_in_queue={FLAGS.min_fraction_of_examples_in_queue}",
+        ]
+        throughput = compare_training(folder, shared_flags, onednn_is_default)
         if FLAGS.process_turns:
-            compare_processes(folder)
+            compare_processes(data_dir, shared_flags, onednn_is_default)
     listed = ", ".join(f"{name} {speed:.0f}" for name, speed in throughput.items())
     print(f"\nThroughput in images per second: {listed}.")
 

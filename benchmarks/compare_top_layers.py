@@ -6,29 +6,35 @@ Both train on a resident batch and take turns. The figure is the median, over th
 ratio within one turn.
 """
 
-import math
+import pathlib
+import sys
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
 import compare
+import turns
 from absl import flags
 
 from support import command_line
-from support.tensorflow_v1 import tf
 
 FLAGS = flags.FLAGS
 
 
 def main(argv=None):
     print(f"{compare.describe_machine()}, {FLAGS.turns} turns\n")
-    contenders = {}
-    for kind in ("full", "local"):
-        contenders[kind] = compare.Contender(compare.build_resident_training, top_layers=kind)
-        with contenders[kind].graph.as_default():
-            parameters = sum(math.prod(v.shape.as_list()) for v in tf.trainable_variables())
-        print(f"--top_layers={kind}: {parameters:,} parameters")
-    figures = compare.time_steps(contenders)
-    print("\n| | median | range | at most |\n| --- | --- | --- | --- |")
+    seconds = compare.time_steps(
+        {
+            kind: turns.Contender(
+                compare.CONTENDER, "resident", "--synthetic_data", f"--top_layers={kind}"
+            )
+            for kind in ("full", "local")
+        }
+    )
+    print("| | median | range | at most |\n| --- | --- | --- | --- |")
     compare.print_row(
-        "time of a step, local layers (full = 1)", compare.ratios(figures, "local", "full"), 1.5
+        "time of a step, local layers (full = 1)",
+        turns.ratios(seconds["local"], seconds["full"]),
+        1.5,
     )
 
 
