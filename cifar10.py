@@ -27,7 +27,7 @@ from support import (
     synthetic,
 )
 from support.errors import DataError, UserError
-from support.tensorflow_v1 import GPUS, tf, with_loss_scaling
+from support.tensorflow_v1 import GPUS, computes_in_16_bits, tf, with_loss_scaling
 
 FLAGS = flags.FLAGS
 
@@ -376,7 +376,8 @@ def _convolution(nn, images, name, channels, bias):
         shape = [5, 5, images.shape.as_list()[3], channels]
         kernel = _variable_with_weight_decay("weights", shape, stddev=5e-2, wd=None)
         biases = _variable_on_cpu("biases", [channels], tf.constant_initializer(bias))
-        conv2d = tf.nn.conv2d if FLAGS.use_fp16 else nn.conv2d  # fast_nn's needs 32 bits
+        # The one in fast_nn needs 32 bits.
+        conv2d = tf.nn.conv2d if computes_in_16_bits(FLAGS.use_fp16) else nn.conv2d
         conv = conv2d(images, _value(kernel), strides=[1, 1, 1, 1], padding="SAME")
         activation = nn.relu(nn.bias_add(conv, biases), name=name)
         _activation_summary(activation)

@@ -33,7 +33,7 @@ from contender import MATRIX_SIZE  # noqa: E402
 import cifar10_input  # noqa: E402
 from support import command_line, dataset, synthetic  # noqa: E402
 from support.errors import UserError  # noqa: E402
-from support.tensorflow_v1 import find_processor_name, has_fast_bfloat16, tf  # noqa: E402
+from support.tensorflow_v1 import find_bfloat16_support, find_processor_name, tf  # noqa: E402
 
 FLAGS = flags.FLAGS
 
@@ -113,7 +113,7 @@ def compare_training(folder, shared_flags, onednn_is_default):
         "matrix product": train(kind="matrix_product"),
     }
     # Where oneDNN is limited to older instructions, operations in bfloat16 end the process.
-    if has_fast_bfloat16() and "ONEDNN_MAX_CPU_ISA" not in os.environ:
+    if find_bfloat16_support() == "native" and "ONEDNN_MAX_CPU_ISA" not in os.environ:
         contenders["16 bits"] = train("--use_fp16")
     seconds = time_steps(contenders)
 

@@ -85,25 +85,45 @@ def session_config(use_fp16=False, log_device_placement=False):
 
 @functools.cache  # warn once
 def _warn_of_slow_bfloat16():
-    if not has_fast_bfloat16():
+    support = find_bfloat16_support()
+    if support == "emulated":
         tf.logging.warning(
-            "--use_fp16: this processor has no bfloat16 instructions; expect training to be slower "
-            "than in float32, or to stay in float32."
+            "--use_fp16: this processor has no bfloat16 instructions and emulates them; training "
+            "can take three times as long as in float32."
+        )
+    elif support == "none":
+        tf.logging.warning(
+            "--use_fp16 has no effect: on this processor, TensorFlow computes in float32."
         )
 
 
-def has_fast_bfloat16(cpuinfo="/proc/cpuinfo"):
-    """Returns whether the processor has bfloat16 instructions; True if that is unknown.
+def find_bfloat16_support(cpuinfo="/proc/cpuinfo"):
+    """Returns how TensorFlow computes in bfloat16 on this processor.
+
+    Source: `IsDataTypeSupportedByOneDNNOnThisCPU` in TensorFlow, which requires AVX512F or
+    AVX-NE-CONVERT.
 
     Args:
       cpuinfo: path of Linux's description of the processor.
+
+    Returns:
+      "native", with bfloat16 instructions, or if the processor is unknown; "emulated"; or "none",
+      if it computes in float32 in spite of the request.
     """
     try:
         with open(cpuinfo) as file:
             words = set(file.read().split())
     except OSError:  # not Linux
-        return True
-    return not words.isdisjoint({"amx_bf16", "avx512_bf16", "bf16"})  # names on x86 and on Arm
+        return "native"
+    # Names on x86 and on Arm.
+    if not words.isdisjoint({"amx_bf16", "avx512_bf16", "avx_ne_convert", "bf16"}):
+        return "native"
+    return "emulated" if "avx512f" in words else "none"
+
+
+def computes_in_16_bits(use_fp16):
+    """Returns whether a session with `session_config(use_fp16)` computes in 16 bits."""
+    return use_fp16 and bool(GPUS or find_bfloat16_support() != "none")
 
 
 def with_loss_scaling(optimizer):

@@ -12,7 +12,7 @@ from conftest import write_dataset
 
 import cifar10
 import cifar10_input
-from support import dataset
+from support import dataset, tensorflow_v1
 from support.checkpoints import TrainingSettings
 from support.errors import DataError
 from support.tensorflow_v1 import tf
@@ -264,6 +264,27 @@ def test_a_checkpoint_can_be_restored_with_the_other_operations(tmp_path, saved_
                 saver.restore(session, str(tmp_path / "model.ckpt"))
             logits.append(session.run(result))
     np.testing.assert_allclose(*logits, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("use_fp16", "bfloat16", "is_direct"),
+    [
+        (False, "native", False),
+        (True, "native", True),
+        (True, "emulated", True),
+        (True, "none", False),  # it stays in float32
+    ],
+)
+def test_conv2_is_convolved_directly_where_it_is_computed_in_16_bits(
+    graph, monkeypatch, use_fp16, bfloat16, is_direct
+):
+    FLAGS.use_fp16, FLAGS.fast_ops = use_fp16, True
+    monkeypatch.setattr(tensorflow_v1, "GPUS", [])
+    monkeypatch.setattr(tensorflow_v1, "USES_ONEDNN", True)
+    monkeypatch.setattr(tensorflow_v1, "find_bfloat16_support", lambda: bfloat16)
+    cifar10.inference(tf.zeros([2, 24, 24, 3]))
+    kernel = graph.get_operation_by_name("conv2/Conv2D")
+    assert (kernel.type == "Conv2D") is is_direct
 
 
 @pytest.mark.parametrize(("fast_ops", "gpus", "count"), [(True, [], 0), (False, [], 2)])

@@ -19,7 +19,13 @@ import cifar10_train
 from support import dataset, session
 from support.checkpoints import read_settings
 from support.errors import UserError
-from support.tensorflow_v1 import GPUS, has_fast_bfloat16, session_config, tf
+from support.tensorflow_v1 import (
+    GPUS,
+    computes_in_16_bits,
+    find_bfloat16_support,
+    session_config,
+    tf,
+)
 
 FLAGS = cifar10_train.FLAGS
 
@@ -196,7 +202,7 @@ def train_one_step(use_fp16):
         if "Conv2D" in node.op
     ]
     # In 16 bits, two forward, two for the filters, one for the images; otherwise at least conv1's.
-    assert len(dtypes) >= (5 if use_fp16 else 2)
+    assert len(dtypes) >= (5 if computes_in_16_bits(use_fp16) else 2)
     return loss, set(dtypes)
 
 
@@ -215,7 +221,7 @@ def test_use_fp16_changes_the_loss_no_more_than_rounding_on_any_processor():
 rewrites_to_bfloat16 = (
     platform.system() == "Linux"
     and platform.machine() == "x86_64"
-    and has_fast_bfloat16()
+    and find_bfloat16_support() == "native"
     and os.environ["TF_ENABLE_ONEDNN_OPTS"] == "1"
     and "ONEDNN_MAX_CPU_ISA" not in os.environ
 )

@@ -125,22 +125,24 @@ def test_no_precision_is_rewritten_by_default(monkeypatch, gpus):
 
 
 @pytest.mark.parametrize(
-    ("flags", "is_fast"),
+    ("flags", "support"),
     [
-        ("flags\t\t: fpu avx512f amx_bf16 amx_tile", True),
-        ("flags\t\t: fpu avx512f avx512_bf16", True),
-        ("Features\t: fp asimd bf16", True),
-        ("flags\t\t: fpu avx512f avx512_vnni", False),
-        ("flags\t\t: fpu avx avx2", False),
+        ("flags\t\t: fpu avx512f amx_bf16 amx_tile", "native"),
+        ("flags\t\t: fpu avx512f avx512_bf16", "native"),
+        ("flags\t\t: fpu avx2 avx_ne_convert", "native"),
+        ("Features\t: fp asimd bf16", "native"),
+        ("flags\t\t: fpu avx512f avx512_vnni", "emulated"),
+        ("flags\t\t: fpu avx avx2", "none"),
+        ("Features\t: fp asimd", "none"),
     ],
 )
-def test_bfloat16_is_fast_if_the_processor_has_instructions_for_it(tmp_path, flags, is_fast):
+def test_the_processor_determines_how_bfloat16_is_computed(tmp_path, flags, support):
     (tmp_path / "cpuinfo").write_text(f"processor\t: 0\n{flags}\n")
-    assert tensorflow_v1.has_fast_bfloat16(tmp_path / "cpuinfo") is is_fast
+    assert tensorflow_v1.find_bfloat16_support(tmp_path / "cpuinfo") == support
 
 
-def test_bfloat16_counts_as_fast_where_the_processor_is_unknown(tmp_path):
-    assert tensorflow_v1.has_fast_bfloat16(tmp_path / "missing") is True
+def test_bfloat16_counts_as_native_where_the_processor_is_unknown(tmp_path):
+    assert tensorflow_v1.find_bfloat16_support(tmp_path / "missing") == "native"
 
 
 @pytest.fixture
@@ -152,18 +154,28 @@ def warnings(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("is_fast", "gpus", "count"), [(False, [], 1), (True, [], 0), (False, ["GPU"], 0)]
+    ("support", "gpus", "expected"),
+    [
+        ("native", [], []),
+        ("emulated", [], ["emulates"]),
+        ("none", [], ["--use_fp16 has no effect"]),
+        ("none", ["GPU"], []),
+    ],
 )
-def test_slow_bfloat16_causes_one_warning(monkeypatch, warnings, is_fast, gpus, count):
+def test_one_warning_says_what_use_fp16_does_on_a_slow_processor(
+    monkeypatch, warnings, support, gpus, expected
+):
     monkeypatch.setattr(tensorflow_v1, "GPUS", gpus)
-    monkeypatch.setattr(tensorflow_v1, "has_fast_bfloat16", lambda: is_fast)
+    monkeypatch.setattr(tensorflow_v1, "find_bfloat16_support", lambda: support)
     tensorflow_v1._warn_of_slow_bfloat16.cache_clear()
     session_config(use_fp16=False)
     assert warnings == []
     session_config(use_fp16=True)
     session_config(use_fp16=True)
-    assert len(warnings) == count
-    assert all("\n" not in line for line in warnings)
+    assert len(warnings) == len(expected)
+    for line, text in zip(warnings, expected, strict=True):
+        assert text in line
+        assert "\n" not in line
 
 
 @pytest.mark.parametrize(
