@@ -8,18 +8,16 @@ variables. Each evaluation appends a line to EVAL_DIR/results.jsonl and writes s
 TensorBoard.
 """
 
-import contextlib
 import math
 import os
 import sys
 import time
-import uuid
 
 import numpy as np
 from absl import flags
 
 import cifar10
-from support import charts, checkpoints, command_line, dataset, files, progress
+from support import charts, checkpoints, command_line, dataset, files, progress, summaries
 from support.errors import CheckpointError, UserError, first_line
 from support.tensorflow_v1 import (
     is_nonfinite_histogram,
@@ -31,7 +29,11 @@ from support.tensorflow_v1 import (
 FLAGS = flags.FLAGS
 
 flags.DEFINE_string("eval_dir", "/tmp/cifar10_eval", "Folder for summaries and results.")
-flags.DEFINE_string("checkpoint_dir", "/tmp/cifar10_train", "Folder with the checkpoints.")
+flags.DEFINE_string(
+    "checkpoint_dir",
+    "/tmp/cifar10_train",
+    "Folder with the checkpoints, or one checkpoint, such as /tmp/cifar10_train/model.ckpt-1000.",
+)
 flags.DEFINE_boolean("run_once", False, "Evaluate the newest checkpoint, then exit.")
 flags.DEFINE_integer(
     "num_examples",
@@ -111,8 +113,8 @@ def _count(session, top_k_op, outputs, summary_op, num_examples, num_classes):
                 fetches = [top_k_op, outputs or {}]
                 if counts.total == 0 and summary_op is not None:
                     fetches.append(summary_op)
-                is_correct, values, *summaries = session.run(fetches)
-                counts.summary = summaries[0] if summaries else counts.summary
+                is_correct, values, *summary = session.run(fetches)
+                counts.summary = summary[0] if summary else counts.summary
                 counts.add(is_correct[: num_examples - counts.total], values or None)
                 bar.update(counts.total - bar.n)
     except tf.errors.OutOfRangeError:
@@ -137,7 +139,7 @@ def eval_once(
 
     Args:
       saver: the `tf.train.Saver` that restores the variables.
-      summary_writer: a `tf.summary.FileWriter`.
+      summary_writer: a `tf.summary.FileWriter` or `summaries.Writer`.
       top_k_op: bool [batch]; whether each prediction is correct. Its input should end after one
         epoch, so that each image counts once.
       summary_op: string []; the serialized summaries to write for the first batch, or None.
@@ -275,21 +277,10 @@ def _wait_for_checkpoint(checkpoint_dir, evaluated, check_trainer):
     return newest
 
 
-@contextlib.contextmanager
-def _summary_writer(eval_dir, graph):
-    """Yields a `tf.summary.FileWriter`."""
-    try:
-        # The default name has a resolution of one second, so two writers could use the same file.
-        suffix = f".{uuid.uuid4().hex}"
-        writer = tf.summary.FileWriter(eval_dir, graph, filename_suffix=suffix)
-    except tf.errors.OpError as error:
-        raise UserError(f"cannot write to --eval_dir={eval_dir}: {first_line(error)}") from error
-    with writer:
-        yield writer
-
-
 def evaluate(last_step=None, check_trainer=lambda: None):
     """Evaluates the newest checkpoint, or each new one forever, depending on --run_once.
+
+    If --checkpoint_dir is not a folder but a checkpoint, only that one is evaluated.
 
     Args:
       last_step: int; stop after evaluating a checkpoint of this step or a later one. Never if None.
@@ -300,13 +291,16 @@ def evaluate(last_step=None, check_trainer=lambda: None):
       UserError: --eval_dir cannot be written, or the dataset has changed. With --run_once also:
         there is no checkpoint, or it cannot be evaluated.
     """
-    if os.path.realpath(FLAGS.eval_dir) == os.path.realpath(FLAGS.checkpoint_dir):
+    single = checkpoints.find_single_checkpoint(FLAGS.checkpoint_dir)
+    run_once = FLAGS.run_once or single is not None
+    checkpoint_dir = FLAGS.checkpoint_dir if single is None else os.path.dirname(single)
+    if os.path.realpath(FLAGS.eval_dir) == os.path.realpath(checkpoint_dir):
         raise UserError(
             f"--eval_dir and --checkpoint_dir are both {FLAGS.eval_dir}; choose a separate folder "
             "for the evaluation summaries"
         )
     settings = cifar10.training_settings()
-    if FLAGS.run_once:  # before spending time on the graph
+    if run_once:  # before spending time on the graph
         newest = checkpoints.require_checkpoint(FLAGS.checkpoint_dir)
         checkpoints.check_settings(newest, settings)
     eval_test = FLAGS.eval_data == "test"
@@ -319,8 +313,8 @@ def evaluate(last_step=None, check_trainer=lambda: None):
         variables = variables_to_restore()
         saver = tf.train.Saver(variables)
         # Without the sparsity of the layers, which training already shows.
-        summaries = tf.get_collection(tf.GraphKeys.SUMMARIES)
-        summary_op = tf.summary.merge([s for s in summaries if s.op.type != "ScalarSummary"])
+        collected = tf.get_collection(tf.GraphKeys.SUMMARIES)
+        summary_op = tf.summary.merge([s for s in collected if s.op.type != "ScalarSummary"])
         outputs = {
             "images": images,
             "labels": labels,
@@ -329,10 +323,11 @@ def evaluate(last_step=None, check_trainer=lambda: None):
                 labels=labels, logits=logits
             ),
         }
-        with _summary_writer(FLAGS.eval_dir, graph) as summary_writer:
+        with summaries.Writer(FLAGS.eval_dir, "--eval_dir") as summary_writer:
+            summary_writer.add_graph(graph)
             checkpoint, evaluated_step = None, -1
             while True:
-                if FLAGS.run_once:
+                if run_once:
                     checkpoint = checkpoints.require_checkpoint(FLAGS.checkpoint_dir)
                 else:
                     checkpoint = _wait_for_checkpoint(
@@ -362,14 +357,14 @@ def evaluate(last_step=None, check_trainer=lambda: None):
                 except CheckpointError as error:
                     # The trainer may have deleted it. Then there is a newer one.
                     newest = checkpoints.find_latest_checkpoint(FLAGS.checkpoint_dir)
-                    if FLAGS.run_once and newest == checkpoint:
+                    if run_once and newest == checkpoint:
                         raise
                     tf.logging.warning("%s", error)
                     continue
                 except (UserError, tf.errors.OpError):
                     detector.check()  # a change of the data may be the cause
                     raise
-                if FLAGS.run_once or (last_step is not None and step >= last_step):
+                if run_once or (last_step is not None and step >= last_step):
                     return
                 time.sleep(max(0.0, start + FLAGS.eval_interval_secs - time.monotonic()))
 

@@ -13,6 +13,7 @@ SavedModel.
 import contextlib
 import json
 import os
+import re
 import sys
 import tempfile
 from typing import NamedTuple
@@ -38,6 +39,11 @@ flags.DEFINE_string(
     "Folder to write the model to, as a SavedModel. It must be new or empty.",
 )
 flags.register_validator("export_dir", lambda value: value != "", "it must name a folder")
+flags.register_validator(
+    "export_dir",
+    lambda value: re.search(r"\[[^/]*\]|\\", value or "") is None,
+    "TensorFlow cannot load a model from a path with brackets or a backslash",
+)
 
 TOP_CLASSES = 3  # printed for each image
 

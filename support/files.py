@@ -121,15 +121,37 @@ def check_new_folder(flag, folder):
 
 
 def append_json_line(path, value):
-    """Appends a dict, plus the `time` in seconds since 1970, as one line to a JSON Lines file."""
-    with open(path, "a") as file:
-        file.write(json.dumps({"time": time.time(), **value}) + "\n")
+    """Appends a dict, plus the `time` in seconds since 1970, as one line to a JSON Lines file.
+
+    Raises:
+      UserError: the file cannot be written.
+    """
+    line = json.dumps({"time": time.time(), **value}) + "\n"
+    with _writing(path), open(path, "a") as file:
+        file.write(line)
 
 
 def write_json_atomically(path, value):
-    """Writes `value` as JSON. If the process is killed, the previous file stays intact."""
-    part = f"{path}.part"
-    with open(part, "w") as file:
-        json.dump(value, file, indent=2)
-        file.write("\n")
-    os.replace(part, path)
+    """Writes `value` as JSON. If that fails or is killed, the previous file stays intact.
+
+    Objects that JSON cannot represent, for example enumerations, are written as strings.
+
+    Raises:
+      UserError: the file cannot be written.
+    """
+    text = json.dumps(value, indent=2, default=str) + "\n"
+    part = pathlib.Path(f"{path}.part")
+    with _writing(path):
+        try:
+            part.write_text(text)
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _writing(path):
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from error

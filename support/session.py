@@ -160,9 +160,9 @@ def _read_step_or_suggest_another(train_dir, newest):
 def _usable(train_dir):
     """Creates `train_dir` and turns file system errors into `UserError`."""
     try:
-        tf.gfile.MakeDirs(train_dir)
+        os.makedirs(train_dir, exist_ok=True)
         yield
-    except (tf.errors.OpError, OSError) as error:
+    except OSError as error:
         raise UserError(f"cannot use --train_dir={train_dir}: {first_line(error)}") from error
 
 
@@ -207,13 +207,20 @@ def training_session(
             stack.enter_context(_lock(options.train_dir))
             checkpoints.record_settings(settings)
             _record_start(os.path.join(options.train_dir, RUN_FILE), flags or {}, settings)
-        # Relative paths allow the folder to be moved, and keep training in a copy from deleting
-        # checkpoints of the original.
-        saver = _Saver(save_relative_paths=True, max_to_keep=options.max_checkpoints_to_keep)
         progress = _ProgressHook(loss, examples_per_step, options, worker)
         stop = _StopHook(progress, options.max_steps, signals, check_input, worker)
-        hooks = _make_hooks(progress, stop, saver, examples_per_step, options, worker)
-        session = _create_session(hooks, saver, options, config, worker)
+        hooks = [_FillingHook(), progress, stop]
+        if worker is not None:
+            hooks.insert(0, worker.make_hook())
+        saver = newest = None
+        if is_chief:
+            newest = checkpoints.find_checkpoint_to_resume(options.train_dir)
+            saver = tf.train.Saver()
+            writer = stack.enter_context(summaries.Writer(options.train_dir, "--train_dir"))
+            # After the progress hook, which raises before a value that is not finite is saved.
+            hooks.append(_CheckpointHook(progress, saver, options, is_resumed=newest is not None))
+            hooks.append(_SummaryHook(progress, writer, examples_per_step, options))
+        session = _create_session(hooks, saver, newest, options, config, worker)
         with _errors_explained(progress, signals, check_input, worker), session:
             yield session
         _check_outcome(progress, options, signals, worker)
@@ -306,52 +313,33 @@ def _describe_software_and_hardware():
     }
 
 
-def _make_hooks(progress, stop, saver, examples_per_step, options, worker):
-    """Returns the hooks of a session in the order in which they run."""
-    hooks = [_FillingHook(), progress, stop]
-    if worker is not None:
-        hooks.insert(0, worker.make_hook())
-    if worker is None or worker.is_chief:
-        # After the progress hook, which raises before a value that is not finite is saved.
-        saver_hook = tf.train.CheckpointSaverHook(
-            options.train_dir,
-            save_secs=None if options.save_checkpoint_steps else options.save_checkpoint_secs,
-            save_steps=options.save_checkpoint_steps,
-            saver=saver,
-            listeners=[_FiniteVariablesCheck(progress)],
-        )
-        hooks.append(saver_hook)
-        if options.save_summaries_steps:
-            hooks.append(_SummaryHook(progress, examples_per_step, options))
-    return hooks
-
-
-def _create_session(hooks, saver, options, config, worker):
-    """Returns a session with the variables of the newest checkpoint, or with initial values."""
-    is_chief = worker is None or worker.is_chief
+def _create_session(hooks, saver, newest, options, config, worker):
+    """Returns a session with the variables of the checkpoint `newest`, or with initial values."""
     config = config or session_config()
     if worker is not None:
         config.device_filters.extend(worker.device_filters)
     try:
-        if is_chief:
-            newest = checkpoints.find_checkpoint_to_resume(options.train_dir)
+        with contextlib.ExitStack() as stack:
+            path = None
+            if saver is None:  # the chief has initialized the variables
+                scaffold = tf.train.Scaffold(init_op=tf.no_op())
+            else:
+                scaffold = tf.train.Scaffold(saver=saver)
             if newest is not None:
                 checkpoints.check_variables(
                     newest, {v.op.name: v for v in tf.global_variables()}, "--train_dir"
                 )
-            scaffold = tf.train.Scaffold(saver=saver)
-        else:  # the chief has initialized the variables
-            scaffold = tf.train.Scaffold(init_op=tf.no_op())
-        # Unlike MonitoredTrainingSession, it does not retry a lost connection forever, and it runs
-        # the hooks in the given order.
-        return tf.train.SingularMonitoredSession(
-            hooks=hooks,
-            scaffold=scaffold,
-            master=worker.target if worker else "",
-            config=config,
-            checkpoint_dir=options.train_dir if is_chief else None,
-            stop_grace_period_secs=_CLOSING_GRACE,
-        )
+                path = stack.enter_context(checkpoints.path_for_restore(newest))
+            # Unlike MonitoredTrainingSession, it does not retry a lost connection forever, and it
+            # runs the hooks in the given order.
+            return tf.train.SingularMonitoredSession(
+                hooks=hooks,
+                scaffold=scaffold,
+                master=worker.target if worker else "",
+                config=config,
+                checkpoint_filename_with_path=path,
+                stop_grace_period_secs=_CLOSING_GRACE,
+            )
     # The Saver raises ValueError if files of the checkpoint are missing.
     except (tf.errors.OpError, ValueError) as error:
         lost = (tf.errors.UnavailableError, tf.errors.AbortedError)
@@ -382,31 +370,6 @@ def _errors_explained(progress, signals, check_input, worker):
             raise progress.nonfinite_error(name, "is not finite") from error
         check_input()  # a change of the data may be the cause
         raise
-
-
-class _Saver(tf.train.Saver):
-    """A `tf.train.Saver` that explains in one line why it cannot save.
-
-    It writes the `.meta` file, which holds the training settings, before the checkpoint, so no
-    checkpoint ever exists without its settings.
-    """
-
-    def save(self, session, path, global_step, **arguments):
-        try:
-            with session.graph.as_default():
-                self.export_meta_graph(f"{path}-{global_step}.meta")
-            arguments["write_meta_graph"] = False
-            return super().save(session, path, global_step, **arguments)
-        except tf.errors.OpError as error:
-            unfinished = tf.gfile.Glob([f"{path}-*.tempstate*", f"{path}-*.meta.tmp*"])
-            if not tf.train.checkpoint_exists(f"{path}-{global_step}"):
-                unfinished += tf.gfile.Glob(f"{path}-{global_step}.meta")
-            for name in unfinished:  # would fill the disk
-                tf.gfile.Remove(name)
-            raise UserError(
-                f"cannot save a checkpoint in {os.path.dirname(path)}: {first_line(error)}; free "
-                "some space and run the same command again to resume from the previous checkpoint"
-            ) from error
 
 
 class _ProgressHook(tf.train.SessionRunHook):
@@ -501,33 +464,106 @@ class _ProgressHook(tf.train.SessionRunHook):
         self._is_line_due = False
 
 
+class _CheckpointHook(tf.train.SessionRunHook):
+    """Saves a checkpoint of step 0, then at the intervals of the options, and of the last step.
+
+    The step from which a run is resumed is not saved again: its checkpoint says what it was trained
+    with, and the settings may have changed since. Variables that are not finite are not saved.
+
+    Args:
+      progress: `_ProgressHook`, which must run before this one.
+      saver: a `tf.train.Saver` of all variables.
+      options: `Options`.
+      is_resumed: bool; whether the session restores a checkpoint.
+    """
+
+    def __init__(self, progress, saver, options, is_resumed):
+        self._progress = progress
+        self._saver = saver
+        self._options = options
+        self._is_resumed = is_resumed
+        self._timer = tf.train.SecondOrStepTimer(
+            every_secs=None if options.save_checkpoint_steps else options.save_checkpoint_secs,
+            every_steps=options.save_checkpoint_steps,
+        )
+        self._global_step = tf.train.get_or_create_global_step()
+        self._variables = [v for v in tf.global_variables() if v.dtype.base_dtype.is_floating]
+        with tf.name_scope(_FINITE_SCOPE):
+            self._sums = [tf.reduce_sum(variable) for variable in self._variables]
+
+    def after_create_session(self, session, coord):
+        self._saved_step = None
+        self._timer.update_last_triggered_step(self._progress.step)
+        if self._is_resumed:
+            self._saved_step = self._progress.step
+            self._check_variables(session, self._saved_step)
+        else:
+            self._save(session)
+
+    def after_run(self, run_context, run_values):
+        if self._timer.should_trigger_for_step(self._progress.step):
+            self._timer.update_last_triggered_step(self._progress.step)
+            self._save(run_context.session)
+
+    def end(self, session):
+        self._save(session)
+
+    def _save(self, session):
+        step = int(session.run(self._global_step))
+        if step != self._saved_step:
+            self._check_variables(session, step)
+            checkpoints.save(
+                session,
+                self._saver,
+                self._options.train_dir,
+                step,
+                self._options.max_checkpoints_to_keep,
+            )
+            self._saved_step = step
+
+    def _check_variables(self, session, step):
+        for variable, value in zip(self._variables, session.run(self._sums), strict=True):
+            if math.isfinite(value):
+                continue
+            name = variable.op.name
+            if not self._progress.has_trained:
+                raise UserError(
+                    f"{name} is not finite in the checkpoint of step {step}; choose another folder "
+                    "with --train_dir, or move that checkpoint and the file `checkpoint` away to "
+                    "resume from an older one"
+                )
+            raise self._progress.nonfinite_error(name, "is not finite after the update", step - 1)
+
+
 class _SummaryHook(tf.train.SessionRunHook):
-    """Writes the summaries of the graph, and the throughput, for TensorBoard.
+    """Writes the graph, and its summaries and the throughput, for TensorBoard.
 
     It fetches the summaries in the step that they describe, and records them under its number.
 
     Args:
       progress: `_ProgressHook`, which must run before this one.
+      writer: `summaries.Writer`.
       examples_per_step: int.
       options: `Options`. The first step of a run has summaries, too.
     """
 
-    def __init__(self, progress, examples_per_step, options):
+    def __init__(self, progress, writer, examples_per_step, options):
         self._progress = progress
+        self._writer = writer
         self._examples_per_step = examples_per_step
         self._every_steps = options.save_summaries_steps
-        self._writer = tf.summary.FileWriterCache.get(options.train_dir)
         self._summary_op = tf.summary.merge_all(name=f"{summaries.SCOPE}merged")
 
     def after_create_session(self, session, coord):
-        # Invalidates the summaries that a killed run has written for later steps.
-        start = tf.SessionLog(status=tf.SessionLog.START)
-        self._writer.add_session_log(start, self._progress.step)
+        self._writer.add_graph(session.graph)
+        self._writer.add_restart(self._progress.step)  # a killed run may have gone further
         self._previous = None
 
     def before_run(self, run_context):
         self._step = self._progress.step
-        self._is_due = self._previous is None or self._step % self._every_steps == 0
+        self._is_due = self._every_steps > 0 and (
+            self._previous is None or self._step % self._every_steps == 0
+        )
         if self._is_due and self._summary_op is not None:
             return tf.train.SessionRunArgs(self._summary_op)
         return None
@@ -545,9 +581,6 @@ class _SummaryHook(tf.train.SessionRunHook):
             )
         self._writer.add_summary(summary, self._step)
         self._previous = now, self._step
-
-    def end(self, session):
-        self._writer.flush()
 
 
 class _FillingHook(tf.train.SessionRunHook):
@@ -578,35 +611,10 @@ class _FillingHook(tf.train.SessionRunHook):
                 bar.update(min(examples, minimum) - bar.n)
 
 
-class _FiniteVariablesCheck(tf.train.CheckpointSaverListener):
-    """Prevents variables that are not finite from being saved."""
-
-    def __init__(self, progress):
-        self._progress = progress
-        self._variables = [v for v in tf.global_variables() if v.dtype.base_dtype.is_floating]
-        with tf.name_scope(_FINITE_SCOPE):
-            self._sums = [tf.reduce_sum(variable) for variable in self._variables]
-
-    def before_save(self, session, global_step_value):
-        for variable, value in zip(self._variables, session.run(self._sums), strict=True):
-            if math.isfinite(value):
-                continue
-            name = variable.op.name
-            if not self._progress.has_trained:
-                raise UserError(
-                    f"{name} is not finite in the checkpoint of step {global_step_value}; choose "
-                    "another folder with --train_dir, or move that checkpoint and the file "
-                    "`checkpoint` away to resume from an older one"
-                )
-            raise self._progress.nonfinite_error(
-                name, "is not finite after the update", global_step_value - 1
-            )
-
-
 class _StopHook(tf.train.SessionRunHook):
     """Stops training at its last step, at a signal, or when the input has become unusable.
 
-    A signal lets the running step finish, and `CheckpointSaverHook` then saves it. But a step can
+    A signal lets the running step finish, and `_CheckpointHook` then saves it. But a step can
     wait for images for minutes. A thread therefore closes the input: at once during the first step,
     when there is nothing to save yet, and otherwise after _STEP_GRACE.
 

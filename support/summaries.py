@@ -1,10 +1,16 @@
-"""Summaries for TensorBoard with exactly the given tags.
+"""Summaries for TensorBoard with exactly the given tags, and the files that they are written to.
 
 `tf.summary` derives tags from the names of operations: it appends `_1` to a name that is taken,
 and `/image/0` to images. The operations here share one scope, which keeps the graph readable in
 TensorBoard. If the graph already has a summary with the tag, it keeps that one.
 """
 
+import contextlib
+import os
+import socket
+import time
+
+from support.errors import UserError, first_line
 from support.tensorflow_v1 import tf
 
 SCOPE = "summaries/"
@@ -81,3 +87,73 @@ def _has(tag):
     except KeyError:
         return False
     return True
+
+
+class Writer:
+    """Writes an event file for TensorBoard; usable as a context manager.
+
+    A `tf.summary.FileWriter` writes from a thread. If the file cannot be written, the thread prints
+    a traceback, and a later call raises RuntimeError. Here, the call that fails raises UserError,
+    and events are on disk when the call returns.
+
+    Args:
+      folder: path; created if needed.
+      flag: string; the flag that names the folder, for error messages.
+    """
+
+    def __init__(self, folder, flag):
+        self._folder = folder
+        self._flag = flag
+        # TensorBoard reads the files in the order of their names. The name is unique.
+        now = time.time_ns()
+        host = f"{socket.gethostname()}.{os.getpid()}"
+        name = f"events.out.tfevents.{now // 10**9:010d}.{host}.{now}"
+        with self._explain_errors():
+            os.makedirs(folder, exist_ok=True)
+            self._file = tf.io.TFRecordWriter(os.path.join(folder, name))
+        self._add(file_version="brain.Event:2")
+
+    def get_logdir(self):
+        """Returns the folder."""
+        return self._folder
+
+    def add_graph(self, graph):
+        """Adds a `tf.Graph`."""
+        self._add(graph_def=graph.as_graph_def(add_shapes=True).SerializeToString())
+
+    def add_restart(self, step):
+        """Makes TensorBoard discard what earlier runs have written for this step and later ones."""
+        self._add(step=step, session_log=tf.SessionLog(status=tf.SessionLog.START))
+
+    def add_summary(self, summary, step):
+        """Adds a `tf.Summary` for a step."""
+        self._add(step=step, summary=summary)
+
+    def flush(self):
+        """Does nothing: all events are on disk. For the interface of `tf.summary.FileWriter`."""
+
+    def close(self):
+        """Closes the file."""
+        with self._explain_errors():
+            self._file.close()
+
+    def _add(self, **event):
+        event = tf.Event(wall_time=time.time(), **event)
+        with self._explain_errors():
+            self._file.write(event.SerializeToString())
+            self._file.flush()
+
+    @contextlib.contextmanager
+    def _explain_errors(self):
+        try:
+            yield
+        except (tf.errors.OpError, OSError) as error:
+            raise UserError(
+                f"cannot write to {self._flag}={self._folder}: {first_line(error)}"
+            ) from error
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self.close()

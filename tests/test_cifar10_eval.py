@@ -11,7 +11,14 @@ import types
 import numpy as np
 import numpy_model
 import pytest
-from conftest import AVERAGED, RAW, save_checkpoint, standardized_centers, write_dataset
+from conftest import (
+    AVERAGED,
+    PATTERNS,
+    RAW,
+    save_checkpoint,
+    standardized_centers,
+    write_dataset,
+)
 
 import cifar10
 import cifar10_eval
@@ -355,6 +362,122 @@ def test_an_eval_dir_that_cannot_be_written_is_a_one_line_error(records, tmp_pat
     with pytest.raises(UserError, match="cannot write to --eval_dir=.*file") as error:
         cifar10_eval.evaluate()
     assert "\n" not in str(error.value)
+
+
+def test_results_that_cannot_be_written_are_a_one_line_error(records, tmp_path):
+    save_checkpoint(FLAGS.checkpoint_dir, 7)
+    (tmp_path / "eval" / "results.jsonl").mkdir(parents=True)
+    with pytest.raises(UserError, match="^cannot write .*results.jsonl: Is a directory$"):
+        cifar10_eval.evaluate()
+
+
+def test_an_eval_dir_is_known_to_be_unusable_before_anything_is_evaluated(records, capsys):
+    save_checkpoint(FLAGS.checkpoint_dir, 7)
+    FLAGS.eval_dir = "/proc"  # it exists, but no file can be created there
+    with pytest.raises(UserError, match="^cannot write to --eval_dir=/proc: ") as error:
+        cifar10_eval.evaluate()
+    assert "\n" not in str(error.value)
+    assert capsys.readouterr().out == ""
+
+
+def test_a_disk_that_is_full_during_an_evaluation_is_a_one_line_error(records, monkeypatch):
+    save_checkpoint(FLAGS.checkpoint_dir, 7)
+    write = tf.io.TFRecordWriter.write
+
+    def fail_later(writer, record):
+        if b"precision @ 1" in record:
+            raise tf.errors.ResourceExhaustedError(None, None, "No space left on device")
+        write(writer, record)
+
+    monkeypatch.setattr(tf.io.TFRecordWriter, "write", fail_later)
+    message = "^cannot write to --eval_dir=.*eval: No space left on device$"
+    with pytest.raises(UserError, match=message):
+        cifar10_eval.evaluate()
+
+
+@pytest.mark.parametrize(("name", "matched"), PATTERNS[::2])
+def test_every_folder_means_itself_whatever_its_name(
+    records, tmp_path, capsys, monkeypatch, name, matched
+):
+    _, test = records
+    save_checkpoint(tmp_path / matched, 9)
+    monkeypatch.setattr("conftest.AVERAGED", RAW)
+    for folder in (name, matched):
+        shutil.copytree(tmp_path / dataset.EXTRACTED_FOLDER, tmp_path / "data" / folder)
+    (tmp_path / "data" / matched / "test_batch.bin").write_bytes(b"")
+    save_checkpoint(tmp_path / name, 7)
+    FLAGS.data_dir = str(tmp_path / "data" / name)
+    FLAGS.checkpoint_dir = str(tmp_path / name)
+    FLAGS.eval_dir = str(tmp_path / "eval" / name)
+    cifar10_eval.evaluate()
+    assert printed_precision(capsys) == f"{expected_correct(test, RAW).mean():.3f}"
+    assert evaluated_steps() == [7]
+    assert os.listdir(tmp_path / "eval") == [name]
+
+
+@pytest.mark.parametrize("suffix", ["", ".index"])
+@pytest.mark.parametrize("run_once", [True, False])
+def test_a_checkpoint_in_place_of_its_folder_is_evaluated_once(
+    records, monkeypatch, suffix, run_once
+):
+    def sleep(seconds):
+        raise AssertionError("it waits for another checkpoint")
+
+    clock = types.SimpleNamespace(sleep=sleep, monotonic=time.monotonic)
+    monkeypatch.setattr(cifar10_eval, "time", clock)
+    path = save_checkpoint(FLAGS.checkpoint_dir, 7)
+    save_checkpoint(FLAGS.checkpoint_dir, 9)
+    train_dir, FLAGS.checkpoint_dir = FLAGS.checkpoint_dir, f"{path}{suffix}"
+    FLAGS.run_once = run_once
+    cifar10_eval.evaluate()
+    assert evaluated_steps() == [7]
+    assert [result["checkpoint"] for result in written_results()] == [path]
+    FLAGS.eval_dir = train_dir
+    with pytest.raises(UserError, match="--eval_dir and --checkpoint_dir are both"):
+        cifar10_eval.evaluate()
+
+
+def test_a_missing_checkpoint_in_place_of_a_folder_is_an_error(records):
+    save_checkpoint(FLAGS.checkpoint_dir, 9)
+    FLAGS.checkpoint_dir += "/model.ckpt-7"
+    with pytest.raises(UserError, match="there is no checkpoint in .*model.ckpt-7;"):
+        cifar10_eval.evaluate()
+
+
+@pytest.mark.parametrize("version", [tf.train.SaverDef.V1, tf.train.SaverDef.V2])
+def test_a_checkpoint_of_the_tutorial_of_2015_is_evaluated(records, capsys, version):
+    _, test = records
+    with tf.Graph().as_default(), tf.Session() as session:
+        tf.Variable(100, trainable=False)
+        for name, value in numpy_model.random_variables(AVERAGED).items():
+            tf.get_variable(f"{name}/ExponentialMovingAverage", initializer=value)
+        session.run(tf.global_variables_initializer())
+        os.makedirs(FLAGS.checkpoint_dir)
+        saver = tf.train.Saver(write_version=version)
+        saver.save(session, f"{FLAGS.checkpoint_dir}/model.ckpt", 100)
+    state = pathlib.Path(FLAGS.checkpoint_dir) / "checkpoint"
+    state.write_text('model_checkpoint_path: "C:\\\\tmp\\\\cifar10_train\\\\model.ckpt-100"\n')
+    cifar10_eval.evaluate()
+    state.unlink()
+    cifar10_eval.evaluate()
+    output = capsys.readouterr().out
+    assert output.count(f"= {expected_correct(test, AVERAGED).mean():.3f}\n") == 2
+    assert [result["step"] for result in written_results()] == [100, 100]
+
+
+def test_checkpoints_without_a_state_file_are_evaluated_while_training_goes_on(
+    records, monkeypatch
+):
+    def trainer(wait):
+        if wait == 0:
+            save_checkpoint(FLAGS.checkpoint_dir, 20)
+        if wait == 9:
+            raise Stop
+
+    save_checkpoint(FLAGS.checkpoint_dir, 10)
+    (pathlib.Path(FLAGS.checkpoint_dir) / "checkpoint").unlink()
+    evaluate_forever(monkeypatch, trainer)
+    assert evaluated_steps() == [10, 20]
 
 
 def test_the_interval_separates_the_starts_of_evaluations(records, monkeypatch):

@@ -12,6 +12,7 @@ import pytest
 from absl import app, flags
 from conftest import (
     AVERAGED,
+    PATTERNS,
     RAW,
     draw_patches,
     make_records,
@@ -303,6 +304,41 @@ def test_an_export_gives_the_probabilities_of_the_evaluation(records, tmp_path, 
     assert answer["class_names"] == [list(dataset.CLASS_NAMES)] * len(records)
     assert "shape=(None, 32, 32, 3), dtype=tf.uint8, name='images'" in answer["inputs"]
     assert os.listdir(tmp_path / "new" / "export") == ["1"]
+
+
+@pytest.mark.parametrize("name", ["run[1]", "[!x]y", "a\\b"])
+def test_an_export_dir_from_which_tensorflow_could_not_load_is_refused(name):
+    with pytest.raises(flags.IllegalFlagValueError, match="--export_dir=.*cannot load a model"):
+        FLAGS.export_dir = f"/tmp/{name}/1"
+
+
+@pytest.mark.parametrize("name", ["a*b", "a?[b", "a b", "käse猫"])
+def test_an_export_dir_with_other_special_characters_is_loaded(records, tmp_path, name):
+    FLAGS.export_dir = str(tmp_path / name / "1")
+    run_main()
+    answer = load_and_call(FLAGS.export_dir, pixels(records[:1]), tmp_path)
+    assert answer["classes"] == [expected_probabilities(records[:1])[0].argmax()]
+
+
+@pytest.mark.parametrize(("name", "matched"), PATTERNS[::2])
+def test_a_checkpoint_dir_means_itself_whatever_its_name(
+    records, images, tmp_path, capsys, name, matched
+):
+    save_checkpoint(tmp_path / matched, 9)
+    path = save_checkpoint(tmp_path / name, 8)
+    for FLAGS.checkpoint_dir in (str(tmp_path / name), path, f"{path}.index"):
+        (found,) = printed_objects(capsys, images / "03.png")
+        assert (found["checkpoint"], found["step"]) == (path, 8)
+
+
+@pytest.mark.parametrize("state", [None, 'model_checkpoint_path: "C:\\\\train\\\\model.ckpt-7"'])
+def test_a_checkpoint_from_another_machine_predicts(records, images, capsys, state):
+    os.remove(f"{FLAGS.checkpoint_dir}/checkpoint")
+    if state is not None:
+        with open(f"{FLAGS.checkpoint_dir}/checkpoint", "w") as file:
+            file.write(state)
+    (found,) = printed_objects(capsys, images / "03.png")
+    assert found["step"] == 7
 
 
 def test_an_export_overwrites_nothing(records, tmp_path):

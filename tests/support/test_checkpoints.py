@@ -1,11 +1,14 @@
-"""Tests of finding, reading, checking and restoring checkpoints."""
+"""Tests of finding, reading, checking, restoring and saving checkpoints."""
 
 import json
 import math
 import os
+import shutil
+import tempfile
 import threading
 
 import pytest
+from conftest import PATTERNS
 
 from support import checkpoints
 from support.checkpoints import TrainingSettings
@@ -107,8 +110,10 @@ def test_a_folder_without_checkpoints_is_an_error_only_if_one_is_required(tmp_pa
         checkpoints.read_newest_settings(str(folder))
 
 
-@pytest.mark.parametrize("content", [b"", b"\xff not a checkpoint", b'model_checkpoint_path: "x"'])
-def test_an_unusable_state_file_is_not_mistaken_for_a_folder_without_checkpoints(tmp_path, content):
+@pytest.mark.parametrize("content", [b"", b"\xff not a checkpoint", b"garbage"])
+def test_an_unreadable_state_file_is_not_mistaken_for_a_folder_without_checkpoints(
+    tmp_path, content
+):
     readable = save(tmp_path)
     (tmp_path / "checkpoint").write_bytes(content)
     assert checkpoints.find_latest_checkpoint(str(tmp_path)) is None
@@ -144,13 +149,126 @@ def test_a_folder_with_only_damaged_checkpoints_cannot_be_resumed(tmp_path, stat
         checkpoints.find_checkpoint_to_resume(str(tmp_path))
 
 
-def test_a_folder_whose_name_is_a_pattern_is_not_mistaken_for_one_without_checkpoints(tmp_path):
-    folder = tmp_path / "run[1]"
+@pytest.mark.parametrize(("name", "matched"), [*PATTERNS, ("a b", "a"), ("käse猫", "käse")])
+def test_a_folder_means_itself_whatever_its_name(tmp_path, name, matched):
+    folder, other = tmp_path / name, tmp_path / matched
     folder.mkdir()
-    save(folder)
-    # TensorFlow takes the path for a pattern, so it cannot read what it wrote.
-    with pytest.raises(UserError, match="none of the checkpoints in .* can be read"):
-        checkpoints.find_checkpoint_to_resume(str(folder))
+    other.mkdir()
+    path = save(folder, 3, OWN, x=3.5)
+    save(other, 4, OWN, x=4.5)
+    save(other, 3, OWN, x=2.5)
+    assert checkpoints.find_latest_checkpoint(str(folder)) == path
+    assert checkpoints.find_checkpoint_to_resume(str(folder)) == path
+    assert checkpoints.find_readable(str(folder)) == path
+    assert checkpoints.read_newest_settings(str(folder)) == OWN
+    assert restore(folder) == (path, 3, 3.5)
+    shutil.rmtree(other)
+    assert restore(folder) == (path, 3, 3.5)
+    remove(path)
+    assert checkpoints.find_latest_checkpoint(str(folder)) is None
+
+
+def test_a_checkpoint_is_restored_although_the_temporary_folder_is_named_like_a_pattern(
+    tmp_path, monkeypatch
+):
+    folder = tmp_path / "123[4].server"
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    path = save(folder, 3, OWN, x=3.5)
+    before = sorted(os.listdir(folder))
+    assert restore(folder) == (path, 3, 3.5)
+    assert sorted(os.listdir(folder)) == before
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/home/ann/train/model.ckpt-7",
+        "gs://bucket/train/model.ckpt-7",
+        "train/model.ckpt-7",
+        "C:\\Users\\ann\\train\\model.ckpt-7",
+        "\\\\server\\train/model.ckpt-7",
+    ],
+)
+def test_a_state_file_from_elsewhere_names_the_checkpoint_next_to_it(tmp_path, warnings, path):
+    save(tmp_path, 9)
+    named = save(tmp_path, 7)
+    tf.train.update_checkpoint_state(str(tmp_path), path)
+    assert checkpoints.find_latest_checkpoint(str(tmp_path)) == named
+    assert checkpoints.require_checkpoint(str(tmp_path)) == named
+    assert checkpoints.find_checkpoint_to_resume(str(tmp_path)) == named
+    assert warnings == []
+
+
+def test_a_copied_folder_is_independent_of_the_original(tmp_path):
+    (tmp_path / "original").mkdir()
+    for step in (3, 4):
+        path = save(tmp_path / "original", step)
+    paths = [str(tmp_path / "original" / f"model.ckpt-{step}") for step in (3, 4)]
+    tf.train.update_checkpoint_state(str(tmp_path / "original"), path, paths)  # absolute paths
+    shutil.copytree(tmp_path / "original", tmp_path / "copy")
+    copied = str(tmp_path / "copy" / "model.ckpt-4")
+    assert checkpoints.find_latest_checkpoint(str(tmp_path / "copy")) == copied
+    before = sorted(os.listdir(tmp_path / "original"))
+    save_as_trainer(tmp_path / "copy", steps=[5], max_to_keep=1)
+    assert sorted(os.listdir(tmp_path / "original")) == before
+    assert steps_in(tmp_path / "copy") == [5]
+
+
+def test_a_state_file_may_name_a_checkpoint_in_another_folder(tmp_path):
+    for name in ("here", "there"):
+        (tmp_path / name).mkdir()
+    path = save(tmp_path / "there", 4)
+    tf.train.update_checkpoint_state(str(tmp_path / "here"), path)
+    assert checkpoints.find_latest_checkpoint(str(tmp_path / "here")) == path
+
+
+@pytest.mark.parametrize("path", ["x", "/home/ann/model.ckpt-9", "C:\\train\\model.ckpt-9"])
+def test_without_the_named_checkpoint_the_highest_step_is_used_but_not_resumed(
+    tmp_path, warnings, path
+):
+    for step in (7, 100, 20):
+        save(tmp_path, step)
+    newest = str(tmp_path / "model.ckpt-100")
+    tf.train.update_checkpoint_state(str(tmp_path), path)
+    for _ in range(2):
+        assert checkpoints.find_latest_checkpoint(str(tmp_path)) == newest
+    assert checkpoints.require_checkpoint(str(tmp_path)) == newest
+    assert warnings == [
+        f"the file `checkpoint` in {tmp_path} is unreadable or names a missing checkpoint: using "
+        f"{newest}, which has the highest step."
+    ]
+    with pytest.raises(UserError, match=f"remove that file to resume from {newest},"):
+        checkpoints.find_checkpoint_to_resume(str(tmp_path))
+
+
+def test_without_a_state_file_the_readable_checkpoint_of_the_highest_step_is_used(
+    tmp_path, warnings
+):
+    for step in (7, 100, 20):
+        save(tmp_path, step)
+    (tmp_path / "checkpoint").unlink()
+    (tmp_path / "model.ckpt-300.index").write_bytes(b"")  # a save that was killed
+    newest = str(tmp_path / "model.ckpt-100")
+    assert checkpoints.find_latest_checkpoint(str(tmp_path)) == newest
+    assert checkpoints.require_checkpoint(str(tmp_path)) == newest
+    assert warnings == []
+    assert not (tmp_path / "checkpoint").exists()
+
+
+@pytest.mark.parametrize("suffix", ["", ".index", ".meta", ".data-00000-of-00001"])
+@pytest.mark.parametrize("name", ["train", "train[1]"])
+def test_a_path_may_name_one_checkpoint_or_one_of_its_files(tmp_path, suffix, name):
+    folder = tmp_path / name
+    folder.mkdir()
+    path = save(folder, 3, OWN, x=3.5)
+    save(folder, 4, OWN, x=4.5)
+    assert checkpoints.find_single_checkpoint(f"{path}{suffix}") == path
+    assert checkpoints.find_latest_checkpoint(f"{path}{suffix}") == path
+    assert checkpoints.require_checkpoint(f"{path}{suffix}") == path
+    assert restore(f"{path}{suffix}") == (path, 3, 3.5)
+    assert checkpoints.find_single_checkpoint(str(folder)) is None
+    assert checkpoints.find_single_checkpoint(str(folder / f"model.ckpt-5{suffix}")) is None
 
 
 def test_the_newest_readable_checkpoint_is_found_by_its_step(tmp_path):
@@ -163,7 +281,42 @@ def test_the_newest_readable_checkpoint_is_found_by_its_step(tmp_path):
 
 
 def test_the_global_step_of_a_checkpoint_is_read(tmp_path):
-    assert checkpoints.read_global_step(save(tmp_path, 12)) == 12
+    path = save(tmp_path, 12)
+    assert checkpoints.read_global_step(path) == 12
+    for name in os.listdir(tmp_path):
+        if name.startswith("model.ckpt-12."):
+            (tmp_path / name).rename(tmp_path / name.replace("12", "99"))
+    assert checkpoints.read_global_step(str(tmp_path / "model.ckpt-99")) == 12
+
+
+def save_as_in_2015(path, step, **options):
+    """Saves a checkpoint whose step has the name that the tutorial of 2015 gave it."""
+    with tf.Graph().as_default(), tf.Session() as session:
+        tf.Variable(step or 0, trainable=False)
+        tf.get_variable("x", initializer=3.5)
+        session.run(tf.global_variables_initializer())
+        return tf.train.Saver(**options).save(session, str(path), step)
+
+
+@pytest.mark.parametrize("version", [tf.train.SaverDef.V1, tf.train.SaverDef.V2])
+@pytest.mark.parametrize("name", ["train", "train[1]"])
+def test_the_step_of_a_checkpoint_of_2015_is_the_number_in_its_name(tmp_path, version, name):
+    folder = tmp_path / name
+    folder.mkdir()
+    for step in (70, 600):
+        path = save_as_in_2015(folder / "model.ckpt", step, write_version=version)
+    assert checkpoints.read_global_step(path) == 600
+    assert restore(folder, TrainingSettings()) == (path, 600, 3.5)
+    (folder / "checkpoint").unlink()
+    assert restore(folder, TrainingSettings()) == (path, 600, 3.5)
+    first = str(folder / "model.ckpt-70")
+    assert restore(first, TrainingSettings()) == (first, 70, 3.5)
+
+
+def test_a_checkpoint_without_any_step_is_a_one_line_error(tmp_path):
+    path = save_as_in_2015(tmp_path / "model.ckpt", None)
+    with pytest.raises(CheckpointError, match=f"^the step of {path} is unknown: .*; rename its"):
+        checkpoints.read_global_step(path)
 
 
 @pytest.mark.parametrize("name", ["model.ckpt-3.data-00000-of-00001", "model.ckpt-3.index"])
@@ -426,3 +579,115 @@ def test_the_next_checkpoint_is_restored_if_a_trainer_deletes_one_meanwhile(
 
     monkeypatch.setattr(checkpoints, moment, move_on_first)
     assert restore(tmp_path) == (str(tmp_path / "model.ckpt-4"), 4, 4.5)
+
+
+# --- Saving.
+
+
+def save_as_trainer(folder, steps, max_to_keep=5, settings=OWN, x=1.0):
+    """Saves checkpoints as the training session does."""
+    with tf.Graph().as_default(), tf.Session() as session:
+        checkpoints.record_settings(settings)
+        global_step = tf.train.get_or_create_global_step()
+        tf.get_variable("x", initializer=x)
+        session.run(tf.global_variables_initializer())
+        saver = tf.train.Saver()
+        for step in steps:
+            session.run(tf.assign(global_step, step))
+            checkpoints.save(session, saver, str(folder), step, max_to_keep)
+
+
+def steps_in(folder):
+    names = [name for name in os.listdir(folder) if name.startswith("model.ckpt-")]
+    steps = {int(name.split(".")[1].removeprefix("ckpt-")) for name in names}
+    assert len(names) == 3 * len(steps)  # no checkpoint is half there
+    return sorted(steps)
+
+
+@pytest.mark.parametrize(("name", "matched"), [*PATTERNS, ("a b", "a"), ("käse猫", "käse")])
+def test_saving_deletes_the_oldest_checkpoints_of_its_own_folder_only(tmp_path, name, matched):
+    for folder in (name, matched):
+        (tmp_path / folder).mkdir()
+        save_as_trainer(tmp_path / folder, steps=[0, 1])
+    save_as_trainer(tmp_path / name, steps=[2, 3, 4], max_to_keep=3)
+    assert steps_in(tmp_path / name) == [2, 3, 4]
+    save_as_trainer(tmp_path / name, steps=[5], max_to_keep=1)
+    assert steps_in(tmp_path / name) == [5]
+    assert steps_in(tmp_path / matched) == [0, 1]
+
+
+def test_tensorflow_finds_and_restores_what_is_saved_here_and_counts_it(tmp_path):
+    save_as_trainer(tmp_path, steps=[3, 4], x=2.5)
+    with tf.Graph().as_default(), tf.Session() as session:
+        variable = tf.get_variable("x", [])
+        saver = tf.train.Saver(max_to_keep=2)
+        state = tf.train.get_checkpoint_state(str(tmp_path))
+        saver.restore(session, tf.train.latest_checkpoint(str(tmp_path)))
+        saver.recover_last_checkpoints(state.all_model_checkpoint_paths)
+        assert session.run(variable) == 2.5
+        saver.save(session, str(tmp_path / "model.ckpt"), 5)
+    assert steps_in(tmp_path) == [4, 5]
+    save_as_trainer(tmp_path, steps=[6], max_to_keep=2)
+    assert steps_in(tmp_path) == [5, 6]
+
+
+def test_saving_deletes_no_checkpoint_that_the_state_file_does_not_list(tmp_path):
+    save(tmp_path, 9)
+    (tmp_path / "checkpoint").unlink()
+    save_as_trainer(tmp_path, steps=[1, 2, 3], max_to_keep=1)
+    assert steps_in(tmp_path) == [3, 9]
+
+
+def test_a_damaged_state_file_is_replaced_and_deletes_nothing(tmp_path):
+    save_as_trainer(tmp_path, steps=[1, 2])
+    (tmp_path / "checkpoint").write_bytes(b"\xff")
+    save_as_trainer(tmp_path, steps=[3], max_to_keep=1)
+    assert steps_in(tmp_path) == [1, 2, 3]
+    assert checkpoints.find_latest_checkpoint(str(tmp_path)).endswith("-3")
+
+
+def test_a_checkpoint_that_replaces_another_one_has_its_own_settings_at_every_moment(
+    tmp_path, monkeypatch
+):
+    save_as_trainer(tmp_path, steps=[3, 4])
+    exported = tf.train.Saver.export_meta_graph
+
+    def export(saver, path, **arguments):
+        assert not (tmp_path / "model.ckpt-4.index").exists()  # it would get the new settings
+        return exported(saver, path, **arguments)
+
+    monkeypatch.setattr(tf.train.Saver, "export_meta_graph", export)
+    new = OWN._replace(random_flip=True)
+    save_as_trainer(tmp_path, steps=[4], max_to_keep=2, settings=new)
+    assert steps_in(tmp_path) == [3, 4]
+    assert checkpoints.read_settings(str(tmp_path / "model.ckpt-3")) == OWN
+    assert checkpoints.read_settings(str(tmp_path / "model.ckpt-4")) == new
+
+
+@pytest.mark.parametrize("name", ["train", "train[1]"])
+def test_a_failed_save_leaves_nothing_of_its_own_and_everything_else(tmp_path, monkeypatch, name):
+    folder = tmp_path / name
+    (tmp_path / "train1").mkdir()
+    folder.mkdir()
+    others = [tmp_path / "train1" / "model.ckpt-9.meta.tmp1", folder / "my.tempstate"]
+    save_as_trainer(folder, steps=[3])
+    for path in others:
+        path.write_text("unrelated")
+    before = sorted(os.listdir(folder))
+
+    def fail(saver, path, **arguments):
+        for suffix in (".meta", ".meta.tmp1", ".data-00000-of-00001.tempstate2"):
+            with open(f"{path.removesuffix('.meta')}{suffix}", "w") as file:
+                file.write("half")
+        raise tf.errors.ResourceExhaustedError(None, None, "No space left on device")
+
+    monkeypatch.setattr(tf.train.Saver, "export_meta_graph", fail)
+    with pytest.raises(UserError, match="cannot save a checkpoint in .*: No space left on device;"):
+        save_as_trainer(folder, steps=[4])
+    assert sorted(os.listdir(folder)) == before
+    assert all(path.exists() for path in others)
+
+
+def test_saving_to_a_folder_that_is_gone_is_a_one_line_error(tmp_path):
+    with pytest.raises(UserError, match="^cannot save a checkpoint in .*gone: .*; free some"):
+        save_as_trainer(tmp_path / "gone", steps=[4])

@@ -1,6 +1,7 @@
 """Tests of locks between processes and of files and folders that appear only when complete."""
 
 import contextlib
+import enum
 import json
 import os
 import select
@@ -269,7 +270,28 @@ def test_the_previous_json_stays_until_the_new_one_is_complete(tmp_path):
     files.write_json_atomically(path, [1])
     before = path.read_text()
     with pytest.raises(TypeError):
-        files.write_json_atomically(path, [2, object()])  # fails after the 2
+        files.write_json_atomically(path, [2, {(): 1}])  # fails after the 2
     assert path.read_text() == before
+    assert os.listdir(tmp_path) == ["a.json"]
     files.write_json_atomically(path, [3])
     assert json.loads(path.read_text()) == [3]
+
+
+class Unit(enum.Enum):
+    STEPS = "steps"
+
+
+def test_values_that_json_cannot_represent_are_written_as_strings(tmp_path):
+    files.write_json_atomically(tmp_path / "a.json", {"unit": Unit.STEPS, "sizes": [{1}]})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"unit": "Unit.STEPS", "sizes": ["{1}"]}
+
+
+@pytest.mark.parametrize("write", [files.write_json_atomically, files.append_json_line])
+def test_a_json_file_that_cannot_be_written_is_a_one_line_error(tmp_path, write):
+    with pytest.raises(UserError, match=r"^cannot write .*/no/a\.json: No such file or directory$"):
+        write(str(tmp_path / "no" / "a.json"), {"a": 1})
+    (tmp_path / "a.json").mkdir()
+    (tmp_path / "a.json" / "file").write_text("in the way")
+    with pytest.raises(UserError, match=r"^cannot write .*/a\.json: "):
+        write(str(tmp_path / "a.json"), {"a": 1})
+    assert os.listdir(tmp_path) == ["a.json"]

@@ -1,6 +1,7 @@
 """Tests of the training session, with small graphs whose losses and gradients are given."""
 
 import contextlib
+import enum
 import json
 import math
 import os
@@ -17,7 +18,7 @@ import types
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import PATTERNS, ROOT
 
 from support import checkpoints, session, summaries
 from support.errors import DataError, Interrupted, UserError
@@ -219,18 +220,17 @@ def test_each_checkpoint_records_the_settings(tmp_path):
 
 
 def test_no_checkpoint_exists_without_the_file_that_holds_its_settings(tmp_path, monkeypatch):
-    save = tf.train.Saver.save
-    exists, is_written_again = [], []
+    exported = tf.train.Saver.export_meta_graph
+    checkpoint_exists = []
 
-    def look_first(saver, session, path, step, **arguments):
-        exists.append((tmp_path / f"model.ckpt-{step}.meta").exists())
-        is_written_again.append(arguments.get("write_meta_graph", True))
-        return save(saver, session, path, step, **arguments)
+    def export(saver, path, **arguments):
+        result = exported(saver, path, **arguments)
+        checkpoint_exists.append(os.path.exists(path.replace(".meta", ".index")))
+        return result
 
-    monkeypatch.setattr(tf.train.Saver, "save", look_first)
+    monkeypatch.setattr(tf.train.Saver, "export_meta_graph", export)
     train(tmp_path, max_steps=3, save_checkpoint_steps=1)
-    assert exists == [True] * 4
-    assert is_written_again == [False] * 4
+    assert checkpoint_exists == [False] * 4
     assert len(list(tmp_path.glob("*.meta"))) == 4
 
 
@@ -248,29 +248,57 @@ def test_a_settings_file_that_cannot_be_written_leaves_no_partial_file(tmp_path,
     assert saved_step(tmp_path) == 3
 
 
-def test_a_checkpoint_that_cannot_be_written_leaves_no_file_of_its_own(tmp_path, monkeypatch):
+def test_a_step_from_which_training_resumes_is_not_saved_again(tmp_path):
     train(tmp_path, max_steps=3)
-
-    def fail(saver, session, path, step, **arguments):
-        pathlib.Path(f"{path}-{step}.tempstate123").write_text("half")
-        raise tf.errors.ResourceExhaustedError(None, None, "No space left on device")
-
-    monkeypatch.setattr(tf.train.Saver, "save", fail)
-    with pytest.raises(UserError, match="cannot save a checkpoint in .*: No space left on device;"):
-        train(tmp_path, max_steps=5)
-    assert not list(tmp_path.glob("*.tempstate*"))
-    # The file of step 3 stays: its checkpoint, which a run saves again when it starts, is complete.
-    assert {path.name for path in tmp_path.glob("*.meta")} == {
-        "model.ckpt-0.meta",
-        "model.ckpt-3.meta",
+    before = {
+        path: (path.read_bytes(), path.stat().st_mtime_ns) for path in tmp_path.glob("model.ckpt-*")
     }
-    with pytest.raises(UserError, match="cannot save"):
-        train(tmp_path / "new", max_steps=5)
-    assert not list((tmp_path / "new").glob("*.meta"))
+    changed = SETTINGS._replace(examples_per_epoch=45, random_flip=False)
+    train(tmp_path, max_steps=5, settings=changed)
+    assert {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in before} == before
+    settings = [
+        checkpoints.read_settings(str(tmp_path / f"model.ckpt-{step}")) for step in (0, 3, 5)
+    ]
+    assert settings == [SETTINGS, SETTINGS, changed]
+
+
+def test_a_resumed_run_without_a_finished_step_saves_nothing(tmp_path):
+    train(tmp_path, max_steps=3)
+    before = checkpoint_files_in(tmp_path)
+    changed = SETTINGS._replace(random_flip=False)
+    assert train(tmp_path, max_steps=3, settings=changed) == 0
+    queue = tf.train.string_input_producer(["a"], num_epochs=1)
+    two = queue.dequeue_many(2)  # the input ends within the first step
+    with pytest.raises(UserError, match="^the input has ended at step 3 "):
+        run(count_step(two), tmp_path, max_steps=9, settings=changed)
+    assert checkpoint_files_in(tmp_path) == before
+
+
+def test_more_checkpoints_than_are_kept_are_deleted_when_training_resumes(tmp_path):
+    train(tmp_path, max_steps=4, save_checkpoint_steps=1)
+    assert saved_steps(tmp_path) == {0, 1, 2, 3, 4}
+    train(tmp_path, max_steps=6, save_checkpoint_steps=1, max_checkpoints_to_keep=2)
+    assert saved_steps(tmp_path) == {5, 6}
+
+
+@pytest.mark.parametrize(("name", "matched"), [*PATTERNS, ("a b", "a"), ("käse猫", "käse")])
+def test_training_touches_only_its_own_folder_whatever_its_name(tmp_path, name, matched, capsys):
+    train(tmp_path / matched, max_steps=3, save_checkpoint_steps=1)
+    before = checkpoint_files_in(tmp_path / matched)
+    for max_steps in (3, 5):
+        assert has_steps_left(tmp_path / name, max_steps)
+        train(tmp_path / name, max_steps, save_checkpoint_steps=1, max_checkpoints_to_keep=2)
+    assert [step for step, *_ in printed(capsys)] == [0, 0, 3]
+    names = set(os.listdir(tmp_path / name))
+    assert {n for n in names if n.endswith(".index")} == {
+        "model.ckpt-4.index",
+        "model.ckpt-5.index",
+    }
+    assert any("tfevents" in n for n in names)
+    assert checkpoint_files_in(tmp_path / matched) == before
 
 
 def checkpoint_files_in(folder):
-    # Without event files, to which a writer of this process may still flush something.
     paths = [folder / "checkpoint", *folder.glob("model.ckpt*")]
     return {path.name: path.read_bytes() for path in paths}
 
@@ -374,14 +402,6 @@ def test_training_does_not_start_again_on_top_of_damaged_checkpoints(tmp_path, s
         (tmp_path / "checkpoint").write_bytes(state)
     with pytest.raises(UserError, match="none of the checkpoints in .* can be read; move them"):
         has_steps_left(tmp_path, 2)
-
-
-def test_training_does_not_start_again_in_a_folder_whose_name_is_a_pattern(tmp_path):
-    train_dir = tmp_path / "run[1]"
-    train(train_dir, max_steps=3)
-    # TensorFlow takes the path for a pattern, so it cannot read what it wrote.
-    with pytest.raises(UserError, match="none of the checkpoints in .* can be read"):
-        has_steps_left(train_dir, 5)
 
 
 def test_an_older_checkpoint_is_suggested_if_the_newest_is_damaged(tmp_path, capsys):
@@ -521,6 +541,18 @@ def test_each_start_of_training_is_recorded_after_the_earlier_ones(tmp_path):
     assert first["processors"] == os.cpu_count()
     assert isinstance(first["processor"], str)
     assert isinstance(first["gpus"], list)
+
+
+class Color(enum.Enum):
+    RED = 1
+
+
+def test_flags_that_json_cannot_represent_are_recorded_as_strings(tmp_path):
+    flags = {"color": Color.RED, "colors": [Color.RED], "folder": pathlib.Path("a")}
+    train(tmp_path, max_steps=1, flags=flags)
+    (start,) = json.loads((tmp_path / "run.json").read_text())
+    assert start["flags"] == {"color": "Color.RED", "colors": ["Color.RED"], "folder": "a"}
+    assert not (tmp_path / "run.json.part").exists()
 
 
 def test_the_record_of_a_start_names_the_commit_of_the_project(tmp_path):
@@ -768,6 +800,57 @@ def test_no_summaries_are_written_if_they_are_turned_off(tmp_path):
     tf.summary.scalar("of_the_graph", 7.0)
     run(count_step(), tmp_path, max_steps=9, save_summaries_steps=0)
     assert recorded(tmp_path) == []
+
+
+@pytest.mark.parametrize("save_summaries_steps", [0, 100])
+def test_the_graph_is_written_for_tensorboard(tmp_path, save_summaries_steps):
+    tf.constant(1.0, name="this_one")
+    run(count_step(), tmp_path, max_steps=1, save_summaries_steps=save_summaries_steps)
+    (path,) = tmp_path.glob("events.out.tfevents.*")
+    (graph,) = [
+        tf.GraphDef.FromString(event.graph_def)
+        for event in tf.train.summary_iterator(str(path))
+        if event.HasField("graph_def")
+    ]
+    assert "this_one" in {node.name for node in graph.node}
+
+
+def test_a_second_run_in_a_folder_that_was_deleted_writes_its_summaries(tmp_path):
+    for max_steps in (2, 3):
+        with tf.Graph().as_default():
+            tf.summary.scalar("of_the_graph", max_steps)
+            run(count_step(), tmp_path / "train", max_steps)
+        assert (0, "of_the_graph", max_steps) in recorded(tmp_path / "train")
+        shutil.rmtree(tmp_path / "train")
+
+
+@pytest.mark.parametrize("losses", [{}, {1: math.nan}])
+def test_a_run_leaves_no_event_file_open(tmp_path, losses):
+    with contextlib.suppress(UserError):
+        train(tmp_path, max_steps=2, losses=losses)
+    opened = [os.readlink(f"/proc/self/fd/{n}") for n in os.listdir("/proc/self/fd") if is_open(n)]
+    assert not [path for path in opened if path.startswith(str(tmp_path))]
+    assert not [t.name for t in threading.enumerate() if "EventLogger" in t.name]
+
+
+def is_open(descriptor):  # the one of the list itself is already closed
+    return os.path.lexists(f"/proc/self/fd/{descriptor}")
+
+
+def test_summaries_that_cannot_be_written_end_training_with_one_line(tmp_path, monkeypatch):
+    write = tf.io.TFRecordWriter.write
+    written = []
+
+    def fail_later(writer, record):
+        written.append(record)
+        if len(written) > 4:
+            raise tf.errors.OutOfRangeError(None, None, "events; File too large")
+        write(writer, record)
+
+    monkeypatch.setattr(tf.io.TFRecordWriter, "write", fail_later)
+    with pytest.raises(UserError, match="^cannot write to --train_dir=.*: events; File too large"):
+        train(tmp_path, max_steps=9, save_summaries_steps=1)
+    assert len(written) == 5
 
 
 # --- Signals.

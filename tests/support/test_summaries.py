@@ -1,12 +1,16 @@
-"""Tests of the tags of summaries, and of what histograms and image sheets contain."""
+"""Tests of the tags of summaries, of what they contain, and of the files with them."""
 
 import io
+import os
+import time
 
 import numpy as np
 import pytest
 from PIL import Image
+from tensorboard.backend.event_processing import event_accumulator
 
 from support import summaries
+from support.errors import UserError
 from support.tensorflow_v1 import tf
 
 pytestmark = pytest.mark.usefixtures("graph")
@@ -97,3 +101,58 @@ def test_a_second_summary_with_the_same_tag_is_left_out(graph):
     with tf.Session() as session:
         merged = tf.Summary.FromString(session.run(tf.summary.merge_all()))
     assert sorted(value.tag for value in merged.value) == ["a/histogram", "a/scalar", "a/sheet"]
+
+
+def read_events(folder):
+    """Returns the events of all files in a folder, in the order in which TensorBoard reads them."""
+    paths = sorted(str(path) for path in folder.iterdir())
+    return [event for path in paths for event in tf.train.summary_iterator(path)]
+
+
+def make_summary(value):
+    return tf.Summary(value=[tf.Summary.Value(tag="a", simple_value=value)])
+
+
+@pytest.mark.parametrize("name", ["plain", "run[1]", "a*b?", "a\\b"])
+def test_events_are_on_disk_as_soon_as_they_are_added(tmp_path, graph, name):
+    folder = tmp_path / "new" / name
+    tf.constant(1.0, name="node")
+    with summaries.Writer(str(folder), "--dir") as writer:
+        writer.add_graph(graph)
+        writer.add_restart(7)
+        writer.add_summary(make_summary(2.5), 7)
+        version, graph_event, restart, summary = read_events(folder)
+        assert writer.get_logdir() == str(folder)
+    assert version.file_version == "brain.Event:2"
+    assert [n.name for n in tf.GraphDef.FromString(graph_event.graph_def).node] == ["node"]
+    assert (restart.step, restart.session_log.status) == (7, tf.SessionLog.START)
+    assert (summary.step, summary.summary) == (7, make_summary(2.5))
+    assert abs(summary.wall_time - time.time()) < 60
+    assert os.listdir(tmp_path / "new") == [name]
+
+
+def test_writers_that_start_in_the_same_second_have_files_of_their_own_in_order(tmp_path):
+    for value in range(5):
+        with summaries.Writer(tmp_path, "--dir") as writer:
+            writer.add_summary(make_summary(value), 1)
+    values = [v.simple_value for event in read_events(tmp_path) for v in event.summary.value]
+    assert values == [0, 1, 2, 3, 4]
+    assert all(path.name.startswith("events.out.tfevents.") for path in tmp_path.iterdir())
+
+
+def test_a_folder_that_cannot_be_written_is_a_one_line_error(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    for folder in (tmp_path / "file", "/proc"):
+        with pytest.raises(UserError, match=f"^cannot write to --dir={folder}: ") as caught:
+            summaries.Writer(str(folder), "--dir")
+        assert "\n" not in str(caught.value)
+
+
+def test_tensorboard_reads_the_files(tmp_path):
+    with summaries.Writer(tmp_path, "--dir") as writer:
+        writer.add_graph(tf.get_default_graph())
+        for step in range(3):
+            writer.add_summary(make_summary(step / 2), step)
+    events = event_accumulator.EventAccumulator(str(tmp_path)).Reload()
+    assert [(e.step, e.value) for e in events.Scalars("a")] == [(0, 0.0), (1, 0.5), (2, 1.0)]
+    assert events.Tags()["graph"]
