@@ -19,7 +19,7 @@ import numpy as np
 from absl import flags
 
 import cifar10
-from support import charts, checkpoints, command_line, dataset, files, progress
+from support import charts, checkpoints, command_line, dataset, files, progress, summaries
 from support.errors import CheckpointError, UserError, first_line
 from support.tensorflow_v1 import (
     is_nonfinite_histogram,
@@ -319,8 +319,7 @@ def evaluate(last_step=None, check_trainer=lambda: None):
         variables = variables_to_restore()
         saver = tf.train.Saver(variables)
         # Without the sparsity of the layers, which training already shows.
-        summaries = tf.get_collection(tf.GraphKeys.SUMMARIES)
-        summary_op = tf.summary.merge([s for s in summaries if s.op.type != "ScalarSummary"])
+        _, summary_op = summaries.merge_collected()
         outputs = {
             "images": images,
             "labels": labels,

@@ -60,7 +60,15 @@ flags.DEFINE_integer(
 flags.DEFINE_integer(
     "save_summaries_steps",
     100,
-    "Steps between summaries for TensorBoard. 0 turns them off.",
+    "Steps between scalars for TensorBoard. 0 turns off all summaries.",
+    lower_bound=0,
+    upper_bound=_MAX_INT,
+)
+flags.DEFINE_integer(
+    "save_histograms_steps",
+    1000,
+    "Steps between histograms and images for TensorBoard, which take much more space than scalars. "
+    "0 turns them off.",
     lower_bound=0,
     upper_bound=_MAX_INT,
 )

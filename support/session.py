@@ -51,7 +51,8 @@ class Options(NamedTuple):
       save_checkpoint_secs: int; seconds between two checkpoints.
       save_checkpoint_steps: int; steps between two checkpoints, instead of the seconds; or None.
       max_checkpoints_to_keep: int; older checkpoints of the run are deleted.
-      save_summaries_steps: int; steps between two summaries; 0 for none.
+      save_summaries_steps: int; steps between two summaries of scalars; 0 for no summaries at all.
+      save_histograms_steps: int; steps between two summaries of histograms and images; 0 for none.
     """
 
     train_dir: str
@@ -61,6 +62,7 @@ class Options(NamedTuple):
     save_checkpoint_steps: int | None = None
     max_checkpoints_to_keep: int = 5
     save_summaries_steps: int = 100
+    save_histograms_steps: int = 1000
 
 
 def check_finite(tensor, name=None):
@@ -505,19 +507,21 @@ class _SummaryHook(tf.train.SessionRunHook):
     """Writes the summaries of the graph, and the throughput, for TensorBoard.
 
     It fetches the summaries in the step that they describe, and records them under its number.
+    Histograms and images have an interval of their own, because they are much larger than scalars.
 
     Args:
       progress: `_ProgressHook`, which must run before this one.
       examples_per_step: int.
-      options: `Options`. The first step of a run has summaries, too.
+      options: `Options`. The first step of a run has all summaries.
     """
 
     def __init__(self, progress, examples_per_step, options):
         self._progress = progress
         self._examples_per_step = examples_per_step
-        self._every_steps = options.save_summaries_steps
+        self._scalar_steps = options.save_summaries_steps
+        self._histogram_steps = options.save_histograms_steps
         self._writer = tf.summary.FileWriterCache.get(options.train_dir)
-        self._summary_op = tf.summary.merge_all(name=f"{summaries.SCOPE}merged")
+        self._scalars, self._histograms = summaries.merge_collected()
 
     def after_create_session(self, session, coord):
         # Invalidates the summaries that a killed run has written for later steps.
@@ -527,24 +531,29 @@ class _SummaryHook(tf.train.SessionRunHook):
 
     def before_run(self, run_context):
         self._step = self._progress.step
-        self._is_due = self._previous is None or self._step % self._every_steps == 0
-        if self._is_due and self._summary_op is not None:
-            return tf.train.SessionRunArgs(self._summary_op)
-        return None
+        self._has_scalars = self._is_due(self._scalar_steps)
+        due = [self._scalars] if self._has_scalars else []
+        if self._histogram_steps and self._is_due(self._histogram_steps):
+            due.append(self._histograms)
+        return tf.train.SessionRunArgs([merged for merged in due if merged is not None])
+
+    def _is_due(self, every_steps):
+        return self._previous is None or self._step % every_steps == 0
 
     def after_run(self, run_context, run_values):
-        if not self._is_due:
-            return
-        summary = tf.Summary.FromString(run_values.results or b"")
-        now = time.monotonic()
-        if self._previous is not None:  # the first step has no throughput yet
-            since, since_step = self._previous
-            steps_per_sec = (self._step - since_step) / (now - since)
-            summary.value.add(
-                tag="examples_per_sec", simple_value=steps_per_sec * self._examples_per_step
-            )
-        self._writer.add_summary(summary, self._step)
-        self._previous = now, self._step
+        summary = tf.Summary.FromString(b"".join(run_values.results))
+        if self._has_scalars:
+            now = time.monotonic()
+            if self._previous is not None:  # the first step has no throughput yet
+                since, since_step = self._previous
+                steps_per_sec = (self._step - since_step) / (now - since)
+                summary.value.add(
+                    tag="examples_per_sec", simple_value=steps_per_sec * self._examples_per_step
+                )
+            self._previous = now, self._step
+        if summary.value:
+            self._writer.add_summary(summary, self._step)
+            self._writer.flush()  # by itself, the writer waits for up to two minutes
 
     def end(self, session):
         self._writer.flush()

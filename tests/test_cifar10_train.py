@@ -57,6 +57,7 @@ def test_flags_have_their_defaults_without_a_command_line():
     assert FLAGS.save_checkpoint_steps is None
     assert FLAGS.max_checkpoints_to_keep == 5
     assert FLAGS.save_summaries_steps == 100
+    assert FLAGS.save_histograms_steps == 1000
     assert FLAGS.seed is None
     assert FLAGS.shard_data is False
 
@@ -70,6 +71,7 @@ def test_flags_have_their_defaults_without_a_command_line():
         ("save_checkpoint_steps", [0, 10**23]),
         ("max_checkpoints_to_keep", [0, 10**20]),
         ("save_summaries_steps", [-1, 2**31]),
+        ("save_histograms_steps", [-1, 2**31]),
         ("max_steps", [0, 2**31]),
         ("seed", [-1, 2**31]),
         ("num_gpus", [0, 1025]),
@@ -99,6 +101,7 @@ def test_the_training_session_gets_the_flags(tmp_path, monkeypatch, trainer, exa
     FLAGS.save_checkpoint_steps = 6
     FLAGS.max_checkpoints_to_keep = 7
     FLAGS.save_summaries_steps = 8
+    FLAGS.save_histograms_steps = 9
     FLAGS.seed = 99
     FLAGS.log_device_placement = True
     FLAGS.use_fp16 = True
@@ -123,6 +126,7 @@ def test_the_training_session_gets_the_flags(tmp_path, monkeypatch, trainer, exa
         save_checkpoint_steps=6,
         max_checkpoints_to_keep=7,
         save_summaries_steps=8,
+        save_histograms_steps=9,
     )
     assert settings == cifar10.training_settings()
     assert config == session_config(use_fp16=True, log_device_placement=True)
@@ -402,3 +406,19 @@ def test_tensorboard_gets_exactly_these_tags(small_run, tmp_path, num_gpus, fast
     if not num_gpus:
         assert {"pool1", "norm1", "norm2", "pool2", "total_loss"} <= scopes
         assert len(scopes) < 60  # hundreds if every operation had its own
+
+
+def test_most_summaries_of_a_run_are_small(small_run, tmp_path):
+    FLAGS.save_summaries_steps = 1
+    FLAGS.batch_size = 64
+    small_run("run", seed=1, max_steps=3)
+    sizes = {
+        event.step: event.ByteSize()
+        for path in (tmp_path / "run").glob("events.out.tfevents.*")
+        for event in tf.train.summary_iterator(str(path))
+        if event.summary.value
+    }
+    # A million steps have 10,000 summaries of scalars, and 1,000 with histograms and images.
+    assert sizes[0] < 100_000
+    assert set(sizes) == {0, 1, 2}
+    assert max(sizes[1], sizes[2]) < 2_000

@@ -764,8 +764,56 @@ def test_summaries_are_written_as_often_as_the_options_say_with_the_throughput(t
     assert {tag for _, tag, _ in found} == {"of_the_graph", "examples_per_sec"}
 
 
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"save_histograms_steps": 4}, [0, 4, 8]),
+        ({}, [0]),
+        ({"save_histograms_steps": 0}, []),
+        ({"save_histograms_steps": 4, "save_summaries_steps": 3}, [0, 4, 8]),
+    ],
+)
+def test_histograms_and_images_have_an_interval_of_their_own(tmp_path, options, expected):
+    tf.summary.scalar("scalar", 7.0)
+    tf.summary.histogram("histogram", [1.0, 2.0])
+    summaries.image_sheet("image", tf.zeros([2, 4, 4, 3]))
+    run(count_step(), tmp_path, max_steps=10, **{"save_summaries_steps": 1} | options)
+    found = recorded(tmp_path)
+    scalar_steps = range(0, 10, options.get("save_summaries_steps", 1))
+    assert [step for step, tag, _ in found if tag == "scalar"] == list(scalar_steps)
+    for tag in ("histogram", "image"):
+        assert [step for step, other, _ in found if other == tag] == expected
+
+
+def test_a_resumed_run_starts_with_a_histogram(tmp_path):
+    for max_steps in (3, 5):
+        with tf.Graph().as_default():
+            tf.summary.histogram("histogram", [1.0, 2.0])
+            run(count_step(), tmp_path, max_steps=max_steps)
+    assert sorted(step for step, tag, _ in recorded(tmp_path) if tag == "histogram") == [0, 3]
+
+
+def test_summaries_are_on_disk_before_the_next_step(tmp_path):
+    written = {}
+
+    def read_events(step):
+        written[step] = [step for step, tag, _ in recorded(tmp_path) if tag == "of_the_graph"]
+        return np.float32(1)
+
+    tf.summary.scalar("of_the_graph", 7.0)
+    step = tf.train.get_or_create_global_step().read_value()
+    run(
+        count_step(tf.py_func(read_events, [step], tf.float32)),
+        tmp_path,
+        max_steps=6,
+        save_summaries_steps=2,
+    )
+    assert written == {0: [], 1: [0], 2: [0], 3: [0, 2], 4: [0, 2], 5: [0, 2, 4]}
+
+
 def test_no_summaries_are_written_if_they_are_turned_off(tmp_path):
     tf.summary.scalar("of_the_graph", 7.0)
+    tf.summary.histogram("histogram", [1.0, 2.0])
     run(count_step(), tmp_path, max_steps=9, save_summaries_steps=0)
     assert recorded(tmp_path) == []
 
