@@ -23,6 +23,7 @@ from support import charts, checkpoints, command_line, dataset, files, progress,
 from support.errors import CheckpointError, UserError, first_line
 from support.tensorflow_v1 import (
     is_nonfinite_histogram,
+    out_of_memory_explained,
     session_config,
     tf,
     warn_of_unusable_gpus,
@@ -111,8 +112,9 @@ def _count(session, top_k_op, outputs, summary_op, num_examples, num_classes):
                 fetches = [top_k_op, outputs or {}]
                 if counts.total == 0 and summary_op is not None:
                     fetches.append(summary_op)
-                is_correct, values, *summaries = session.run(fetches)
-                counts.summary = summaries[0] if summaries else counts.summary
+                with out_of_memory_explained():
+                    is_correct, values, *summary = session.run(fetches)
+                counts.summary = summary[0] if summary else counts.summary
                 counts.add(is_correct[: num_examples - counts.total], values or None)
                 bar.update(counts.total - bar.n)
     except tf.errors.OutOfRangeError:
@@ -154,7 +156,8 @@ def eval_once(
       float; precision @ 1, from 0 to 1.
 
     Raises:
-      UserError: there is no checkpoint, or there are too few images.
+      UserError: there is no checkpoint, there are too few images, or a batch does not fit into
+        memory.
       CheckpointError: the checkpoint cannot be restored, or has or produces non-finite values.
     """
     if checkpoint is None:

@@ -12,7 +12,13 @@ from absl import flags
 import cifar10
 import cifar10_train  # defines the flags of training
 from support import command_line, session
-from support.tensorflow_v1 import GPUS, session_config, tf, warn_of_unusable_gpus
+from support.tensorflow_v1 import (
+    GPUS,
+    session_config,
+    tf,
+    warn_of_unusable_gpus,
+    warn_of_unused_gpus,
+)
 
 FLAGS = flags.FLAGS
 
@@ -107,6 +113,7 @@ def train():
             len(GPUS),
             "them" if GPUS else "the CPU",
         )
+    warn_of_unused_gpus(FLAGS.num_gpus)
     with session.training_graph(FLAGS.seed):
         train_op, loss = build_training(FLAGS.num_gpus, FLAGS.batch_size)
         with session.training_session(

@@ -16,7 +16,12 @@ from absl import flags
 import cifar10
 from support import command_line, session
 from support.cluster import server, task, training
-from support.tensorflow_v1 import session_config, tf, warn_of_unusable_gpus
+from support.tensorflow_v1 import (
+    session_config,
+    tf,
+    warn_of_unusable_gpus,
+    warn_of_unused_gpus,
+)
 
 FLAGS = flags.FLAGS
 _MAX_INT = 2**31 - 1
@@ -111,6 +116,8 @@ def train(worker=None):
     settings = cifar10.training_settings()
     if not session.has_steps_left(options, settings, worker):
         return
+    if worker is None:
+        warn_of_unused_gpus(1)
     with session.training_graph(FLAGS.seed, worker):
         with tf.device("/cpu:0"):
             global_step = tf.train.get_or_create_global_step()

@@ -23,7 +23,12 @@ from support import checkpoints, files, summaries, tensorflow_v1
 from support.command_line import DeferredSignals
 from support.errors import CheckpointError, Interrupted, UserError, first_line
 from support.progress import show_progress, timestamp
-from support.tensorflow_v1 import is_nonfinite_histogram, session_config, tf
+from support.tensorflow_v1 import (
+    is_nonfinite_histogram,
+    out_of_memory_explained,
+    session_config,
+    tf,
+)
 
 LOCK_FILE = ".trainer.lock"
 METRICS_FILE = "metrics.jsonl"
@@ -198,7 +203,8 @@ def training_session(
 
     Raises:
       UserError: the folder or its checkpoint cannot be used; the loss, a gradient or a variable is
-        not finite (that step is not saved); or the input has ended.
+        not finite (that step is not saved); the input has ended; or a step does not fit into
+        memory.
       DataError: from `check_input`.
       Interrupted: a signal has arrived.
     """
@@ -216,7 +222,11 @@ def training_session(
         stop = _StopHook(progress, options.max_steps, signals, check_input, worker)
         hooks = _make_hooks(progress, stop, saver, examples_per_step, options, worker)
         session = _create_session(hooks, saver, options, config, worker)
-        with _errors_explained(progress, signals, check_input, worker), session:
+        with (
+            _errors_explained(progress, signals, check_input, worker),
+            out_of_memory_explained(),
+            session,
+        ):
             yield session
         _check_outcome(progress, options, signals, worker)
 

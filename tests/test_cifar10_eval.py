@@ -357,6 +357,27 @@ def test_an_eval_dir_that_cannot_be_written_is_a_one_line_error(records, tmp_pat
     assert "\n" not in str(error.value)
 
 
+def test_running_out_of_memory_is_a_one_line_error(records, monkeypatch):
+    def fail(labels):
+        raise MemoryError("OOM when allocating tensor with shape[128,24,24,64]\n\n\tHint: ...")
+
+    inputs = cifar10.inputs
+
+    def failing_inputs(*arguments, **named):
+        images, labels = inputs(*arguments, **named)
+        failing_labels = tf.py_func(fail, [labels], tf.int32)
+        return images, tf.ensure_shape(failing_labels, [None])
+
+    monkeypatch.setattr(cifar10, "inputs", failing_inputs)
+    save_checkpoint(FLAGS.checkpoint_dir, 7)
+    with pytest.raises(
+        UserError, match="^out of memory .*OOM when allocating tensor.*; use a smaller --batch_size"
+    ) as error:
+        cifar10_eval.evaluate()
+    assert "\n" not in str(error.value)
+    assert "Hint" not in str(error.value)
+
+
 def test_the_interval_separates_the_starts_of_evaluations(records, monkeypatch):
     save_checkpoint(FLAGS.checkpoint_dir, 7)
     FLAGS.eval_interval_secs = 5000

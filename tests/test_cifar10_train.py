@@ -16,7 +16,7 @@ from conftest import ROOT, write_dataset
 import cifar10
 import cifar10_multi_gpu_train
 import cifar10_train
-from support import dataset, session
+from support import dataset, session, tensorflow_v1
 from support.checkpoints import read_settings
 from support.errors import UserError
 from support.tensorflow_v1 import GPUS, has_fast_bfloat16, session_config, tf
@@ -133,6 +133,45 @@ def test_the_training_session_gets_the_flags(tmp_path, monkeypatch, trainer, exa
     named["check_input"]()
     assert named["flags"]["max_steps"] == 17
     assert named.get("worker") is None
+
+
+class Stop(Exception):  # noqa: N818
+    """Ends training before it builds the graph."""
+
+
+@pytest.mark.parametrize(
+    ("trainer", "gpus", "line"),
+    [
+        (cifar10_train, 1, None),
+        (
+            cifar10_train,
+            4,
+            "1 of 4 GPUs is used; to use all, run cifar10_multi_gpu_train.py --num_gpus=4",
+        ),
+        (
+            cifar10_multi_gpu_train,
+            4,
+            "3 of 4 GPUs are used; to use all, run cifar10_multi_gpu_train.py --num_gpus=4",
+        ),
+        (cifar10_multi_gpu_train, 3, None),
+    ],
+)
+def test_gpus_that_stay_unused_are_reported(tmp_path, monkeypatch, trainer, gpus, line):
+    def stop(*arguments):
+        raise Stop
+
+    write_dataset(tmp_path)
+    FLAGS.data_dir = str(tmp_path)
+    FLAGS.train_dir = str(tmp_path / "train")
+    FLAGS.num_gpus = 3
+    warnings = []
+    monkeypatch.setattr(tensorflow_v1, "GPUS", ["a GPU"] * gpus)
+    monkeypatch.setattr(cifar10_multi_gpu_train, "GPUS", ["a GPU"] * gpus)
+    monkeypatch.setattr(tf.logging, "warning", lambda text, *values: warnings.append(text % values))
+    monkeypatch.setattr(session, "training_graph", stop)
+    with pytest.raises(Stop):
+        trainer.train()
+    assert warnings == [line] * (line is not None)
 
 
 # Training.

@@ -694,6 +694,15 @@ def test_an_error_of_the_step_is_raised_if_the_input_is_usable(tmp_path):
         run(count_step(failure), tmp_path, max_steps=100)
 
 
+def test_running_out_of_memory_is_a_one_line_error(tmp_path):
+    def fail():
+        raise MemoryError("OOM when allocating tensor with shape[1024]")
+
+    with pytest.raises(UserError, match="^out of memory .*; use a smaller --batch_size") as caught:
+        run(count_step(tf.py_func(fail, [], tf.float32)), tmp_path, max_steps=100)
+    assert "\n" not in str(caught.value)
+
+
 class Terminal:
     """Replaces stderr by a terminal, and keeps the text that is written to it."""
 
