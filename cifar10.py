@@ -588,6 +588,9 @@ def apply_gradients(optimizer, gradients, global_step):
 def update_variables(optimizer, gradients, global_step, worker=None):
     """Applies gradients as `apply_gradients` does, checks them and shows them in TensorBoard.
 
+    A variable whose gradient is None keeps its value. Operations in the collection
+    `tf.GraphKeys.UPDATE_OPS` run as well, for example those of batch normalization.
+
     Args:
       optimizer: from `make_optimizer`.
       gradients: list of (gradient, variable).
@@ -597,7 +600,11 @@ def update_variables(optimizer, gradients, global_step, worker=None):
 
     Returns:
       The operation that does all of this.
+
+    Raises:
+      UserError: no variable has a gradient.
     """
+    gradients = _without_missing(gradients)
     _summarize_gradients(optimizer, gradients)
 
     def apply(gradients):
@@ -610,7 +617,34 @@ def update_variables(optimizer, gradients, global_step, worker=None):
     with tf.control_dependencies([update_op]):  # show the updated variables
         for _, variable in gradients:
             summaries.histogram(_tag(variable.op), variable)
+    updates = _updates_of_first_tower()
+    if updates and (worker is None or worker.is_chief):  # the workers share the variables
+        return tf.group(update_op, *updates)
     return update_op
+
+
+def _without_missing(gradients):
+    """Returns the (gradient, variable) pairs that have a gradient, and reports the others."""
+    missing = [variable.op.name for gradient, variable in gradients if gradient is None]
+    if len(missing) == len(gradients):
+        raise UserError(
+            "no gradient reaches any variable: the loss depends on none of them, or only through "
+            "tf.stop_gradient"
+        )
+    if missing:
+        them = "it" if len(missing) == 1 else "them"
+        names = ", ".join(missing)
+        tf.logging.warning("No gradient reaches %s: training leaves %s unchanged.", names, them)
+    return [pair for pair in gradients if pair[0] is not None]
+
+
+def _updates_of_first_tower():
+    """Returns the collected updates: list of operations.
+
+    The towers share the variables, so those of the other towers would repeat them.
+    """
+    updates = [getattr(u, "op", u) for u in tf.get_collection(tf.GraphKeys.UPDATE_OPS)]
+    return [op for op in updates if not re.match(f"{TOWER_NAME}_[1-9]", op.name)]
 
 
 def _summarize_gradients(optimizer, gradients):

@@ -251,12 +251,13 @@ def _divide_by_class(class_names, counts, totals):
 def variables_to_restore():
     """Returns the variables of the default graph: dict by name in the checkpoint.
 
-    Unless --use_moving_averages is false, these are the names of the moving averages.
+    Unless --use_moving_averages is false, a trainable variable has the name of its moving average.
+    Others, for example those of batch normalization, have no moving averages.
     """
     if FLAGS.use_moving_averages:
         variable_averages = tf.train.ExponentialMovingAverage(cifar10.MOVING_AVERAGE_DECAY)
-        return variable_averages.variables_to_restore()
-    return {variable.op.name: variable for variable in tf.trainable_variables()}
+        return variable_averages.variables_to_restore(tf.trainable_variables())
+    return {variable.op.name: variable for variable in tf.global_variables()}
 
 
 def _count_examples(eval_test):

@@ -299,7 +299,7 @@ def restore(session, saver, checkpoint):
       int; the checkpoint's global step.
 
     Raises:
-      CheckpointError: the checkpoint cannot be read, or a trainable variable is not finite.
+      CheckpointError: the checkpoint cannot be read, or a variable is not finite.
     """
     try:
         saver.restore(session, checkpoint)
@@ -307,7 +307,7 @@ def restore(session, saver, checkpoint):
     except (tf.errors.OpError, ValueError) as error:
         raise CheckpointError(f"{checkpoint} cannot be restored: {first_line(error)}") from error
     # Predictions would not reveal every NaN: some implementations of ReLU turn it into 0.
-    variables = tf.trainable_variables()
+    variables = [v for v in tf.global_variables() if v.dtype.base_dtype.is_floating]
     for variable, value in zip(variables, session.run(variables), strict=True):
         if not np.isfinite(value).all():
             raise CheckpointError(f"{checkpoint} has non-finite values in {variable.op.name}")

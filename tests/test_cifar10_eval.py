@@ -363,6 +363,57 @@ def test_the_variables_themselves_are_evaluated_on_request(records, capsys):
     assert printed_precision(capsys) == f"{expected:.3f}"
 
 
+def add_offset(monkeypatch, value):
+    """Adds a variable that is not trainable to the model: it is added to the logits of class 0."""
+    inference = cifar10.inference
+
+    def offset_inference(images):
+        offset = tf.get_variable("norm/moving_mean", initializer=value, trainable=False)
+        # Some libraries do this. Training averages the trainable variables only.
+        tf.add_to_collection(tf.GraphKeys.MOVING_AVERAGE_VARIABLES, offset)
+        return inference(images) + offset * tf.one_hot(0, 10)
+
+    monkeypatch.setattr(cifar10, "inference", offset_inference)
+
+
+@pytest.mark.parametrize("use_moving_averages", [True, False])
+def test_variables_that_are_not_trainable_are_restored(
+    records, capsys, monkeypatch, use_moving_averages
+):
+    _, test = records
+    add_offset(monkeypatch, 1e6)
+    with tf.Graph().as_default(), tf.Session() as session:
+        images, labels = tf.zeros([2, 24, 24, 3]), tf.constant([0, 1])
+        total_loss = cifar10.loss(cifar10.inference(images), labels)
+        cifar10.train(total_loss, tf.train.get_or_create_global_step())
+        session.run(tf.global_variables_initializer())
+        pathlib.Path(FLAGS.checkpoint_dir).mkdir()
+        tf.train.Saver().save(session, f"{FLAGS.checkpoint_dir}/model.ckpt", 0)
+    monkeypatch.undo()
+    add_offset(monkeypatch, 0.0)  # the initial value in the graph of the evaluation
+    FLAGS.use_moving_averages = use_moving_averages
+    cifar10_eval.evaluate()
+    assert printed_precision(capsys) == f"{np.mean(test[:, 0] == 0):.3f}"
+    (result,) = written_results()
+    assert sum(result["confusion_matrix"][0]) == result["confusion_matrix"][0][0]
+
+
+def test_a_variable_that_is_not_trainable_and_not_finite_is_an_error_that_names_it(
+    records, monkeypatch
+):
+    add_offset(monkeypatch, 0.0)
+    with tf.Graph().as_default(), tf.Session() as session:
+        images, labels = tf.zeros([2, 24, 24, 3]), tf.constant([0, 1])
+        total_loss = cifar10.loss(cifar10.inference(images), labels)
+        cifar10.train(total_loss, tf.train.get_or_create_global_step())
+        session.run(tf.global_variables_initializer())
+        session.run(tf.assign(tf.global_variables("norm")[0], np.nan))
+        pathlib.Path(FLAGS.checkpoint_dir).mkdir()
+        tf.train.Saver().save(session, f"{FLAGS.checkpoint_dir}/model.ckpt", 0)
+    with pytest.raises(CheckpointError, match="ckpt-0 has non-finite values in norm/moving_mean"):
+        cifar10_eval.evaluate()
+
+
 def test_the_training_files_are_evaluated_on_request(records, capsys):
     train, _ = records
     save_checkpoint(FLAGS.checkpoint_dir, 7)
