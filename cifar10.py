@@ -22,6 +22,7 @@ from support import (
     dataset,
     download,
     fast_nn,
+    resuming,
     session,
     summaries,
     synthetic,
@@ -530,7 +531,8 @@ def decayed_learning_rate(global_step, examples_per_step, examples_per_epoch=Non
     """Returns the learning rate at a step, and shows it in TensorBoard.
 
     By default, it drops to a tenth every 350 epochs. With N towers, an epoch takes 1/N as many
-    steps.
+    steps. If a resumed run has another number of images per step than before, the images that it
+    has seen count.
 
     Args:
       global_step: int []; the number of updates so far.
@@ -540,12 +542,17 @@ def decayed_learning_rate(global_step, examples_per_step, examples_per_epoch=Non
     Returns:
       float32 [].
     """
-    num_batches_per_epoch = (examples_per_epoch or num_examples_per_epoch()) / examples_per_step
+    examples_per_epoch = examples_per_epoch or num_examples_per_epoch()
+    num_batches_per_epoch = examples_per_epoch / examples_per_step
     num_epochs_per_decay = setting("num_epochs_per_decay")
+    decay_steps = max(1, int(num_batches_per_epoch * num_epochs_per_decay))
+    if offset := resuming.examples_offset(examples_per_step):  # count images instead of steps
+        global_step = tf.cast(global_step, tf.int64) * examples_per_step + offset
+        decay_steps = max(examples_per_step, examples_per_epoch * num_epochs_per_decay)
     learning_rate = tf.train.exponential_decay(
         setting("initial_learning_rate"),
         global_step,
-        decay_steps=max(1, int(num_batches_per_epoch * num_epochs_per_decay)),
+        decay_steps=decay_steps,
         decay_rate=setting("learning_rate_decay_factor"),
         staircase=True,
         name="learning_rate",

@@ -133,7 +133,7 @@ def train():
             "them" if GPUS else "the CPU",
         )
     warn_of_unused_gpus(FLAGS.num_gpus)
-    with session.training_graph(FLAGS.seed):
+    with session.training_graph(FLAGS.seed, train_dir=options.train_dir):
         train_op, loss = build_training(FLAGS.num_gpus, FLAGS.batch_size)
         with session.training_session(
             loss,

@@ -118,7 +118,7 @@ def train(worker=None):
         return
     if worker is None:
         warn_of_unused_gpus(1)
-    with session.training_graph(FLAGS.seed, worker):
+    with session.training_graph(FLAGS.seed, worker, options.train_dir):
         with tf.device("/cpu:0"):
             global_step = tf.train.get_or_create_global_step()
         images, labels = cifar10.distorted_inputs(shard=worker and worker.shard)
@@ -156,7 +156,9 @@ def train_in_cluster(this_task):
     else:
         this_server = server.start_server(this_task, config)
         cifar10.maybe_download_and_extract()
-        settings = cifar10.training_settings()
+        settings = cifar10.training_settings()._replace(
+            examples_per_step=FLAGS.batch_size * len(this_task.workers)
+        )
         training.run_worker(this_task, this_server, train, settings, timeout, FLAGS.shard_data)
 
 

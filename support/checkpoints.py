@@ -32,6 +32,10 @@ class TrainingSettings(NamedTuple):
       crop_size: int; pixels.
       top_layers: string; a value of the flag.
       random_flip: bool.
+      examples_per_step: int; images that one step consumed, over all towers or workers; None if
+        unknown.
+      examples_offset: int; images that the run had seen, minus `examples_per_step` for each step.
+        Not 0 after a change of the batch size or of the number of towers or workers.
     """
 
     class_names: tuple | None = None
@@ -39,6 +43,14 @@ class TrainingSettings(NamedTuple):
     crop_size: int = dataset.IMAGE_SIZE
     top_layers: str = "full"
     random_flip: bool = True
+    examples_per_step: int | None = None
+    examples_offset: int = 0
+
+    def examples_seen(self, step):
+        """Returns the number of images that the run has seen at a step; None if unknown."""
+        if self.examples_per_step is None:
+            return None
+        return step * self.examples_per_step + self.examples_offset
 
 
 def find_latest_checkpoint(folder):
@@ -184,10 +196,10 @@ def format_settings(settings):
 def parse_settings(text):
     """Returns the `TrainingSettings` in a string. Raises ValueError or TypeError if invalid."""
     settings = TrainingSettings(**json.loads(text))
-    for (name, value), kind in zip(
-        settings._asdict().items(), (list, int, int, str, bool), strict=True
-    ):
-        if type(value) is not kind:
+    kinds = list, int, int, str, bool, int, int
+    for (name, value), kind in zip(settings._asdict().items(), kinds, strict=True):
+        is_unknown = name == "examples_per_step" and value is None
+        if type(value) is not kind and not is_unknown:
             raise ValueError(f"{name} is {value!r}")
     names = settings.class_names
     if not (names and all(isinstance(name, str) for name in names)):

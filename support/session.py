@@ -19,7 +19,7 @@ import threading
 import time
 from typing import NamedTuple
 
-from support import checkpoints, files, summaries, tensorflow_v1
+from support import checkpoints, files, resuming, summaries, tensorflow_v1
 from support.command_line import DeferredSignals
 from support.errors import CheckpointError, Interrupted, UserError, first_line
 from support.progress import show_progress, timestamp
@@ -100,13 +100,18 @@ def watch_queue(size, min_size):
 
 
 @contextlib.contextmanager
-def training_graph(seed=None, worker=None):
+def training_graph(seed=None, worker=None, train_dir=None):
     """Yields a new default graph.
+
+    If it resumes a run, its input draws other random numbers than at the start of that run, and
+    its learning rate schedule continues after the images seen so far.
 
     Args:
       seed: int; the seed of all random operations. Drawn at random if None.
       worker: `support.cluster.training.Worker`, or None. Each worker draws different random numbers
         and places the variables on the parameter servers.
+      train_dir: folder of the run to resume, if it has a checkpoint; None to resume none. Workers
+        other than the chief continue at the step that the parameter servers have reached.
     """
     seed = secrets.randbelow(2**31) if seed is None else seed
     with tf.Graph().as_default() as graph, contextlib.ExitStack() as stack:
@@ -114,7 +119,17 @@ def training_graph(seed=None, worker=None):
             seed = (seed + worker.index) % 2**31
             stack.enter_context(tf.device(worker.device_setter()))
         tf.set_random_seed(seed)
+        if train_dir is not None:
+            _record_resumed_run(train_dir, worker)
         yield graph
+
+
+def _record_resumed_run(train_dir, worker):
+    if worker is not None and not worker.is_chief:
+        resuming.record(worker.read_global_step())
+    elif (newest := checkpoints.find_latest_checkpoint(train_dir)) is not None:
+        step = checkpoints.read_global_step(newest)
+        resuming.record(step, checkpoints.read_settings(newest))
 
 
 def has_steps_left(options, settings, worker=None):
@@ -194,7 +209,8 @@ def training_session(
       loss: float32 []; the loss of a step.
       examples_per_step: int; images that one step consumes, over all towers or workers.
       options: `Options`.
-      settings: `checkpoints.TrainingSettings`; recorded in every checkpoint.
+      settings: `checkpoints.TrainingSettings`; recorded in every checkpoint, with the number of
+        images seen.
       config: `tf.ConfigProto`; `session_config()` if None.
       check_input: called once a second from another thread; raises `DataError` when the input
         has become unusable.
@@ -213,7 +229,11 @@ def training_session(
         signals = stack.enter_context(DeferredSignals())
         if is_chief:
             stack.enter_context(_lock(options.train_dir))
-            checkpoints.record_settings(settings)
+            resuming.warn_of_change(examples_per_step)
+            offset = resuming.examples_offset(examples_per_step)
+            checkpoints.record_settings(
+                settings._replace(examples_per_step=examples_per_step, examples_offset=offset)
+            )
             _record_start(os.path.join(options.train_dir, RUN_FILE), flags or {}, settings)
         # Relative paths allow the folder to be moved, and keep training in a copy from deleting
         # checkpoints of the original.
@@ -447,7 +467,9 @@ class _ProgressHook(tf.train.SessionRunHook):
         self._is_alone = worker is None
         self._global_step = tf.train.get_or_create_global_step()
         self._must_be_finite = tf.get_collection(_MUST_BE_FINITE) or [loss]
-        self._learning_rate = tf.get_collection(_LEARNING_RATE)
+        self._learning_rate = []
+        if worker is None or worker.is_chief:  # the chief's rate applies to all workers
+            self._learning_rate = tf.get_collection(_LEARNING_RATE)
         self._last_learning_rate = []
 
     def after_create_session(self, session, coord):

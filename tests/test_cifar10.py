@@ -13,7 +13,7 @@ from conftest import write_dataset
 
 import cifar10
 import cifar10_input
-from support import dataset
+from support import dataset, resuming
 from support.checkpoints import TrainingSettings
 from support.errors import DataError, UserError
 from support.tensorflow_v1 import tf
@@ -398,6 +398,49 @@ def test_a_decay_interval_of_less_than_a_step_decays_at_every_step():
     rate = cifar10.decayed_learning_rate(tf.constant(3), examples_per_step=128)
     with tf.Session() as session:
         assert session.run(rate) == pytest.approx(0.1**4)
+
+
+@pytest.mark.parametrize("examples_per_step", [64, 128, 8, 1])
+def test_after_a_change_of_the_images_per_step_the_schedule_counts_the_images_seen(
+    examples_per_step,
+):
+    FLAGS.num_epochs_per_decay = 0.04  # 2,000 of 50,000 images
+    seen = 61 * 64
+    resuming.record(61, TrainingSettings(examples_per_step=64))
+    global_step = tf.placeholder(tf.int32, [])
+    rate = cifar10.decayed_learning_rate(global_step, examples_per_step)
+    with tf.Session() as session:
+        for step in (61, 62, 61 + 96 // examples_per_step, 561, 8000):
+            decays = (seen + (step - 61) * examples_per_step) // 2000
+            if examples_per_step == 64:  # unchanged: 31 steps, as if nothing had been recorded
+                decays = step // 31
+            found = session.run(rate, {global_step: step})
+            assert found == pytest.approx(0.1 * 0.1**decays, rel=1e-4)
+
+
+def test_more_images_than_a_step_counter_of_32_bits_can_hold_are_counted():
+    FLAGS.num_epochs_per_decay = 20000.0  # 1e9 images
+    FLAGS.learning_rate_decay_factor = 0.5
+    resuming.record(10**6, TrainingSettings(examples_per_step=1))
+    global_step = tf.placeholder(tf.int32, [])
+    rate = cifar10.decayed_learning_rate(global_step, 10**5)
+    with tf.Session() as session:
+        rates = [
+            session.run(rate, {global_step: 10**6 + steps}) for steps in (0, 9989, 9990, 99990)
+        ]
+    assert rates == pytest.approx([0.1, 0.1, 0.05, 0.1 * 0.5**10])
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_without_a_change_the_graph_is_the_same_as_for_a_new_run(resumed):
+    operations = []
+    for is_resumed in (False, resumed):
+        with tf.Graph().as_default() as graph:
+            if is_resumed:
+                resuming.record(7, TrainingSettings(examples_per_step=128))
+            cifar10.decayed_learning_rate(tf.train.get_or_create_global_step(), 128)
+            operations.append(list(graph.as_graph_def().node))
+    assert operations[0] == operations[1]
 
 
 def test_an_epoch_of_train_consists_of_batches_of_the_flag():

@@ -218,6 +218,62 @@ def test_the_seed_determines_every_loss_if_one_thread_reads(small_run, fast_ops)
     assert not set(first) & set(drawn)
 
 
+@pytest.fixture
+def seen_images(monkeypatch):
+    """Replaces the model by a single layer; the images of each step, as a list that grows."""
+    seen = []
+
+    def inference(images):
+        def record(batch):
+            seen.append({hash(image.tobytes()) for image in batch})
+            return batch
+
+        batch = tf.ensure_shape(tf.py_func(record, [images], tf.float32), images.shape)
+        features = tf.stop_gradient(tf.reshape(batch, [-1, 24 * 24 * 3]))
+        weights = tf.get_variable("weights", [24 * 24 * 3, 10], initializer=tf.zeros_initializer())
+        return tf.matmul(features, weights)
+
+    monkeypatch.setattr(cifar10, "inference", inference)
+    return seen
+
+
+@pytest.mark.parametrize("fast_ops", [True, False])
+def test_a_resumed_run_with_a_seed_sees_new_images(small_run, seen_images, fast_ops):
+    FLAGS.fast_ops = fast_ops
+    small_run("run", 1, max_steps=5)
+    small_run("run", 1, max_steps=10)
+    interrupted = list(seen_images)
+    assert len(interrupted) == 10
+    assert set.union(*interrupted[:5]).isdisjoint(set.union(*interrupted[5:]))
+
+    seen_images.clear()
+    small_run("again", 1, max_steps=5)
+    small_run("again", 1, max_steps=10)
+    assert seen_images == interrupted
+
+    seen_images.clear()
+    small_run("uninterrupted", 1, max_steps=10)
+    assert seen_images[:5] == interrupted[:5]
+    assert seen_images[5:] != interrupted[5:]
+
+
+def test_the_schedule_counts_the_images_of_all_batch_sizes_and_towers(small_run, seen_images):
+    FLAGS.num_epochs_per_decay = 0.1  # 20 of 200 images
+    FLAGS.learning_rate_decay_factor = 0.5
+    small_run("run", 1, max_steps=6)
+    FLAGS.num_gpus = 2
+    small_run("run", 1, max_steps=9, trainer=cifar10_multi_gpu_train)
+    FLAGS.batch_size = 2
+    lines = small_run("run", 1, max_steps=25)
+    images_per_step = [4] * 6 + [8] * 3 + [2] * 16
+    images_seen = [sum(images_per_step[:step]) for step in range(25)]
+    assert [line["learning_rate"] for line in lines] == pytest.approx(
+        [0.1 * 0.5 ** (seen // 20) for seen in images_seen]
+    )
+    newest = tf.train.latest_checkpoint(FLAGS.train_dir)
+    assert read_settings(newest).examples_seen(25) == sum(images_per_step) == 80
+
+
 def train_one_step(use_fp16):
     """Trains one step; returns the loss and the types of the convolutions that ran."""
     FLAGS.use_fp16 = use_fp16
@@ -340,7 +396,8 @@ def test_each_checkpoint_records_what_it_was_trained_on(small_run, tmp_path):
     assert shapes["softmax_linear/biases"] == [12]
     assert shapes["local3/weights"] == [8, 8, 3, 3, 64, 32]  # a crop of 30, halved twice
     examples = dataset.count_records(folder, eval_data=False)
-    assert read_settings(newest) == (tuple(names), examples, 30, "local", False)
+    settings = (tuple(names), examples, 30, "local", False)
+    assert read_settings(newest) == (*settings, FLAGS.batch_size, 0)
     (start,) = json.loads((tmp_path / "run" / "run.json").read_text())
     assert (start["class_names"], start["examples_per_epoch"]) == (names, examples)
 

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from support import checkpoints, session, summaries
+from support import checkpoints, resuming, session, summaries
 from support.errors import DataError, Interrupted, UserError
 from support.tensorflow_v1 import tf
 
@@ -215,7 +215,32 @@ def test_each_checkpoint_records_the_settings(tmp_path):
     settings = SETTINGS._replace(crop_size=30, top_layers="local", random_flip=False)
     train(tmp_path, max_steps=3, settings=settings, save_checkpoint_steps=1)
     for step in range(4):
-        assert checkpoints.read_settings(str(tmp_path / f"model.ckpt-{step}")) == settings
+        recorded = checkpoints.read_settings(str(tmp_path / f"model.ckpt-{step}"))
+        assert recorded == settings._replace(examples_per_step=8)
+
+
+def test_checkpoints_record_the_images_seen_whatever_the_number_of_images_per_step(
+    tmp_path, warnings
+):
+    def train_up_to(max_steps, examples_per_step):
+        with session.training_graph(1, train_dir=tmp_path):
+            options = session.Options(str(tmp_path), max_steps)
+            count, loss = count_step(), tf.constant(1.0)
+            with session.training_session(loss, examples_per_step, options, SETTINGS) as sess:
+                while not sess.should_stop():
+                    sess.run(count)
+
+    def examples_seen(step):
+        settings = checkpoints.read_settings(str(tmp_path / f"model.ckpt-{step}"))
+        return settings.examples_seen(step)
+
+    for max_steps, examples_per_step in ((5, 64), (8, 128), (9, 128), (11, 2)):
+        train_up_to(max_steps, examples_per_step)
+    assert [examples_seen(step) for step in (5, 8, 9, 11)] == [320, 704, 832, 836]
+    assert [warning.partition(":")[0] for warning in warnings] == [
+        "A step now has 128 images instead of 64",
+        "A step now has 2 images instead of 128",
+    ]
 
 
 def test_no_checkpoint_exists_without_the_file_that_holds_its_settings(tmp_path, monkeypatch):
@@ -950,6 +975,18 @@ def test_a_seed_determines_all_random_numbers_of_a_training_graph():
 
 def test_without_a_seed_each_training_graph_draws_different_numbers():
     assert not set(draw()) & set(draw())
+
+
+def test_a_worker_that_is_restarted_draws_from_the_step_of_the_cluster(tmp_path):
+    worker = make_worker(1, read_global_step=lambda: 7)
+    with session.training_graph(5, worker, train_dir=tmp_path) as graph:
+        assert graph.seed == 6
+        with resuming.input_seed():
+            at_step_7 = graph.seed
+    with session.training_graph(6) as graph:
+        resuming.record(7)
+        with resuming.input_seed():
+            assert graph.seed == at_step_7 != 6
 
 
 def test_workers_draw_different_numbers_from_the_same_seed():
