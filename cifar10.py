@@ -22,6 +22,7 @@ from support import (
     dataset,
     download,
     fast_nn,
+    resuming,
     session,
     summaries,
     synthetic,
@@ -531,7 +532,8 @@ def decayed_learning_rate(global_step, examples_per_step, examples_per_epoch=Non
     """Returns the learning rate at a step, and shows it in TensorBoard.
 
     By default, it drops to a tenth every 350 epochs. With N towers, an epoch takes 1/N as many
-    steps.
+    steps. If a resumed run has another number of images per step than before, the images that it
+    has seen count.
 
     Args:
       global_step: int []; the number of updates so far.
@@ -541,12 +543,17 @@ def decayed_learning_rate(global_step, examples_per_step, examples_per_epoch=Non
     Returns:
       float32 [].
     """
-    num_batches_per_epoch = (examples_per_epoch or num_examples_per_epoch()) / examples_per_step
+    examples_per_epoch = examples_per_epoch or num_examples_per_epoch()
+    num_batches_per_epoch = examples_per_epoch / examples_per_step
     num_epochs_per_decay = setting("num_epochs_per_decay")
+    decay_steps = max(1, int(num_batches_per_epoch * num_epochs_per_decay))
+    if offset := resuming.examples_offset(examples_per_step):  # count images instead of steps
+        global_step = tf.cast(global_step, tf.int64) * examples_per_step + offset
+        decay_steps = max(examples_per_step, examples_per_epoch * num_epochs_per_decay)
     learning_rate = tf.train.exponential_decay(
         setting("initial_learning_rate"),
         global_step,
-        decay_steps=max(1, int(num_batches_per_epoch * num_epochs_per_decay)),
+        decay_steps=decay_steps,
         decay_rate=setting("learning_rate_decay_factor"),
         staircase=True,
         name="learning_rate",
@@ -589,6 +596,9 @@ def apply_gradients(optimizer, gradients, global_step):
 def update_variables(optimizer, gradients, global_step, worker=None):
     """Applies gradients as `apply_gradients` does, checks them and shows them in TensorBoard.
 
+    A variable whose gradient is None keeps its value. Operations in the collection
+    `tf.GraphKeys.UPDATE_OPS` run as well, for example those of batch normalization.
+
     Args:
       optimizer: from `make_optimizer`.
       gradients: list of (gradient, variable).
@@ -598,7 +608,11 @@ def update_variables(optimizer, gradients, global_step, worker=None):
 
     Returns:
       The operation that does all of this.
+
+    Raises:
+      UserError: no variable has a gradient.
     """
+    gradients = _without_missing(gradients)
     _summarize_gradients(optimizer, gradients)
 
     def apply(gradients):
@@ -611,7 +625,34 @@ def update_variables(optimizer, gradients, global_step, worker=None):
     with tf.control_dependencies([update_op]):  # show the updated variables
         for _, variable in gradients:
             summaries.histogram(_tag(variable.op), variable)
+    updates = _updates_of_first_tower()
+    if updates and (worker is None or worker.is_chief):  # the workers share the variables
+        return tf.group(update_op, *updates)
     return update_op
+
+
+def _without_missing(gradients):
+    """Returns the (gradient, variable) pairs that have a gradient, and reports the others."""
+    missing = [variable.op.name for gradient, variable in gradients if gradient is None]
+    if len(missing) == len(gradients):
+        raise UserError(
+            "no gradient reaches any variable: the loss depends on none of them, or only through "
+            "tf.stop_gradient"
+        )
+    if missing:
+        them = "it" if len(missing) == 1 else "them"
+        names = ", ".join(missing)
+        tf.logging.warning("No gradient reaches %s: training leaves %s unchanged.", names, them)
+    return [pair for pair in gradients if pair[0] is not None]
+
+
+def _updates_of_first_tower():
+    """Returns the collected updates: list of operations.
+
+    The towers share the variables, so those of the other towers would repeat them.
+    """
+    updates = [getattr(u, "op", u) for u in tf.get_collection(tf.GraphKeys.UPDATE_OPS)]
+    return [op for op in updates if not re.match(f"{TOWER_NAME}_[1-9]", op.name)]
 
 
 def _summarize_gradients(optimizer, gradients):

@@ -21,6 +21,7 @@ from support import charts, checkpoints, command_line, dataset, files, progress,
 from support.errors import CheckpointError, UserError, first_line
 from support.tensorflow_v1 import (
     is_nonfinite_histogram,
+    out_of_memory_explained,
     session_config,
     tf,
     warn_of_unusable_gpus,
@@ -113,7 +114,8 @@ def _count(session, top_k_op, outputs, summary_op, num_examples, num_classes):
                 fetches = [top_k_op, outputs or {}]
                 if counts.total == 0 and summary_op is not None:
                     fetches.append(summary_op)
-                is_correct, values, *summary = session.run(fetches)
+                with out_of_memory_explained():
+                    is_correct, values, *summary = session.run(fetches)
                 counts.summary = summary[0] if summary else counts.summary
                 counts.add(is_correct[: num_examples - counts.total], values or None)
                 bar.update(counts.total - bar.n)
@@ -140,23 +142,25 @@ def eval_once(
     Args:
       saver: the `tf.train.Saver` that restores the variables.
       summary_writer: a `tf.summary.FileWriter` or `summaries.Writer`.
-      top_k_op: bool [batch]; whether each prediction is correct. Its input should end after one
-        epoch, so that each image counts once.
+      top_k_op: bool [batch]; whether each prediction is correct. (`tf.nn.in_top_k` counts a tie as
+        correct: with equal logits, every image.) Its input should end after one epoch, so that
+        each image counts once.
       summary_op: string []; the serialized summaries to write for the first batch, or None.
       checkpoint: path; the newest checkpoint in --checkpoint_dir if None.
       num_examples: int; the number of images to evaluate; it is an error if there are fewer. If
         None, at most --num_examples images are evaluated.
       outputs: dict of tensors for more results, or None: `images`, float32 [batch, 24, 24, 3];
         `labels` and `predictions`, int [batch]; `cross_entropy`, float32 [batch]. They add the
-        recall of each class (as `precision/CLASS`), mean cross-entropy, a confusion matrix and a
-        sheet of mistakes to the summaries, and a line to `results.jsonl` in the same folder.
+        recall and the precision of each class, mean cross-entropy, a confusion matrix and a sheet
+        of mistakes to the summaries, and a line to `results.jsonl` in the same folder.
       class_names: the names of the classes; those of the dataset if None.
 
     Returns:
       float; precision @ 1, from 0 to 1.
 
     Raises:
-      UserError: there is no checkpoint, or there are too few images.
+      UserError: there is no checkpoint, there are too few images, or a batch does not fit into
+        memory.
       CheckpointError: the checkpoint cannot be restored, or has or produces non-finite values.
     """
     if checkpoint is None:
@@ -202,15 +206,16 @@ def eval_once(
 
 def _report(counts, class_names, summary, eval_dir, step, checkpoint):
     """Adds the details of an evaluation to its summary and to the results file."""
-    precision_of_class = {
-        name: int(row[label]) / int(row.sum()) if row.any() else None
-        for label, (name, row) in enumerate(zip(class_names, counts.confusion, strict=True))
-    }
+    correct = counts.confusion.diagonal()
+    of_class, predicted = counts.confusion.sum(axis=1), counts.confusion.sum(axis=0)
+    recall_of_class = _divide_by_class(class_names, correct, of_class)
+    precision_of_class = _divide_by_class(class_names, correct, predicted)
     cross_entropy = counts.cross_entropy / counts.total
     summary.value.add(tag="cross_entropy", simple_value=cross_entropy)
-    for name, precision in precision_of_class.items():
-        if precision is not None:
-            summary.value.add(tag=f"precision/{name}", simple_value=precision)
+    for kind, shares in (("recall", recall_of_class), ("precision", precision_of_class)):
+        for name, share in shares.items():
+            if share is not None:
+                summary.value.add(tag=f"{kind}/{name}", simple_value=share)
     images, labels, predictions = (
         zip(*counts.mistakes, strict=True) if counts.mistakes else [()] * 3
     )
@@ -229,6 +234,7 @@ def _report(counts, class_names, summary, eval_dir, step, checkpoint):
             "count": counts.total,
             "precision": counts.precision,
             "cross_entropy": cross_entropy,
+            "recall_of_class": recall_of_class,
             "precision_of_class": precision_of_class,
             "class_names": list(class_names),
             "confusion_matrix": counts.confusion.tolist(),
@@ -236,15 +242,24 @@ def _report(counts, class_names, summary, eval_dir, step, checkpoint):
     )
 
 
+def _divide_by_class(class_names, counts, totals):
+    """Returns count / total by class: dict of floats, or None where the total is 0."""
+    return {
+        name: int(count) / int(total) if total else None
+        for name, count, total in zip(class_names, counts, totals, strict=True)
+    }
+
+
 def variables_to_restore():
     """Returns the variables of the default graph: dict by name in the checkpoint.
 
-    Unless --use_moving_averages is false, these are the names of the moving averages.
+    Unless --use_moving_averages is false, a trainable variable has the name of its moving average.
+    Others, for example those of batch normalization, have no moving averages.
     """
     if FLAGS.use_moving_averages:
         variable_averages = tf.train.ExponentialMovingAverage(cifar10.MOVING_AVERAGE_DECAY)
-        return variable_averages.variables_to_restore()
-    return {variable.op.name: variable for variable in tf.trainable_variables()}
+        return variable_averages.variables_to_restore(tf.trainable_variables())
+    return {variable.op.name: variable for variable in tf.global_variables()}
 
 
 def _count_examples(eval_test):
@@ -309,16 +324,16 @@ def evaluate(last_step=None, check_trainer=lambda: None):
     with tf.Graph().as_default() as graph:
         images, labels = cifar10.inputs(eval_test, num_epochs=1)
         logits = cifar10.inference(images)
-        top_k_op = tf.nn.in_top_k(logits, labels, 1)
+        predictions = tf.argmax(logits, axis=1, output_type=labels.dtype)
+        top_k_op = tf.equal(predictions, labels)
         variables = variables_to_restore()
         saver = tf.train.Saver(variables)
         # Without the sparsity of the layers, which training already shows.
-        collected = tf.get_collection(tf.GraphKeys.SUMMARIES)
-        summary_op = tf.summary.merge([s for s in collected if s.op.type != "ScalarSummary"])
+        _, summary_op = summaries.merge_collected()
         outputs = {
             "images": images,
             "labels": labels,
-            "predictions": tf.argmax(logits, axis=1),
+            "predictions": predictions,
             "cross_entropy": tf.nn.sparse_softmax_cross_entropy_with_logits(
                 labels=labels, logits=logits
             ),

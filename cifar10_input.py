@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from absl import flags
 
-from support import command_line, dataset, fast_input, session, summaries
+from support import command_line, dataset, fast_input, resuming, session, summaries
 from support.errors import UserError
 from support.tensorflow_v1 import tf
 
@@ -267,11 +267,11 @@ def _generate_image_and_label_batch(
 
 @contextlib.contextmanager
 def _input_pipeline(name):
-    """A scope on the CPU, without the summaries of TensorFlow's queues.
+    """A scope on the CPU, with the seed of the input, and without TensorFlow's own summaries.
 
     The tags of those summaries contain the capacity of the queue and thus depend on the batch size.
     """
-    with tf.device("/cpu:0"), tf.name_scope(name) as scope:
+    with tf.device("/cpu:0"), tf.name_scope(name) as scope, resuming.input_seed():
         yield
     collected = tf.get_collection_ref(tf.GraphKeys.SUMMARIES)
     collected[:] = [summary for summary in collected if not summary.op.name.startswith(scope)]

@@ -12,7 +12,14 @@ from absl import flags
 import cifar10
 import cifar10_train  # defines the flags of training
 from support import command_line, session
-from support.tensorflow_v1 import GPUS, session_config, tf, warn_of_unusable_gpus
+from support.errors import UserError
+from support.tensorflow_v1 import (
+    GPUS,
+    session_config,
+    tf,
+    warn_of_unusable_gpus,
+    warn_of_unused_gpus,
+)
 
 FLAGS = flags.FLAGS
 
@@ -44,14 +51,32 @@ def average_gradients(tower_grads):
       tower_grads: a list of (gradient, variable) for each tower, all in the same order.
 
     Returns:
-      list of (average gradient, variable).
+      list of (average gradient, variable). If a variable has no gradient, its average is None.
+
+    Raises:
+      UserError: only some of the towers have a gradient for a variable.
     """
+    _check_towers_agree(tower_grads)
     average_grads = []
-    for grads_and_vars in zip(*tower_grads, strict=True):
-        grads = [grad for grad, _ in grads_and_vars]
+    # A later tower may have more variables at the end, without gradients.
+    for grads_and_vars in zip(*tower_grads, strict=False):
+        grads = [grad for grad, _ in grads_and_vars if grad is not None]
         variable = grads_and_vars[0][1]  # the towers share it
-        average_grads.append((tf.add_n(grads) / len(grads), variable))
+        average_grads.append((tf.add_n(grads) / len(grads) if grads else None, variable))
     return average_grads
+
+
+def _check_towers_agree(tower_grads):
+    """Raises UserError unless all towers have gradients for the same variables."""
+    towers = [{v.op.name for grad, v in grads if grad is not None} for grads in tower_grads]
+    for name in sorted(set.union(*towers)):
+        has_gradient = [name in names for names in towers]
+        if not all(has_gradient):
+            raise UserError(
+                f"{name} has a gradient in tower {has_gradient.index(True)}, but not in tower "
+                f"{has_gradient.index(False)}; build all towers alike, and create their variables "
+                "with tf.get_variable, so that they share them"
+            )
 
 
 def build_training(num_gpus, batch_size):
@@ -107,7 +132,8 @@ def train():
             len(GPUS),
             "them" if GPUS else "the CPU",
         )
-    with session.training_graph(FLAGS.seed):
+    warn_of_unused_gpus(FLAGS.num_gpus)
+    with session.training_graph(FLAGS.seed, train_dir=options.train_dir):
         train_op, loss = build_training(FLAGS.num_gpus, FLAGS.batch_size)
         with session.training_session(
             loss,

@@ -26,7 +26,12 @@ import cifar10_eval  # defines --checkpoint_dir and --use_moving_averages
 import cifar10_input
 from support import checkpoints, command_line, dataset, files, image_files
 from support.errors import CheckpointError, UserError, first_line
-from support.tensorflow_v1 import session_config, tf, warn_of_unusable_gpus
+from support.tensorflow_v1 import (
+    out_of_memory_explained,
+    session_config,
+    tf,
+    warn_of_unusable_gpus,
+)
 
 FLAGS = flags.FLAGS
 
@@ -128,8 +133,10 @@ def predict(model, images):
 
     Raises:
       CheckpointError: the model produces non-finite probabilities.
+      UserError: the batch does not fit into memory.
     """
-    probabilities = model.session.run(model.probabilities, {model.images: images})
+    with out_of_memory_explained():
+        probabilities = model.session.run(model.probabilities, {model.images: images})
     if not np.isfinite(probabilities).all():
         raise CheckpointError(f"{model.checkpoint} produces non-finite probabilities")
     best = np.argsort(-probabilities, axis=1, kind="stable")[:, :TOP_CLASSES]

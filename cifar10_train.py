@@ -16,7 +16,12 @@ from absl import flags
 import cifar10
 from support import command_line, session
 from support.cluster import server, task, training
-from support.tensorflow_v1 import session_config, tf, warn_of_unusable_gpus
+from support.tensorflow_v1 import (
+    session_config,
+    tf,
+    warn_of_unusable_gpus,
+    warn_of_unused_gpus,
+)
 
 FLAGS = flags.FLAGS
 _MAX_INT = 2**31 - 1
@@ -60,7 +65,15 @@ flags.DEFINE_integer(
 flags.DEFINE_integer(
     "save_summaries_steps",
     100,
-    "Steps between summaries for TensorBoard. 0 turns them off.",
+    "Steps between scalars for TensorBoard. 0 turns off all summaries.",
+    lower_bound=0,
+    upper_bound=_MAX_INT,
+)
+flags.DEFINE_integer(
+    "save_histograms_steps",
+    1000,
+    "Steps between histograms and images for TensorBoard, which take much more space than scalars. "
+    "0 turns them off.",
     lower_bound=0,
     upper_bound=_MAX_INT,
 )
@@ -103,7 +116,9 @@ def train(worker=None):
     settings = cifar10.training_settings()
     if not session.has_steps_left(options, settings, worker):
         return
-    with session.training_graph(FLAGS.seed, worker):
+    if worker is None:
+        warn_of_unused_gpus(1)
+    with session.training_graph(FLAGS.seed, worker, options.train_dir):
         with tf.device("/cpu:0"):
             global_step = tf.train.get_or_create_global_step()
         images, labels = cifar10.distorted_inputs(shard=worker and worker.shard)
@@ -141,7 +156,9 @@ def train_in_cluster(this_task):
     else:
         this_server = server.start_server(this_task, config)
         cifar10.maybe_download_and_extract()
-        settings = cifar10.training_settings()
+        settings = cifar10.training_settings()._replace(
+            examples_per_step=FLAGS.batch_size * len(this_task.workers)
+        )
         training.run_worker(this_task, this_server, train, settings, timeout, FLAGS.shard_data)
 
 

@@ -34,6 +34,10 @@ class TrainingSettings(NamedTuple):
       crop_size: int; pixels.
       top_layers: string; a value of the flag.
       random_flip: bool.
+      examples_per_step: int; images that one step consumed, over all towers or workers; None if
+        unknown.
+      examples_offset: int; images that the run had seen, minus `examples_per_step` for each step.
+        Not 0 after a change of the batch size or of the number of towers or workers.
     """
 
     class_names: tuple | None = None
@@ -41,6 +45,14 @@ class TrainingSettings(NamedTuple):
     crop_size: int = dataset.IMAGE_SIZE
     top_layers: str = "full"
     random_flip: bool = True
+    examples_per_step: int | None = None
+    examples_offset: int = 0
+
+    def examples_seen(self, step):
+        """Returns the number of images that the run has seen at a step; None if unknown."""
+        if self.examples_per_step is None:
+            return None
+        return step * self.examples_per_step + self.examples_offset
 
 
 def find_latest_checkpoint(path):
@@ -375,10 +387,10 @@ def format_settings(settings):
 def parse_settings(text):
     """Returns the `TrainingSettings` in a string. Raises ValueError or TypeError if invalid."""
     settings = TrainingSettings(**json.loads(text))
-    for (name, value), kind in zip(
-        settings._asdict().items(), (list, int, int, str, bool), strict=True
-    ):
-        if type(value) is not kind:
+    kinds = list, int, int, str, bool, int, int
+    for (name, value), kind in zip(settings._asdict().items(), kinds, strict=True):
+        is_unknown = name == "examples_per_step" and value is None
+        if type(value) is not kind and not is_unknown:
             raise ValueError(f"{name} is {value!r}")
     names = settings.class_names
     if not (names and all(isinstance(name, str) for name in names)):
@@ -488,7 +500,7 @@ def restore(session, saver, checkpoint):
       int; the checkpoint's global step.
 
     Raises:
-      CheckpointError: the checkpoint cannot be read, or a trainable variable is not finite.
+      CheckpointError: the checkpoint cannot be read, or a variable is not finite.
     """
     try:
         with path_for_restore(checkpoint) as path:
@@ -497,7 +509,7 @@ def restore(session, saver, checkpoint):
     except (tf.errors.OpError, OSError, ValueError) as error:
         raise CheckpointError(f"{checkpoint} cannot be restored: {first_line(error)}") from error
     # Predictions would not reveal every NaN: some implementations of ReLU turn it into 0.
-    variables = tf.trainable_variables()
+    variables = [v for v in tf.global_variables() if v.dtype.base_dtype.is_floating]
     for variable, value in zip(variables, session.run(variables), strict=True):
         if not np.isfinite(value).all():
             raise CheckpointError(f"{checkpoint} has non-finite values in {variable.op.name}")

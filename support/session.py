@@ -19,11 +19,16 @@ import threading
 import time
 from typing import NamedTuple
 
-from support import checkpoints, files, summaries, tensorflow_v1
+from support import checkpoints, files, resuming, summaries, tensorflow_v1
 from support.command_line import DeferredSignals
 from support.errors import CheckpointError, Interrupted, UserError, first_line
 from support.progress import show_progress, timestamp
-from support.tensorflow_v1 import is_nonfinite_histogram, session_config, tf
+from support.tensorflow_v1 import (
+    is_nonfinite_histogram,
+    out_of_memory_explained,
+    session_config,
+    tf,
+)
 
 LOCK_FILE = ".trainer.lock"
 METRICS_FILE = "metrics.jsonl"
@@ -51,7 +56,8 @@ class Options(NamedTuple):
       save_checkpoint_secs: int; seconds between two checkpoints.
       save_checkpoint_steps: int; steps between two checkpoints, instead of the seconds; or None.
       max_checkpoints_to_keep: int; older checkpoints of the run are deleted.
-      save_summaries_steps: int; steps between two summaries; 0 for none.
+      save_summaries_steps: int; steps between two summaries of scalars; 0 for no summaries at all.
+      save_histograms_steps: int; steps between two summaries of histograms and images; 0 for none.
     """
 
     train_dir: str
@@ -61,6 +67,7 @@ class Options(NamedTuple):
     save_checkpoint_steps: int | None = None
     max_checkpoints_to_keep: int = 5
     save_summaries_steps: int = 100
+    save_histograms_steps: int = 1000
 
 
 def check_finite(tensor, name=None):
@@ -93,13 +100,18 @@ def watch_queue(size, min_size):
 
 
 @contextlib.contextmanager
-def training_graph(seed=None, worker=None):
+def training_graph(seed=None, worker=None, train_dir=None):
     """Yields a new default graph.
+
+    If it resumes a run, its input draws other random numbers than at the start of that run, and
+    its learning rate schedule continues after the images seen so far.
 
     Args:
       seed: int; the seed of all random operations. Drawn at random if None.
       worker: `support.cluster.training.Worker`, or None. Each worker draws different random numbers
         and places the variables on the parameter servers.
+      train_dir: folder of the run to resume, if it has a checkpoint; None to resume none. Workers
+        other than the chief continue at the step that the parameter servers have reached.
     """
     seed = secrets.randbelow(2**31) if seed is None else seed
     with tf.Graph().as_default() as graph, contextlib.ExitStack() as stack:
@@ -107,7 +119,17 @@ def training_graph(seed=None, worker=None):
             seed = (seed + worker.index) % 2**31
             stack.enter_context(tf.device(worker.device_setter()))
         tf.set_random_seed(seed)
+        if train_dir is not None:
+            _record_resumed_run(train_dir, worker)
         yield graph
+
+
+def _record_resumed_run(train_dir, worker):
+    if worker is not None and not worker.is_chief:
+        resuming.record(worker.read_global_step())
+    elif (newest := checkpoints.find_latest_checkpoint(train_dir)) is not None:
+        step = checkpoints.read_global_step(newest)
+        resuming.record(step, checkpoints.read_settings(newest))
 
 
 def has_steps_left(options, settings, worker=None):
@@ -187,7 +209,8 @@ def training_session(
       loss: float32 []; the loss of a step.
       examples_per_step: int; images that one step consumes, over all towers or workers.
       options: `Options`.
-      settings: `checkpoints.TrainingSettings`; recorded in every checkpoint.
+      settings: `checkpoints.TrainingSettings`; recorded in every checkpoint, with the number of
+        images seen.
       config: `tf.ConfigProto`; `session_config()` if None.
       check_input: called once a second from another thread; raises `DataError` when the input
         has become unusable.
@@ -196,7 +219,8 @@ def training_session(
 
     Raises:
       UserError: the folder or its checkpoint cannot be used; the loss, a gradient or a variable is
-        not finite (that step is not saved); or the input has ended.
+        not finite (that step is not saved); the input has ended; or a step does not fit into
+        memory.
       DataError: from `check_input`.
       Interrupted: a signal has arrived.
     """
@@ -205,7 +229,11 @@ def training_session(
         signals = stack.enter_context(DeferredSignals())
         if is_chief:
             stack.enter_context(_lock(options.train_dir))
-            checkpoints.record_settings(settings)
+            resuming.warn_of_change(examples_per_step)
+            offset = resuming.examples_offset(examples_per_step)
+            checkpoints.record_settings(
+                settings._replace(examples_per_step=examples_per_step, examples_offset=offset)
+            )
             _record_start(os.path.join(options.train_dir, RUN_FILE), flags or {}, settings)
         progress = _ProgressHook(loss, examples_per_step, options, worker)
         stop = _StopHook(progress, options.max_steps, signals, check_input, worker)
@@ -221,7 +249,11 @@ def training_session(
             hooks.append(_CheckpointHook(progress, saver, options, is_resumed=newest is not None))
             hooks.append(_SummaryHook(progress, writer, examples_per_step, options))
         session = _create_session(hooks, saver, newest, options, config, worker)
-        with _errors_explained(progress, signals, check_input, worker), session:
+        with (
+            _errors_explained(progress, signals, check_input, worker),
+            out_of_memory_explained(),
+            session,
+        ):
             yield session
         _check_outcome(progress, options, signals, worker)
 
@@ -398,7 +430,9 @@ class _ProgressHook(tf.train.SessionRunHook):
         self._is_alone = worker is None
         self._global_step = tf.train.get_or_create_global_step()
         self._must_be_finite = tf.get_collection(_MUST_BE_FINITE) or [loss]
-        self._learning_rate = tf.get_collection(_LEARNING_RATE)
+        self._learning_rate = []
+        if worker is None or worker.is_chief:  # the chief's rate applies to all workers
+            self._learning_rate = tf.get_collection(_LEARNING_RATE)
         self._last_learning_rate = []
 
     def after_create_session(self, session, coord):
@@ -539,20 +573,22 @@ class _SummaryHook(tf.train.SessionRunHook):
     """Writes the graph, and its summaries and the throughput, for TensorBoard.
 
     It fetches the summaries in the step that they describe, and records them under its number.
+    Histograms and images have an interval of their own, because they are much larger than scalars.
 
     Args:
       progress: `_ProgressHook`, which must run before this one.
       writer: `summaries.Writer`.
       examples_per_step: int.
-      options: `Options`. The first step of a run has summaries, too.
+      options: `Options`. The first step of a run has all summaries.
     """
 
     def __init__(self, progress, writer, examples_per_step, options):
         self._progress = progress
         self._writer = writer
         self._examples_per_step = examples_per_step
-        self._every_steps = options.save_summaries_steps
-        self._summary_op = tf.summary.merge_all(name=f"{summaries.SCOPE}merged")
+        self._scalar_steps = options.save_summaries_steps
+        self._histogram_steps = options.save_histograms_steps
+        self._scalars, self._histograms = summaries.merge_collected()
 
     def after_create_session(self, session, coord):
         self._writer.add_graph(session.graph)
@@ -561,26 +597,28 @@ class _SummaryHook(tf.train.SessionRunHook):
 
     def before_run(self, run_context):
         self._step = self._progress.step
-        self._is_due = self._every_steps > 0 and (
-            self._previous is None or self._step % self._every_steps == 0
-        )
-        if self._is_due and self._summary_op is not None:
-            return tf.train.SessionRunArgs(self._summary_op)
-        return None
+        self._has_scalars = self._is_due(self._scalar_steps)
+        due = [self._scalars] if self._has_scalars else []
+        if self._scalar_steps > 0 and self._is_due(self._histogram_steps):
+            due.append(self._histograms)
+        return tf.train.SessionRunArgs([merged for merged in due if merged is not None])
+
+    def _is_due(self, every_steps):
+        return every_steps > 0 and (self._previous is None or self._step % every_steps == 0)
 
     def after_run(self, run_context, run_values):
-        if not self._is_due:
-            return
-        summary = tf.Summary.FromString(run_values.results or b"")
-        now = time.monotonic()
-        if self._previous is not None:  # the first step has no throughput yet
-            since, since_step = self._previous
-            steps_per_sec = (self._step - since_step) / (now - since)
-            summary.value.add(
-                tag="examples_per_sec", simple_value=steps_per_sec * self._examples_per_step
-            )
-        self._writer.add_summary(summary, self._step)
-        self._previous = now, self._step
+        summary = tf.Summary.FromString(b"".join(run_values.results))
+        if self._has_scalars:
+            now = time.monotonic()
+            if self._previous is not None:  # the first step has no throughput yet
+                since, since_step = self._previous
+                steps_per_sec = (self._step - since_step) / (now - since)
+                summary.value.add(
+                    tag="examples_per_sec", simple_value=steps_per_sec * self._examples_per_step
+                )
+            self._previous = now, self._step
+        if summary.value:
+            self._writer.add_summary(summary, self._step)
 
 
 class _FillingHook(tf.train.SessionRunHook):

@@ -15,8 +15,8 @@ from support.tensorflow_v1 import tf
 
 SCOPE = "summaries/"
 
-SHEET_COLUMNS = 16
-MAX_SHEET_IMAGES = 128
+SHEET_COLUMNS = 4
+MAX_SHEET_IMAGES = 16  # about 26 KB; a whole batch would be most of what a run writes
 
 
 def scalar(tag, value):
@@ -74,6 +74,20 @@ def image_sheet(tag, images):
                 tag=tag, tensor=tensor, serialized_summary_metadata=metadata, name=tag
             )
         )
+
+
+def merge_collected():
+    """Merges the summaries of the default graph, those from `tf.summary` as well.
+
+    Returns:
+      (scalars, others): the serialized scalars, and the serialized histograms and images, which are
+      much larger. Each is a string [], or None if the graph has no such summaries.
+    """
+    scalars, others = [], []
+    for summary in tf.get_collection(tf.GraphKeys.SUMMARIES):
+        (scalars if summary.op.type == "ScalarSummary" else others).append(summary)
+    with tf.name_scope(SCOPE):
+        return tuple(tf.summary.merge(group) if group else None for group in (scalars, others))
 
 
 def _add(summary):

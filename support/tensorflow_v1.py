@@ -16,6 +16,7 @@ Importing this module has five effects:
 - TensorFlow looks for GPUs, but does not allocate their memory.
 """
 
+import contextlib
 import functools
 import gc
 import logging
@@ -23,6 +24,8 @@ import os
 import platform
 import re
 import signal
+
+from support.errors import UserError, first_line
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 if platform.machine() in ("x86_64", "AMD64"):
@@ -153,6 +156,30 @@ def warn_of_unusable_gpus(device="/dev/nvidia0"):
             "This machine has an NVIDIA GPU, but TensorFlow cannot use it. To see why, set "
             "TF_CPP_MIN_LOG_LEVEL=0; the CUDA libraries come with tensorflow[and-cuda]."
         )
+
+
+def warn_of_unused_gpus(num_used):
+    """Warns if TensorFlow finds more GPUs than the number that training uses."""
+    if num_used < len(GPUS):
+        tf.logging.warning(
+            "%d of %d GPUs %s used; to use all, run cifar10_multi_gpu_train.py --num_gpus=%d",
+            num_used,
+            len(GPUS),
+            "is" if num_used == 1 else "are",
+            len(GPUS),
+        )
+
+
+@contextlib.contextmanager
+def out_of_memory_explained():
+    """Turns TensorFlow's error for a tensor that does not fit into memory into `UserError`."""
+    try:
+        yield
+    except tf.errors.ResourceExhaustedError as error:
+        raise UserError(
+            f"out of memory ({first_line(error)}); use a smaller --batch_size, or set "
+            "CUDA_VISIBLE_DEVICES=-1 to compute on the CPU"
+        ) from error
 
 
 def find_processor_name(cpuinfo="/proc/cpuinfo"):

@@ -3,6 +3,7 @@
 import math
 import os
 import re
+import types
 
 import numpy as np
 import numpy_model
@@ -12,9 +13,9 @@ from conftest import write_dataset
 
 import cifar10
 import cifar10_input
-from support import dataset, tensorflow_v1
+from support import dataset, resuming, tensorflow_v1
 from support.checkpoints import TrainingSettings
-from support.errors import DataError
+from support.errors import DataError, UserError
 from support.tensorflow_v1 import tf
 
 pytestmark = pytest.mark.usefixtures("graph")
@@ -420,6 +421,49 @@ def test_a_decay_interval_of_less_than_a_step_decays_at_every_step():
         assert session.run(rate) == pytest.approx(0.1**4)
 
 
+@pytest.mark.parametrize("examples_per_step", [64, 128, 8, 1])
+def test_after_a_change_of_the_images_per_step_the_schedule_counts_the_images_seen(
+    examples_per_step,
+):
+    FLAGS.num_epochs_per_decay = 0.04  # 2,000 of 50,000 images
+    seen = 61 * 64
+    resuming.record(61, TrainingSettings(examples_per_step=64))
+    global_step = tf.placeholder(tf.int32, [])
+    rate = cifar10.decayed_learning_rate(global_step, examples_per_step)
+    with tf.Session() as session:
+        for step in (61, 62, 61 + 96 // examples_per_step, 561, 8000):
+            decays = (seen + (step - 61) * examples_per_step) // 2000
+            if examples_per_step == 64:  # unchanged: 31 steps, as if nothing had been recorded
+                decays = step // 31
+            found = session.run(rate, {global_step: step})
+            assert found == pytest.approx(0.1 * 0.1**decays, rel=1e-4)
+
+
+def test_more_images_than_a_step_counter_of_32_bits_can_hold_are_counted():
+    FLAGS.num_epochs_per_decay = 20000.0  # 1e9 images
+    FLAGS.learning_rate_decay_factor = 0.5
+    resuming.record(10**6, TrainingSettings(examples_per_step=1))
+    global_step = tf.placeholder(tf.int32, [])
+    rate = cifar10.decayed_learning_rate(global_step, 10**5)
+    with tf.Session() as session:
+        rates = [
+            session.run(rate, {global_step: 10**6 + steps}) for steps in (0, 9989, 9990, 99990)
+        ]
+    assert rates == pytest.approx([0.1, 0.1, 0.05, 0.1 * 0.5**10])
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_without_a_change_the_graph_is_the_same_as_for_a_new_run(resumed):
+    operations = []
+    for is_resumed in (False, resumed):
+        with tf.Graph().as_default() as graph:
+            if is_resumed:
+                resuming.record(7, TrainingSettings(examples_per_step=128))
+            cifar10.decayed_learning_rate(tf.train.get_or_create_global_step(), 128)
+            operations.append(list(graph.as_graph_def().node))
+    assert operations[0] == operations[1]
+
+
 def test_an_epoch_of_train_consists_of_batches_of_the_flag():
     FLAGS.batch_size = 100
     global_step = tf.train.get_or_create_global_step()
@@ -536,6 +580,90 @@ def test_the_loss_is_not_scaled_without_float16(monkeypatch, use_fp16, gpus):
     FLAGS.use_fp16 = use_fp16
     assert isinstance(cifar10.make_optimizer(0.1), tf.train.GradientDescentOptimizer)
     assert tf.local_variables() == []
+
+
+# Variables without a gradient, and statistics of the batches.
+
+
+@pytest.fixture
+def warnings(monkeypatch):
+    """The warnings that TensorFlow's logger receives."""
+    warnings = []
+    monkeypatch.setattr(tf.logging, "warning", lambda text, *values: warnings.append(text % values))
+    return warnings
+
+
+def test_a_variable_without_a_gradient_keeps_its_value_and_the_others_are_trained(warnings):
+    images = tf.random.stateless_normal([4, 24, 24, 3], seed=[1, 2])
+    features = tf.stop_gradient(cifar10._convolution(tf.nn, images, "conv1", 8, bias=0.0))
+    tf.get_variable("unused", initializer=[5.0])
+    logits = cifar10._fully_connected(
+        cifar10._flatten(features), "softmax_linear", 10, 0.05, bias=0.0, wd=None, relu=False
+    )
+    total_loss = cifar10.loss(logits, tf.range(4))
+    train_op = cifar10.train(total_loss, tf.train.get_or_create_global_step())
+    assert warnings == [
+        "No gradient reaches conv1/weights, conv1/biases, unused: training leaves them unchanged."
+    ]
+    variables = {v.op.name: v for v in tf.trainable_variables()}
+    averages = {f"{name}/ExponentialMovingAverage" for name in variables}
+    assert averages <= {v.op.name for v in tf.global_variables()}  # evaluation restores them
+    with initialized_session() as session:
+        before = session.run(variables)
+        session.run([train_op, tf.summary.merge_all()])
+        after = session.run(variables)
+    changed = {name for name in variables if not np.array_equal(before[name], after[name])}
+    assert changed == {"softmax_linear/weights", "softmax_linear/biases"}
+
+
+def test_training_without_any_gradient_is_a_one_line_error():
+    variable = tf.get_variable("x", initializer=1.0)
+    loss = tf.identity(tf.stop_gradient(variable), name="total_loss")
+    with pytest.raises(UserError, match="^no gradient reaches any variable: "):
+        cifar10.train(loss, tf.train.get_or_create_global_step())
+
+
+def test_with_float16_a_variable_without_a_gradient_is_left_out_too(monkeypatch, warnings):
+    monkeypatch.setattr(cifar10, "GPUS", ["a GPU"])
+    FLAGS.use_fp16 = True
+    weight, other = (tf.get_variable(name, initializer=[1.0]) for name in ("weight", "other"))
+    optimizer = cifar10.make_optimizer(0.1)
+    gradients = optimizer.compute_gradients(tf.reduce_sum(3.0 * weight))
+    update = cifar10.update_variables(optimizer, gradients, tf.train.get_or_create_global_step())
+    assert warnings == ["No gradient reaches other: training leaves it unchanged."]
+    with tf.Session() as session:
+        session.run([tf.global_variables_initializer(), tf.local_variables_initializer()])
+        session.run(update)
+        assert session.run([weight, other]) == [pytest.approx([0.7]), [1.0]]
+
+
+def test_a_step_updates_the_statistics_of_the_batches():
+    mean = tf.get_variable("norm/moving_mean", initializer=0.0, trainable=False)
+    tf.add_to_collection(tf.GraphKeys.UPDATE_OPS, tf.assign_add(mean, 2.0))
+    weight = tf.get_variable("w", initializer=1.0)
+    tf.add_to_collection("losses", weight)
+    train_op = cifar10.train(1.0 * weight, tf.train.get_or_create_global_step())
+    with initialized_session() as session:
+        for number in (1, 2):
+            session.run(train_op)
+            assert session.run([mean, tf.train.get_global_step()]) == [2.0 * number, number]
+
+
+@pytest.mark.parametrize(("is_chief", "expected"), [(True, 2.0), (False, 0.0)])
+def test_in_a_cluster_the_chief_updates_the_statistics_of_the_batches(is_chief, expected):
+    mean = tf.get_variable("norm/moving_mean", initializer=0.0, trainable=False)
+    tf.add_to_collection(tf.GraphKeys.UPDATE_OPS, tf.assign_add(mean, 2.0))
+    weight = tf.get_variable("w", initializer=1.0)
+    tf.add_to_collection("losses", weight)
+    worker = types.SimpleNamespace(
+        count=2,
+        is_chief=is_chief,
+        synchronize=lambda gradients, step, apply: apply(gradients),
+    )
+    train_op = cifar10.train(1.0 * weight, tf.train.get_or_create_global_step(), worker=worker)
+    with initialized_session() as session:
+        session.run(train_op)
+        assert session.run(mean) == expected
 
 
 # Training.

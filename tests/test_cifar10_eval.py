@@ -76,6 +76,17 @@ def written_summaries():
     return pairs, tags
 
 
+def written_scalars():
+    """Returns the recall and the precision of each class in the event files of --eval_dir."""
+    return {
+        value.tag: value.simple_value
+        for path in pathlib.Path(FLAGS.eval_dir).glob("events.out.tfevents.*")
+        for event in tf.train.summary_iterator(str(path))
+        for value in event.summary.value
+        if value.tag.startswith(("recall/", "precision/"))
+    }
+
+
 def evaluated_steps():
     return [step for step, _ in written_summaries()[0]]
 
@@ -124,10 +135,24 @@ def test_results_match_numpy(records, batch_size):
     assert result.pop("cross_entropy") == pytest.approx(
         -np.log(probabilities[np.arange(100), labels]).mean(), rel=1e-4
     )
-    assert result.pop("precision_of_class") == pytest.approx(
+    recall, precision = result.pop("recall_of_class"), result.pop("precision_of_class")
+    assert recall == pytest.approx(
         {
             name: (predictions[labels == label] == label).mean()
             for label, name in enumerate(dataset.CLASS_NAMES)
+        }
+    )
+    predicted = sorted(set(predictions))
+    names = [dataset.CLASS_NAMES[label] for label in predicted]
+    assert {name for name, value in precision.items() if value is not None} == set(names)
+    assert [precision[name] for name in names] == pytest.approx(
+        [(labels[predictions == label] == label).mean() for label in predicted]
+    )
+    assert {name: value for name, value in recall.items() if precision[name] != value}
+    assert written_scalars() == pytest.approx(
+        {
+            **{f"recall/{name}": value for name, value in recall.items()},
+            **{f"precision/{name}": precision[name] for name in names},
         }
     )
     assert result == {
@@ -159,6 +184,9 @@ def test_summaries_have_exactly_these_tags(records):
     save_checkpoint(FLAGS.checkpoint_dir, 7)
     cifar10_eval.evaluate()
     _, tags = written_summaries()
+    (result,) = written_results()
+    predicted = [name for name, value in result["precision_of_class"].items() if value is not None]
+    assert predicted
     layers = ("conv1", "conv2", "local3", "local4", "softmax_linear")
     assert tags == {
         "input",
@@ -166,7 +194,8 @@ def test_summaries_have_exactly_these_tags(records):
         "cross_entropy",
         "confusion_matrix",
         "mistakes",
-        *(f"precision/{name}" for name in dataset.CLASS_NAMES),
+        *(f"recall/{name}" for name in dataset.CLASS_NAMES),
+        *(f"precision/{name}" for name in predicted),
         *(f"activations/{layer}" for layer in layers),
     }
 
@@ -283,16 +312,52 @@ def test_any_number_of_classes_is_evaluated_and_reported_by_name(tmp_path, names
     assert result["class_names"] == list(names)
     assert result["precision"] == pytest.approx(np.trace(confusion) / 40)
     _, tags = written_summaries()
-    assert {f"precision/{name}" for name in names} <= tags
+    assert {f"recall/{name}" for name in names} <= tags
 
 
-def test_a_class_without_images_has_no_precision(records):
+def test_a_class_without_images_has_no_recall_and_one_without_predictions_no_precision(records):
+    _, test = records
     save_checkpoint(FLAGS.checkpoint_dir, 7)
     FLAGS.num_examples = 3  # of the classes 0, 1 and 2
     cifar10_eval.evaluate()
     (result,) = written_results()
-    without = [name for name, value in result["precision_of_class"].items() if value is None]
-    assert without == list(dataset.CLASS_NAMES[3:])
+    recall, precision = (
+        {name for name, value in result[key].items() if value is not None}
+        for key in ("recall_of_class", "precision_of_class")
+    )
+    assert recall == set(dataset.CLASS_NAMES[:3])
+    predictions = expected_logits(test[:3], AVERAGED).argmax(axis=1)
+    assert precision == {dataset.CLASS_NAMES[prediction] for prediction in predictions}
+    assert set(written_scalars()) == {
+        *(f"recall/{name}" for name in recall),
+        *(f"precision/{name}" for name in precision),
+    }
+
+
+def use_tied_logits(monkeypatch):
+    """Makes `save_checkpoint` save a model whose logits are all 0."""
+    variables = numpy_model.random_variables(AVERAGED)
+    for kind in ("weights", "biases"):
+        variables[f"softmax_linear/{kind}"][...] = 0.0
+    monkeypatch.setattr(numpy_model, "random_variables", lambda *_: variables)
+
+
+def test_a_tie_counts_as_the_first_of_the_classes(records, capsys, monkeypatch):
+    _, test = records
+    use_tied_logits(monkeypatch)
+    save_checkpoint(FLAGS.checkpoint_dir, 7)
+    cifar10_eval.evaluate()
+    expected = np.mean(test[:, 0] == 0)
+    assert printed_precision(capsys) == f"{expected:.3f}"
+    (result,) = written_results()
+    confusion = np.array(result["confusion_matrix"])
+    assert result["precision"] == pytest.approx(expected)
+    assert result["precision"] == np.trace(confusion) / confusion.sum()
+    first = dataset.CLASS_NAMES[0]
+    assert result["precision_of_class"] == dict.fromkeys(dataset.CLASS_NAMES) | {
+        first: pytest.approx(expected)
+    }
+    assert result["recall_of_class"] == dict.fromkeys(dataset.CLASS_NAMES, 0.0) | {first: 1.0}
 
 
 def test_the_variables_themselves_are_evaluated_on_request(records, capsys):
@@ -303,6 +368,57 @@ def test_the_variables_themselves_are_evaluated_on_request(records, capsys):
     expected = expected_correct(test, RAW).mean()
     assert expected != expected_correct(test, AVERAGED).mean()
     assert printed_precision(capsys) == f"{expected:.3f}"
+
+
+def add_offset(monkeypatch, value):
+    """Adds a variable that is not trainable to the model: it is added to the logits of class 0."""
+    inference = cifar10.inference
+
+    def offset_inference(images):
+        offset = tf.get_variable("norm/moving_mean", initializer=value, trainable=False)
+        # Some libraries do this. Training averages the trainable variables only.
+        tf.add_to_collection(tf.GraphKeys.MOVING_AVERAGE_VARIABLES, offset)
+        return inference(images) + offset * tf.one_hot(0, 10)
+
+    monkeypatch.setattr(cifar10, "inference", offset_inference)
+
+
+@pytest.mark.parametrize("use_moving_averages", [True, False])
+def test_variables_that_are_not_trainable_are_restored(
+    records, capsys, monkeypatch, use_moving_averages
+):
+    _, test = records
+    add_offset(monkeypatch, 1e6)
+    with tf.Graph().as_default(), tf.Session() as session:
+        images, labels = tf.zeros([2, 24, 24, 3]), tf.constant([0, 1])
+        total_loss = cifar10.loss(cifar10.inference(images), labels)
+        cifar10.train(total_loss, tf.train.get_or_create_global_step())
+        session.run(tf.global_variables_initializer())
+        pathlib.Path(FLAGS.checkpoint_dir).mkdir()
+        tf.train.Saver().save(session, f"{FLAGS.checkpoint_dir}/model.ckpt", 0)
+    monkeypatch.undo()
+    add_offset(monkeypatch, 0.0)  # the initial value in the graph of the evaluation
+    FLAGS.use_moving_averages = use_moving_averages
+    cifar10_eval.evaluate()
+    assert printed_precision(capsys) == f"{np.mean(test[:, 0] == 0):.3f}"
+    (result,) = written_results()
+    assert sum(result["confusion_matrix"][0]) == result["confusion_matrix"][0][0]
+
+
+def test_a_variable_that_is_not_trainable_and_not_finite_is_an_error_that_names_it(
+    records, monkeypatch
+):
+    add_offset(monkeypatch, 0.0)
+    with tf.Graph().as_default(), tf.Session() as session:
+        images, labels = tf.zeros([2, 24, 24, 3]), tf.constant([0, 1])
+        total_loss = cifar10.loss(cifar10.inference(images), labels)
+        cifar10.train(total_loss, tf.train.get_or_create_global_step())
+        session.run(tf.global_variables_initializer())
+        session.run(tf.assign(tf.global_variables("norm")[0], np.nan))
+        pathlib.Path(FLAGS.checkpoint_dir).mkdir()
+        tf.train.Saver().save(session, f"{FLAGS.checkpoint_dir}/model.ckpt", 0)
+    with pytest.raises(CheckpointError, match="ckpt-0 has non-finite values in norm/moving_mean"):
+        cifar10_eval.evaluate()
 
 
 def test_the_training_files_are_evaluated_on_request(records, capsys):
@@ -478,6 +594,27 @@ def test_checkpoints_without_a_state_file_are_evaluated_while_training_goes_on(
     (pathlib.Path(FLAGS.checkpoint_dir) / "checkpoint").unlink()
     evaluate_forever(monkeypatch, trainer)
     assert evaluated_steps() == [10, 20]
+
+
+def test_running_out_of_memory_is_a_one_line_error(records, monkeypatch):
+    def fail(labels):
+        raise MemoryError("OOM when allocating tensor with shape[128,24,24,64]\n\n\tHint: ...")
+
+    inputs = cifar10.inputs
+
+    def failing_inputs(*arguments, **named):
+        images, labels = inputs(*arguments, **named)
+        failing_labels = tf.py_func(fail, [labels], tf.int32)
+        return images, tf.ensure_shape(failing_labels, [None])
+
+    monkeypatch.setattr(cifar10, "inputs", failing_inputs)
+    save_checkpoint(FLAGS.checkpoint_dir, 7)
+    with pytest.raises(
+        UserError, match="^out of memory .*OOM when allocating tensor.*; use a smaller --batch_size"
+    ) as error:
+        cifar10_eval.evaluate()
+    assert "\n" not in str(error.value)
+    assert "Hint" not in str(error.value)
 
 
 def test_the_interval_separates_the_starts_of_evaluations(records, monkeypatch):

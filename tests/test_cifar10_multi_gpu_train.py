@@ -61,6 +61,55 @@ def test_gradients_are_averaged_over_the_towers():
     np.testing.assert_allclose(values[1], 2.0)
 
 
+def test_towers_that_do_not_train_a_variable_agree_that_it_has_no_gradient():
+    first, second = tf.get_variable("first", [2]), tf.get_variable("second", [])
+    tower = [(tf.constant([1.0, 2.0]), first), (None, second)]
+    (_, trained), unused = cifar10_multi_gpu_train.average_gradients([tower, tower])
+    assert trained is first
+    assert unused == (None, second)
+
+
+@pytest.mark.parametrize("without", [0, 1])
+def test_towers_that_disagree_on_a_gradient_are_a_one_line_error_that_names_it(without):
+    first, second = tf.get_variable("first", [2]), tf.get_variable("layer/second", [])
+    towers = [[(tf.zeros([2]), first), (tf.zeros([]), second)] for _ in range(2)]
+    towers[without][1] = (None, second)
+    message = f"^layer/second has a gradient in tower {1 - without}, but not in tower {without}; "
+    with pytest.raises(UserError, match=message):
+        cifar10_multi_gpu_train.average_gradients(towers)
+
+
+def test_a_variable_of_one_tower_alone_is_a_one_line_error_that_names_it():
+    shared, own = (tf.Variable(0.0, name=name) for name in ("shared", "tower_0/own"))
+    other = tf.Variable(0.0, name="tower_1/own")
+    towers = [
+        [(tf.zeros([]), shared), (tf.zeros([]), own)],
+        [(tf.zeros([]), shared), (None, own), (tf.zeros([]), other)],
+    ]
+    with pytest.raises(UserError, match="^tower_0/own has a gradient in tower 0, but not in tow"):
+        cifar10_multi_gpu_train.average_gradients(towers)
+    towers[0][1] = (None, own)
+    with pytest.raises(UserError, match="^tower_1/own has a gradient in tower 1, but not in tow"):
+        cifar10_multi_gpu_train.average_gradients(towers)
+
+
+def test_only_the_first_tower_updates_the_statistics_of_the_batches(fixed_batch, monkeypatch):
+    inference = cifar10.inference
+
+    def normalized_inference(images):
+        mean = tf.get_variable("norm/moving_mean", initializer=0.0, trainable=False)
+        tf.add_to_collection(tf.GraphKeys.UPDATE_OPS, tf.assign_add(mean, 2.0))
+        return inference(images)
+
+    monkeypatch.setattr(cifar10, "inference", normalized_inference)
+    train_op, _ = cifar10_multi_gpu_train.build_training(2, 2)
+    (mean,) = [v for v in tf.global_variables() if v.op.name == "norm/moving_mean"]
+    with tf.Session(config=session_config()) as sess:
+        sess.run(tf.global_variables_initializer())
+        sess.run(train_op)
+        assert sess.run(mean) == 2.0
+
+
 def test_the_loss_of_a_tower_is_the_sum_of_its_own_losses(fixed_batch):
     images, labels = (tf.constant(each) for each in fixed_batch)
     with tf.variable_scope(tf.get_variable_scope()):

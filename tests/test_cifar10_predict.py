@@ -217,6 +217,23 @@ def test_without_images_or_a_checkpoint_the_error_says_what_to_do(images):
         run_main(images)
 
 
+def test_running_out_of_memory_is_a_one_line_error(records, images, monkeypatch):
+    def fail(probabilities):
+        raise MemoryError("OOM when allocating tensor with shape[128,24,24,64]\n\n\tHint: ...")
+
+    softmax = tf.nn.softmax
+
+    def failing_softmax(logits, name):
+        return tf.ensure_shape(tf.py_func(fail, [softmax(logits)], tf.float32), logits.shape)
+
+    monkeypatch.setattr(tf.nn, "softmax", failing_softmax)
+    with pytest.raises(
+        UserError, match="^out of memory .*OOM when allocating tensor.*; use a smaller --batch_size"
+    ) as error:
+        run_main(images)
+    assert "Hint" not in str(error.value)
+
+
 def test_a_checkpoint_that_is_not_finite_predicts_nothing(images, monkeypatch):
     variables = numpy_model.random_variables(AVERAGED)
     variables["local4/weights"][3, 5] = np.nan

@@ -16,7 +16,7 @@ from conftest import ROOT, write_dataset
 import cifar10
 import cifar10_multi_gpu_train
 import cifar10_train
-from support import dataset, session
+from support import dataset, session, tensorflow_v1
 from support.checkpoints import read_settings
 from support.errors import UserError
 from support.tensorflow_v1 import (
@@ -63,6 +63,7 @@ def test_flags_have_their_defaults_without_a_command_line():
     assert FLAGS.save_checkpoint_steps is None
     assert FLAGS.max_checkpoints_to_keep == 5
     assert FLAGS.save_summaries_steps == 100
+    assert FLAGS.save_histograms_steps == 1000
     assert FLAGS.seed is None
     assert FLAGS.shard_data is False
 
@@ -76,6 +77,7 @@ def test_flags_have_their_defaults_without_a_command_line():
         ("save_checkpoint_steps", [0, 10**23]),
         ("max_checkpoints_to_keep", [0, 10**20]),
         ("save_summaries_steps", [-1, 2**31]),
+        ("save_histograms_steps", [-1, 2**31]),
         ("max_steps", [0, 2**31]),
         ("seed", [-1, 2**31]),
         ("num_gpus", [0, 1025]),
@@ -105,6 +107,7 @@ def test_the_training_session_gets_the_flags(tmp_path, monkeypatch, trainer, exa
     FLAGS.save_checkpoint_steps = 6
     FLAGS.max_checkpoints_to_keep = 7
     FLAGS.save_summaries_steps = 8
+    FLAGS.save_histograms_steps = 9
     FLAGS.seed = 99
     FLAGS.log_device_placement = True
     FLAGS.use_fp16 = True
@@ -129,12 +132,52 @@ def test_the_training_session_gets_the_flags(tmp_path, monkeypatch, trainer, exa
         save_checkpoint_steps=6,
         max_checkpoints_to_keep=7,
         save_summaries_steps=8,
+        save_histograms_steps=9,
     )
     assert settings == cifar10.training_settings()
     assert config == session_config(use_fp16=True, log_device_placement=True)
     named["check_input"]()
     assert named["flags"]["max_steps"] == 17
     assert named.get("worker") is None
+
+
+class Stop(Exception):  # noqa: N818
+    """Ends training before it builds the graph."""
+
+
+@pytest.mark.parametrize(
+    ("trainer", "gpus", "line"),
+    [
+        (cifar10_train, 1, None),
+        (
+            cifar10_train,
+            4,
+            "1 of 4 GPUs is used; to use all, run cifar10_multi_gpu_train.py --num_gpus=4",
+        ),
+        (
+            cifar10_multi_gpu_train,
+            4,
+            "3 of 4 GPUs are used; to use all, run cifar10_multi_gpu_train.py --num_gpus=4",
+        ),
+        (cifar10_multi_gpu_train, 3, None),
+    ],
+)
+def test_gpus_that_stay_unused_are_reported(tmp_path, monkeypatch, trainer, gpus, line):
+    def stop(*arguments):
+        raise Stop
+
+    write_dataset(tmp_path)
+    FLAGS.data_dir = str(tmp_path)
+    FLAGS.train_dir = str(tmp_path / "train")
+    FLAGS.num_gpus = 3
+    warnings = []
+    monkeypatch.setattr(tensorflow_v1, "GPUS", ["a GPU"] * gpus)
+    monkeypatch.setattr(cifar10_multi_gpu_train, "GPUS", ["a GPU"] * gpus)
+    monkeypatch.setattr(tf.logging, "warning", lambda text, *values: warnings.append(text % values))
+    monkeypatch.setattr(session, "training_graph", stop)
+    with pytest.raises(Stop):
+        trainer.train()
+    assert warnings == [line] * (line is not None)
 
 
 # Training.
@@ -179,6 +222,62 @@ def test_the_seed_determines_every_loss_if_one_thread_reads(small_run, fast_ops)
     assert first == again
     assert not set(first) & set(other)
     assert not set(first) & set(drawn)
+
+
+@pytest.fixture
+def seen_images(monkeypatch):
+    """Replaces the model by a single layer; the images of each step, as a list that grows."""
+    seen = []
+
+    def inference(images):
+        def record(batch):
+            seen.append({hash(image.tobytes()) for image in batch})
+            return batch
+
+        batch = tf.ensure_shape(tf.py_func(record, [images], tf.float32), images.shape)
+        features = tf.stop_gradient(tf.reshape(batch, [-1, 24 * 24 * 3]))
+        weights = tf.get_variable("weights", [24 * 24 * 3, 10], initializer=tf.zeros_initializer())
+        return tf.matmul(features, weights)
+
+    monkeypatch.setattr(cifar10, "inference", inference)
+    return seen
+
+
+@pytest.mark.parametrize("fast_ops", [True, False])
+def test_a_resumed_run_with_a_seed_sees_new_images(small_run, seen_images, fast_ops):
+    FLAGS.fast_ops = fast_ops
+    small_run("run", 1, max_steps=5)
+    small_run("run", 1, max_steps=10)
+    interrupted = list(seen_images)
+    assert len(interrupted) == 10
+    assert set.union(*interrupted[:5]).isdisjoint(set.union(*interrupted[5:]))
+
+    seen_images.clear()
+    small_run("again", 1, max_steps=5)
+    small_run("again", 1, max_steps=10)
+    assert seen_images == interrupted
+
+    seen_images.clear()
+    small_run("uninterrupted", 1, max_steps=10)
+    assert seen_images[:5] == interrupted[:5]
+    assert seen_images[5:] != interrupted[5:]
+
+
+def test_the_schedule_counts_the_images_of_all_batch_sizes_and_towers(small_run, seen_images):
+    FLAGS.num_epochs_per_decay = 0.1  # 20 of 200 images
+    FLAGS.learning_rate_decay_factor = 0.5
+    small_run("run", 1, max_steps=6)
+    FLAGS.num_gpus = 2
+    small_run("run", 1, max_steps=9, trainer=cifar10_multi_gpu_train)
+    FLAGS.batch_size = 2
+    lines = small_run("run", 1, max_steps=25)
+    images_per_step = [4] * 6 + [8] * 3 + [2] * 16
+    images_seen = [sum(images_per_step[:step]) for step in range(25)]
+    assert [line["learning_rate"] for line in lines] == pytest.approx(
+        [0.1 * 0.5 ** (seen // 20) for seen in images_seen]
+    )
+    newest = tf.train.latest_checkpoint(FLAGS.train_dir)
+    assert read_settings(newest).examples_seen(25) == sum(images_per_step) == 80
 
 
 def train_one_step(use_fp16):
@@ -303,7 +402,8 @@ def test_each_checkpoint_records_what_it_was_trained_on(small_run, tmp_path):
     assert shapes["softmax_linear/biases"] == [12]
     assert shapes["local3/weights"] == [8, 8, 3, 3, 64, 32]  # a crop of 30, halved twice
     examples = dataset.count_records(folder, eval_data=False)
-    assert read_settings(newest) == (tuple(names), examples, 30, "local", False)
+    settings = (tuple(names), examples, 30, "local", False)
+    assert read_settings(newest) == (*settings, FLAGS.batch_size, 0)
     (start,) = json.loads((tmp_path / "run" / "run.json").read_text())
     assert (start["class_names"], start["examples_per_epoch"]) == (names, examples)
 
@@ -408,3 +508,19 @@ def test_tensorboard_gets_exactly_these_tags(small_run, tmp_path, num_gpus, fast
     if not num_gpus:
         assert {"pool1", "norm1", "norm2", "pool2", "total_loss"} <= scopes
         assert len(scopes) < 60  # hundreds if every operation had its own
+
+
+def test_most_summaries_of_a_run_are_small(small_run, tmp_path):
+    FLAGS.save_summaries_steps = 1
+    FLAGS.batch_size = 64
+    small_run("run", seed=1, max_steps=3)
+    sizes = {
+        event.step: event.ByteSize()
+        for path in (tmp_path / "run").glob("events.out.tfevents.*")
+        for event in tf.train.summary_iterator(str(path))
+        if event.summary.value
+    }
+    # A million steps have 10,000 summaries of scalars, and 1,000 with histograms and images.
+    assert sizes[0] < 100_000
+    assert set(sizes) == {0, 1, 2}
+    assert max(sizes[1], sizes[2]) < 2_000

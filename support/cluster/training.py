@@ -77,6 +77,14 @@ class Worker:
             cluster=self._task.cluster, worker_device=self._task.device
         )
 
+    def read_global_step(self):
+        """Returns the global step, an int. The chief must have initialized the variables."""
+        with tf.Graph().as_default() as graph, tf.device(self.device_setter()), tf.device("/cpu:0"):
+            global_step = tf.train.get_or_create_global_step()
+        config = tf.ConfigProto(device_filters=self.device_filters)
+        with tf.Session(self.target, graph, config) as session:
+            return int(session.run(global_step))
+
     def synchronize(self, gradients, global_step, apply_gradients):
         """Builds the synchronized step of this worker. Call it once, before `make_hook`.
 
@@ -210,9 +218,13 @@ def _wait_for_chief(task, status, timeout):
 
 
 def _check_settings(task, status, settings):
-    """Raises UserError unless the chief trains the same model on the same classes."""
+    """Raises UserError unless the chief trains the same model on the same classes and batches."""
     chief_settings = checkpoints.parse_settings(status.read_settings())
-    if mismatch := checkpoints.find_mismatch(chief_settings, settings):
+    mismatch = checkpoints.find_mismatch(chief_settings, settings)
+    counts = [each.examples_per_step for each in (chief_settings, settings)]
+    if mismatch is None and counts[0] != counts[1]:  # the schedule counts the chief's
+        mismatch = f"{counts[0]} images per step", str(counts[1])
+    if mismatch is not None:
         raise UserError(
             f"{task.describe(task.workers[0])} trains with {mismatch[0]}, but this task with "
             f"{mismatch[1]}; use the same flags and the same dataset for all tasks"

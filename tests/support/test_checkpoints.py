@@ -340,7 +340,20 @@ def test_settings_survive_formatting_and_parsing():
 
 
 def test_a_checkpoint_without_settings_is_treated_as_one_of_the_original_tutorial(tmp_path):
-    assert checkpoints.read_settings(save(tmp_path)) == (None, None, 24, "full", True)
+    assert checkpoints.read_settings(save(tmp_path)) == (None, None, 24, "full", True, None, 0)
+
+
+def test_settings_that_were_saved_before_the_images_were_counted_can_be_read():
+    fields = ("class_names", "examples_per_epoch", "crop_size", "top_layers", "random_flip")
+    text = json.dumps({name: getattr(OWN, name) for name in fields})
+    settings = checkpoints.parse_settings(text)
+    assert settings == OWN
+    assert settings.examples_seen(7) is None
+
+
+def test_settings_give_the_number_of_images_seen_at_a_step():
+    assert OWN._replace(examples_per_step=64).examples_seen(61) == 3904
+    assert OWN._replace(examples_per_step=64, examples_offset=-4).examples_seen(61) == 3900
 
 
 def test_recorded_settings_add_no_variables_to_a_checkpoint(tmp_path):

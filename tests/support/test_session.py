@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 from conftest import PATTERNS, ROOT
 
-from support import checkpoints, session, summaries
+from support import checkpoints, resuming, session, summaries
 from support.errors import DataError, Interrupted, UserError
 from support.tensorflow_v1 import tf
 
@@ -216,7 +216,32 @@ def test_each_checkpoint_records_the_settings(tmp_path):
     settings = SETTINGS._replace(crop_size=30, top_layers="local", random_flip=False)
     train(tmp_path, max_steps=3, settings=settings, save_checkpoint_steps=1)
     for step in range(4):
-        assert checkpoints.read_settings(str(tmp_path / f"model.ckpt-{step}")) == settings
+        recorded = checkpoints.read_settings(str(tmp_path / f"model.ckpt-{step}"))
+        assert recorded == settings._replace(examples_per_step=8)
+
+
+def test_checkpoints_record_the_images_seen_whatever_the_number_of_images_per_step(
+    tmp_path, warnings
+):
+    def train_up_to(max_steps, examples_per_step):
+        with session.training_graph(1, train_dir=str(tmp_path)):
+            options = session.Options(str(tmp_path), max_steps)
+            count, loss = count_step(), tf.constant(1.0)
+            with session.training_session(loss, examples_per_step, options, SETTINGS) as sess:
+                while not sess.should_stop():
+                    sess.run(count)
+
+    def examples_seen(step):
+        settings = checkpoints.read_settings(str(tmp_path / f"model.ckpt-{step}"))
+        return settings.examples_seen(step)
+
+    for max_steps, examples_per_step in ((5, 64), (8, 128), (9, 128), (11, 2)):
+        train_up_to(max_steps, examples_per_step)
+    assert [examples_seen(step) for step in (5, 8, 9, 11)] == [320, 704, 832, 836]
+    assert [warning.partition(":")[0] for warning in warnings] == [
+        "A step now has 128 images instead of 64",
+        "A step now has 2 images instead of 128",
+    ]
 
 
 def test_no_checkpoint_exists_without_the_file_that_holds_its_settings(tmp_path, monkeypatch):
@@ -256,10 +281,11 @@ def test_a_step_from_which_training_resumes_is_not_saved_again(tmp_path):
     changed = SETTINGS._replace(examples_per_epoch=45, random_flip=False)
     train(tmp_path, max_steps=5, settings=changed)
     assert {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in before} == before
-    settings = [
-        checkpoints.read_settings(str(tmp_path / f"model.ckpt-{step}")) for step in (0, 3, 5)
+    random_flips = [
+        checkpoints.read_settings(str(tmp_path / f"model.ckpt-{step}")).random_flip
+        for step in (0, 3, 5)
     ]
-    assert settings == [SETTINGS, SETTINGS, changed]
+    assert random_flips == [True, True, False]
 
 
 def test_a_resumed_run_without_a_finished_step_saves_nothing(tmp_path):
@@ -726,6 +752,15 @@ def test_an_error_of_the_step_is_raised_if_the_input_is_usable(tmp_path):
         run(count_step(failure), tmp_path, max_steps=100)
 
 
+def test_running_out_of_memory_is_a_one_line_error(tmp_path):
+    def fail():
+        raise MemoryError("OOM when allocating tensor with shape[1024]")
+
+    with pytest.raises(UserError, match="^out of memory .*; use a smaller --batch_size") as caught:
+        run(count_step(tf.py_func(fail, [], tf.float32)), tmp_path, max_steps=100)
+    assert "\n" not in str(caught.value)
+
+
 class Terminal:
     """Replaces stderr by a terminal, and keeps the text that is written to it."""
 
@@ -796,8 +831,56 @@ def test_summaries_are_written_as_often_as_the_options_say_with_the_throughput(t
     assert {tag for _, tag, _ in found} == {"of_the_graph", "examples_per_sec"}
 
 
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"save_histograms_steps": 4}, [0, 4, 8]),
+        ({}, [0]),
+        ({"save_histograms_steps": 0}, []),
+        ({"save_histograms_steps": 4, "save_summaries_steps": 3}, [0, 4, 8]),
+    ],
+)
+def test_histograms_and_images_have_an_interval_of_their_own(tmp_path, options, expected):
+    tf.summary.scalar("scalar", 7.0)
+    tf.summary.histogram("histogram", [1.0, 2.0])
+    summaries.image_sheet("image", tf.zeros([2, 4, 4, 3]))
+    run(count_step(), tmp_path, max_steps=10, **{"save_summaries_steps": 1} | options)
+    found = recorded(tmp_path)
+    scalar_steps = range(0, 10, options.get("save_summaries_steps", 1))
+    assert [step for step, tag, _ in found if tag == "scalar"] == list(scalar_steps)
+    for tag in ("histogram", "image"):
+        assert [step for step, other, _ in found if other == tag] == expected
+
+
+def test_a_resumed_run_starts_with_a_histogram(tmp_path):
+    for max_steps in (3, 5):
+        with tf.Graph().as_default():
+            tf.summary.histogram("histogram", [1.0, 2.0])
+            run(count_step(), tmp_path, max_steps=max_steps)
+    assert sorted(step for step, tag, _ in recorded(tmp_path) if tag == "histogram") == [0, 3]
+
+
+def test_summaries_are_on_disk_before_the_next_step(tmp_path):
+    written = {}
+
+    def read_events(step):
+        written[step] = [step for step, tag, _ in recorded(tmp_path) if tag == "of_the_graph"]
+        return np.float32(1)
+
+    tf.summary.scalar("of_the_graph", 7.0)
+    step = tf.train.get_or_create_global_step().read_value()
+    run(
+        count_step(tf.py_func(read_events, [step], tf.float32)),
+        tmp_path,
+        max_steps=6,
+        save_summaries_steps=2,
+    )
+    assert written == {0: [], 1: [0], 2: [0], 3: [0, 2], 4: [0, 2], 5: [0, 2, 4]}
+
+
 def test_no_summaries_are_written_if_they_are_turned_off(tmp_path):
     tf.summary.scalar("of_the_graph", 7.0)
+    tf.summary.histogram("histogram", [1.0, 2.0])
     run(count_step(), tmp_path, max_steps=9, save_summaries_steps=0)
     assert recorded(tmp_path) == []
 
@@ -976,6 +1059,18 @@ def test_a_seed_determines_all_random_numbers_of_a_training_graph():
 
 def test_without_a_seed_each_training_graph_draws_different_numbers():
     assert not set(draw()) & set(draw())
+
+
+def test_a_worker_that_is_restarted_draws_from_the_step_of_the_cluster(tmp_path):
+    worker = make_worker(1, read_global_step=lambda: 7)
+    with session.training_graph(5, worker, train_dir=tmp_path) as graph:
+        assert graph.seed == 6
+        with resuming.input_seed():
+            at_step_7 = graph.seed
+    with session.training_graph(6) as graph:
+        resuming.record(7)
+        with resuming.input_seed():
+            assert graph.seed == at_step_7 != 6
 
 
 def test_workers_draw_different_numbers_from_the_same_seed():

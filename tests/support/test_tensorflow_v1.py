@@ -10,6 +10,7 @@ import pytest
 from conftest import ROOT, messages, run_script, running_queues, script_environment
 
 from support import tensorflow_v1
+from support.errors import UserError
 from support.tensorflow_v1 import session_config, tf
 
 
@@ -202,6 +203,32 @@ def test_a_gpu_that_tensorflow_cannot_use_causes_a_warning_unless_it_is_hidden(
     tensorflow_v1.warn_of_unusable_gpus(device)
     assert len(warnings) == count
     assert all("TF_CPP_MIN_LOG_LEVEL=0" in line and "\n" not in line for line in warnings)
+
+
+@pytest.mark.parametrize(
+    ("used", "found", "expected"),
+    [
+        (1, 2, ["1 of 2 GPUs is used; to use all, run cifar10_multi_gpu_train.py --num_gpus=2"]),
+        (2, 3, ["2 of 3 GPUs are used; to use all, run cifar10_multi_gpu_train.py --num_gpus=3"]),
+        (1, 1, []),
+        (1, 0, []),
+        (3, 2, []),
+    ],
+)
+def test_unused_gpus_are_reported(monkeypatch, warnings, used, found, expected):
+    monkeypatch.setattr(tensorflow_v1, "GPUS", ["a GPU"] * found)
+    tensorflow_v1.warn_of_unused_gpus(used)
+    assert warnings == expected
+
+
+def test_only_the_error_for_exhausted_memory_is_explained():
+    with (
+        pytest.raises(UserError, match=r"^out of memory \(OOM when allocating\); use a smaller"),
+        tensorflow_v1.out_of_memory_explained(),
+    ):
+        raise tf.errors.ResourceExhaustedError(None, None, "OOM when allocating\nHint")
+    with pytest.raises(tf.errors.NotFoundError), tensorflow_v1.out_of_memory_explained():
+        raise tf.errors.NotFoundError(None, None, "gone")
 
 
 def test_the_processor_has_the_name_that_linux_gives_it(tmp_path):

@@ -16,13 +16,13 @@ import pytest
 from conftest import ROOT, write_dataset
 
 import cifar10
-from support import dataset
+from support import checkpoints, dataset
 from support.cluster import training
-from support.cluster.server import is_reachable
+from support.cluster.server import is_reachable, start_server
 from support.cluster.task import Task
 from support.cluster.training import Worker, make_chief_check
 from support.errors import UserError
-from support.tensorflow_v1 import tf
+from support.tensorflow_v1 import session_config, tf
 
 CLUSTER = {"ps": ["a:1", "b:1"], "chief": ["c:1"], "worker": ["d:1", "e:1"]}
 
@@ -118,6 +118,40 @@ def test_each_variable_and_each_gradient_crosses_the_network_once_a_step(graph, 
     # The chief also sends the losses, which are scalars, to average them over the steps.
     assert sorted(shape for shape in variables if shape) == shapes
     assert sorted(shape for shape in gradients if shape) == shapes
+
+
+def test_a_worker_reads_the_step_from_the_parameter_server():
+    ps, chief = free_addresses(2)
+    cluster = {"ps": [ps], "chief": [chief]}
+    targets = [
+        start_server(Task(cluster, type_, 0), session_config()).target for type_ in ("ps", "chief")
+    ]
+    worker = Worker(Task(cluster, "chief", 0), targets[1], status=None, timeout=600)
+    with tf.Graph().as_default() as graph, tf.device(worker.device_setter()):
+        with tf.device("/cpu:0"):
+            global_step = tf.train.get_or_create_global_step()
+        initialize, assign = global_step.initializer, tf.assign(global_step, 7).op
+    with tf.Session(worker.target, graph) as session:
+        session.run(initialize)
+        session.run(assign)
+        assert worker.read_global_step() == 7
+
+
+@pytest.mark.parametrize(("mine", "is_refused"), [(16, True), (8, False)])
+def test_a_worker_with_other_images_per_step_than_the_chief_is_refused(mine, is_refused):
+    settings = checkpoints.TrainingSettings(("cat", "dog"), 100, examples_per_step=8)
+    status = types.SimpleNamespace(read_settings=lambda: checkpoints.format_settings(settings))
+    expectation = contextlib.nullcontext()
+    if is_refused:
+        expectation = pytest.raises(
+            UserError,
+            match=r"^chief 0 \(c:1\) trains with 8 images per step, but this task with 16; use the "
+            "same flags and the same dataset for all tasks$",
+        )
+    with expectation:
+        training._check_settings(
+            Task(CLUSTER, "worker", 0), status, settings._replace(examples_per_step=mine)
+        )
 
 
 @pytest.fixture

@@ -1,0 +1,76 @@
+"""Where a resumed run continues: at which step, and after how many images.
+
+`session.training_graph` records both in the graph. The input of a resumed run then draws other
+random numbers than the run did at its start, and the learning rate schedule continues after the
+images seen so far, even if a step now consumes another number of images.
+"""
+
+import contextlib
+import random
+
+from support.tensorflow_v1 import tf
+
+# A graph collection of integers: the step and, if known, the `examples_per_step` and the
+# `examples_offset` of the checkpoint's `TrainingSettings`.
+_RESUMED_RUN = "resumed_run"
+
+
+def record(step, settings=None):
+    """Records where the default graph resumes a run.
+
+    Args:
+      step: int; the global step.
+      settings: `checkpoints.TrainingSettings` of the checkpoint; None if unknown.
+    """
+    values = [step]
+    if settings is not None and settings.examples_per_step is not None:
+        values += [settings.examples_per_step, settings.examples_offset]
+    for value in values:
+        tf.add_to_collection(_RESUMED_RUN, value)
+
+
+@contextlib.contextmanager
+def input_seed():
+    """Mixes the resumed step into the seed of the random operations that the block creates.
+
+    With the seed alone, a resumed run would see the same images as at its start.
+    """
+    graph = tf.get_default_graph()
+    seed = graph.seed
+    step, *_ = tf.get_collection(_RESUMED_RUN) or [0]
+    if seed is not None and step > 0:
+        tf.set_random_seed(random.Random(f"{seed} {step}").randrange(2**31))
+    try:
+        yield
+    finally:
+        graph.seed = seed
+
+
+def examples_offset(examples_per_step):
+    """Returns the images seen so far minus those that as many steps of now would have consumed.
+
+    Args:
+      examples_per_step: int; images that one step consumes now, over all towers or workers.
+
+    Returns:
+      int; 0 if no run is resumed, or if its checkpoint does not record the images.
+    """
+    step, *recorded = tf.get_collection(_RESUMED_RUN) or [0]
+    if not recorded:
+        return 0
+    before, offset = recorded
+    return step * (before - examples_per_step) + offset
+
+
+def warn_of_change(examples_per_step):
+    """Warns if a step of the resumed run consumed another number of images than it does now."""
+    step, *recorded = tf.get_collection(_RESUMED_RUN) or [0]
+    if recorded and recorded[0] != examples_per_step:
+        before, offset = recorded
+        tf.logging.warning(
+            "A step now has %d images instead of %d: the learning rate schedule continues after "
+            "the %d images seen so far.",
+            examples_per_step,
+            before,
+            step * before + offset,
+        )

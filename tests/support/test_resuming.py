@@ -1,0 +1,104 @@
+"""Where a resumed run continues: the random numbers of its input, and the images that it counts."""
+
+import pytest
+
+from support import checkpoints, resuming
+from support.tensorflow_v1 import tf
+
+SETTINGS = checkpoints.TrainingSettings(("cat", "dog"), 100)
+
+
+@pytest.fixture
+def warnings(monkeypatch):
+    """The warnings that TensorFlow's logger receives."""
+    warnings = []
+    monkeypatch.setattr(tf.logging, "warning", lambda text, *values: warnings.append(text % values))
+    return warnings
+
+
+def draw(seed, step=None):
+    """Returns the seeds of three random operations; the second one belongs to the input."""
+    with tf.Graph().as_default():
+        tf.set_random_seed(seed)
+        if step is not None:
+            resuming.record(step)
+        first = tf.random.uniform([])
+        with resuming.input_seed():
+            second = tf.random.uniform([])
+        third = tf.random.uniform([])
+        return [(x.op.get_attr("seed"), x.op.get_attr("seed2")) for x in (first, second, third)]
+
+
+def test_a_run_that_starts_at_step_0_draws_from_the_seed_of_the_graph():
+    assert draw(5) == draw(5, step=0)
+    assert {seed for seed, _ in draw(5)} == {5}
+
+
+def test_a_resumed_run_draws_other_numbers_for_its_input_and_only_for_it():
+    fresh, resumed = draw(5), draw(5, step=10)
+    assert resumed == draw(5, step=10)
+    assert [resumed[0], resumed[2]] == [fresh[0], fresh[2]]
+    seeds = {draw(seed, step)[1][0] for seed in (0, 5, 2**31 - 2) for step in range(50)}
+    assert len(seeds) == 150
+    assert all(0 <= seed < 2**31 for seed in seeds)
+
+
+def test_a_graph_without_a_seed_keeps_drawing_at_random(graph):
+    graph.seed = None
+    resuming.record(10)
+    with resuming.input_seed():
+        assert graph.seed is None
+    assert graph.seed is None
+
+
+def test_the_seed_of_the_graph_returns_after_an_error(graph):
+    resuming.record(10)
+    with pytest.raises(ZeroDivisionError), resuming.input_seed():
+        1 / (graph.seed == 1)
+    assert graph.seed == 1
+
+
+@pytest.mark.parametrize(
+    ("examples_per_step", "examples_offset", "now", "expected"),
+    [
+        (64, 0, 64, 0),
+        (64, 0, 128, 61 * 64 - 61 * 128),
+        (64, 0, 8, 61 * 64 - 61 * 8),
+        (64, -100, 64, -100),
+        (64, -100, 32, 61 * 32 - 100),
+        (None, 0, 128, 0),  # a checkpoint that does not record it
+    ],
+)
+def test_the_offset_keeps_the_number_of_images_at_the_resumed_step(
+    graph, examples_per_step, examples_offset, now, expected
+):
+    settings = SETTINGS._replace(
+        examples_per_step=examples_per_step, examples_offset=examples_offset
+    )
+    resuming.record(61, settings)
+    assert resuming.examples_offset(now) == expected
+
+
+def test_a_run_that_resumes_nothing_has_no_offset(graph, warnings):
+    assert resuming.examples_offset(128) == 0
+    resuming.record(61)
+    assert resuming.examples_offset(128) == 0
+    resuming.warn_of_change(128)
+    assert warnings == []
+
+
+def test_a_change_of_the_images_per_step_is_reported_with_the_images_seen(graph, warnings):
+    resuming.record(61, SETTINGS._replace(examples_per_step=64, examples_offset=100))
+    resuming.warn_of_change(64)
+    assert warnings == []
+    resuming.warn_of_change(128)
+    assert warnings == [
+        "A step now has 128 images instead of 64: the learning rate schedule continues after the "
+        "4004 images seen so far."
+    ]
+
+
+def test_what_is_recorded_can_be_exported(graph, warnings, tmp_path):
+    resuming.record(2**40, SETTINGS._replace(examples_per_step=2**20))
+    tf.train.export_meta_graph(str(tmp_path / "graph.meta"))
+    assert warnings == []
