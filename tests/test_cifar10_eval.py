@@ -11,7 +11,14 @@ import types
 import numpy as np
 import numpy_model
 import pytest
-from conftest import AVERAGED, RAW, save_checkpoint, standardized_centers, write_dataset
+from conftest import (
+    AVERAGED,
+    RAW,
+    TF_CONFIGS,
+    save_checkpoint,
+    standardized_centers,
+    write_dataset,
+)
 
 import cifar10
 import cifar10_eval
@@ -95,6 +102,15 @@ def test_precision_matches_numpy(records, capsys, batch_size):
     pairs, tags = written_summaries()
     assert pairs == [(7, pytest.approx(expected, rel=1e-6))]
     assert "activations/conv1" in tags
+
+
+@pytest.mark.parametrize("tf_config", TF_CONFIGS)
+def test_a_tf_config_does_not_change_the_evaluation(records, capsys, monkeypatch, tf_config):
+    _, test = records
+    save_checkpoint(FLAGS.checkpoint_dir, 7)
+    monkeypatch.setenv("TF_CONFIG", tf_config)
+    cifar10_eval.main()
+    assert printed_precision(capsys) == f"{expected_correct(test, AVERAGED).mean():.3f}"
 
 
 @pytest.mark.parametrize("batch_size", [7, 128])
