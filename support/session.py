@@ -215,7 +215,10 @@ def training_session(
         hooks = _make_hooks(progress, stop, saver, examples_per_step, options, worker)
         session = _create_session(hooks, saver, options, config, worker)
         with _errors_explained(progress, signals, check_input, worker), session:
-            yield session
+            try:
+                yield session
+            finally:
+                progress.is_in_step = False  # no `after_run` says so if an error has ended the step
         _check_outcome(progress, options, signals, worker)
 
 
