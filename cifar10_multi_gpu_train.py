@@ -12,6 +12,7 @@ from absl import flags
 import cifar10
 import cifar10_train  # defines the flags of training
 from support import command_line, session
+from support.cluster import task
 from support.errors import UserError
 from support.tensorflow_v1 import (
     GPUS,
@@ -149,6 +150,11 @@ def train():
 
 
 def main(argv=None):
+    if task.find_task() is not None:
+        raise UserError(
+            "TF_CONFIG describes a cluster, but this script trains on one machine: run "
+            "cifar10_train.py on all machines of the cluster, or unset TF_CONFIG"
+        )
     warn_of_unusable_gpus()
     cifar10.maybe_download_and_extract()
     train()

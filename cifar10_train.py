@@ -154,7 +154,7 @@ def train_in_cluster(this_task):
         cifar10.maybe_download_and_extract()
         cifar10_eval.evaluate(FLAGS.max_steps, training.make_chief_check(this_task, timeout))
     else:
-        this_server = server.start_server(this_task, config)
+        this_server = server.start_server(this_task, config, timeout)
         cifar10.maybe_download_and_extract()
         settings = cifar10.training_settings()._replace(
             examples_per_step=FLAGS.batch_size * len(this_task.workers)

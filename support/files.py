@@ -1,6 +1,7 @@
 """Locks, and files and folders that appear only when they are complete."""
 
 import contextlib
+import errno
 import json
 import os
 import pathlib
@@ -13,6 +14,11 @@ import filelock
 
 from support.errors import DataError, UserError
 
+# How flock fails on file systems that have no locks: NFS without a lock daemon, Lustre mounted
+# without `flock`, FUSE and others. 524 is the Linux kernel's own ENOTSUPP, which some pass on.
+_NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EBADF, errno.EINVAL, 524}
+_without_locks = set()  # (device, error number) of the warnings that this process has printed
+
 
 class LockedError(UserError):
     """Another process holds the lock; the message describes that process."""
@@ -21,6 +27,8 @@ class LockedError(UserError):
 @contextlib.contextmanager
 def lock(path, on_wait=None):
     """Holds a lock that the operating system releases when the process ends, however it ends.
+
+    On a file system without locks, it warns once and holds none.
 
     Args:
       path: the lock file. It describes the holder and is removed when the lock is released. A file
@@ -34,19 +42,38 @@ def lock(path, on_wait=None):
     """
     file_lock = filelock.FileLock(path, on_acquired=_write_holder)
     try:
-        file_lock.acquire(blocking=False)
-    except filelock.Timeout:
-        holder = _read_holder(path)
-        if on_wait is None:
-            raise LockedError(holder) from None
-        on_wait(holder)
-        file_lock.acquire()
+        try:
+            file_lock.acquire(blocking=False)
+        except filelock.Timeout:
+            holder = _read_holder(path)
+            if on_wait is None:
+                raise LockedError(holder) from None
+            on_wait(holder)
+            file_lock.acquire()
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        _warn_of_missing_locks(path, error)
     try:
         yield
     finally:
         # This is safe: a waiting process that locks the removed file opens the path again.
         pathlib.Path(path).unlink(missing_ok=True)
         file_lock.release()
+
+
+def _warn_of_missing_locks(path, error):
+    """Reports on stderr that a lock file cannot be locked, once for each file system and reason."""
+    folder = os.path.dirname(path) or "."
+    cause = os.stat(folder).st_dev, error.errno
+    if cause not in _without_locks:
+        _without_locks.add(cause)
+        print(
+            f"Warning: the file system of {folder} does not support locks ({error.strerror}); make "
+            "sure that no two processes write to the same folder",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def _write_holder(descriptor):

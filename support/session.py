@@ -254,7 +254,10 @@ def training_session(
             out_of_memory_explained(),
             session,
         ):
-            yield session
+            try:
+                yield session
+            finally:
+                progress.is_in_step = False  # no `after_run` says so if an error has ended the step
         _check_outcome(progress, options, signals, worker)
 
 

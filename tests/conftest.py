@@ -34,6 +34,13 @@ START_UP_NOTICES = re.compile(
     r"|E0000 .* failed call to cuInit: .*"
 )
 
+# For the scripts that a TF_CONFIG in the environment does not concern.
+TF_CONFIGS = [
+    "{",
+    '{"cluster": {"ps": ["a:1"], "chief": ["b:1"]}, "task": {"type": "chief", "index": 0}}',
+    '{"cluster": {"ps": ["a:1"], "chief": ["b:1"]}, "task": {"type": "evaluator", "index": 0}}',
+]
+
 
 def make_records(count, seed=0, num_classes=10):
     """Returns records of random pixels, with labels 0, 1, 2 and so on: uint8 [count, 3073]."""

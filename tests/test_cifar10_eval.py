@@ -15,6 +15,7 @@ from conftest import (
     AVERAGED,
     PATTERNS,
     RAW,
+    TF_CONFIGS,
     save_checkpoint,
     standardized_centers,
     write_dataset,
@@ -113,6 +114,15 @@ def test_precision_matches_numpy(records, capsys, batch_size):
     pairs, tags = written_summaries()
     assert pairs == [(7, pytest.approx(expected, rel=1e-6))]
     assert "activations/conv1" in tags
+
+
+@pytest.mark.parametrize("tf_config", TF_CONFIGS)
+def test_a_tf_config_does_not_change_the_evaluation(records, capsys, monkeypatch, tf_config):
+    _, test = records
+    save_checkpoint(FLAGS.checkpoint_dir, 7)
+    monkeypatch.setenv("TF_CONFIG", tf_config)
+    cifar10_eval.main()
+    assert printed_precision(capsys) == f"{expected_correct(test, AVERAGED).mean():.3f}"
 
 
 @pytest.mark.parametrize("batch_size", [7, 128])

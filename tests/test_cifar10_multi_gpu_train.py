@@ -1,5 +1,6 @@
 """Tests of the towers: their devices, their shared variables and one synchronous step."""
 
+import json
 import re
 
 import numpy as np
@@ -301,6 +302,30 @@ def test_more_towers_than_gpus_are_reported(small_dataset, tmp_path, monkeypatch
     FLAGS.max_steps = 1
     cifar10_multi_gpu_train.train()
     assert warnings == [message] * (message is not None)
+    assert tf.train.latest_checkpoint(FLAGS.train_dir).endswith("model.ckpt-1")
+
+
+@pytest.mark.parametrize("type_", ["ps", "chief", "master", "worker", "evaluator"])
+def test_a_task_of_a_cluster_is_refused_before_anything_starts(tmp_path, monkeypatch, type_):
+    cluster = {"ps": ["a:1"], "chief": ["b:1"], "worker": ["c:1"]}
+    task = {"type": type_, "index": 0}
+    monkeypatch.setenv("TF_CONFIG", json.dumps({"cluster": cluster, "task": task}))
+    FLAGS.data_dir = str(tmp_path / "data")
+    FLAGS.train_dir = str(tmp_path / "train")
+    FLAGS.synthetic_data = True
+    FLAGS.batch_size = 4
+    FLAGS.max_steps = 1
+    with pytest.raises(UserError, match="^TF_CONFIG describes a cluster, .* cifar10_train.py"):
+        cifar10_multi_gpu_train.main()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_tf_config_of_a_single_process_trains(small_dataset, tmp_path, monkeypatch):
+    monkeypatch.setenv("TF_CONFIG", '{"cluster": {"master": ["a:1"]}, "environment": "cloud"}')
+    FLAGS.train_dir = str(tmp_path / "train")
+    FLAGS.batch_size = 4
+    FLAGS.max_steps = 1
+    cifar10_multi_gpu_train.main()
     assert tf.train.latest_checkpoint(FLAGS.train_dir).endswith("model.ckpt-1")
 
 

@@ -14,6 +14,7 @@ from conftest import (
     AVERAGED,
     PATTERNS,
     RAW,
+    TF_CONFIGS,
     draw_patches,
     make_records,
     messages,
@@ -106,6 +107,15 @@ def test_a_line_shows_the_image_and_three_classes_with_probabilities(records, im
     )
     assert output.out == f"{images / '03.png'}: {classes}\n"
     assert output.err == ""
+
+
+@pytest.mark.parametrize("tf_config", TF_CONFIGS)
+def test_a_tf_config_does_not_change_the_prediction(images, capsys, monkeypatch, tf_config):
+    run_main(images / "03.png")
+    expected = capsys.readouterr().out
+    monkeypatch.setenv("TF_CONFIG", tf_config)
+    run_main(images / "03.png")
+    assert capsys.readouterr().out == expected
 
 
 def test_unreadable_images_are_reported_and_the_others_are_classified(images, capsys):

@@ -308,6 +308,33 @@ def test_a_second_trainer_is_refused_and_the_first_continues(data_dir, train_dir
         assert wait_for_step(first, step + 1) > step
 
 
+WITHOUT_LOCKS = """
+import errno, fcntl, os, runpy, sys
+def fail(descriptor, operation):
+    raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+fcntl.flock = fail
+sys.argv = sys.argv[1:]
+sys.path.insert(0, os.getcwd())
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_training_on_a_file_system_without_locks_warns_once(tmp_path, train_dir):
+    flags = [
+        f"--data_dir={tmp_path / 'data'}",
+        "--synthetic_data",
+        f"--train_dir={train_dir}",
+        "--batch_size=4",
+        "--max_steps=2",
+        "--min_fraction_of_examples_in_queue=0.001",
+    ]
+    process = run_script("-c", WITHOUT_LOCKS, "cifar10_train.py", *flags)
+    (warning,) = messages(process.stderr)
+    assert "does not support locks (No locks available)" in warning
+    assert saved_step(train_dir) == 2
+    assert not list(tmp_path.rglob("*.lock"))
+
+
 def test_a_trainer_listens_on_no_port(data_dir, train_dir):
     with training(data_dir, train_dir) as process:
         wait_for_step(process)

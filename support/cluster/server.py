@@ -13,8 +13,8 @@ POLL_INTERVAL = 0.3  # seconds between two attempts to reach the other tasks
 NOTICE_DELAY = 5.0  # seconds to wait for other tasks before a message names them
 
 
-def start_server(task, config):
-    """Starts the server of this task.
+def start_server(task, config, timeout=0):
+    """Starts the server of this task, once its host name can be resolved.
 
     TensorFlow's server listens on all addresses of the machine, not only on the one in TF_CONFIG.
     It neither encrypts nor authenticates: use it on a private network.
@@ -23,13 +23,14 @@ def start_server(task, config):
       task: the `Task`.
       config: the `tf.ConfigProto` from `session_config`. It configures the devices of every session
         that uses this server. The server of a "ps" task uses no GPU.
+      timeout: seconds that the host name of this task may be unknown.
 
     Returns:
       The running `tf.train.Server`.
 
     Raises:
-      UserError: the port is in use, the address does not belong to this machine, or a worker is
-        configured for float16.
+      UserError: the host name is unknown for too long, the port is in use, the address does not
+        belong to this machine, or a worker is configured for float16.
     """
     rewrites = config.graph_options.rewrite_options
     if task.type == "ps":
@@ -41,7 +42,7 @@ def start_server(task, config):
             "the workers cannot share; remove the flag"
         )
     address = task.address_of((task.type, task.index))
-    _check_own_address(address)
+    _check_own_address(address, _resolve(address, timeout))
     cluster = tf.train.ClusterSpec(task.cluster)
     try:
         return tf.train.Server(cluster, task.type, task.index, config=config)
@@ -49,16 +50,39 @@ def start_server(task, config):
         raise UserError(f"cannot start a server at {address}: {first_line(error)}") from error
 
 
-def _check_own_address(address):
+def _resolve(address, timeout):
+    """Returns what `getaddrinfo` finds for `host:port`.
+
+    A host name may be unknown at first: the record of a new pod appears in DNS some time after the
+    pod starts.
+    """
+    start, is_announced = time.monotonic(), False
+    while True:
+        try:
+            return socket.getaddrinfo(*split_address(address), type=socket.SOCK_STREAM)
+        except OSError as error:
+            waited = time.monotonic() - start
+            if waited >= timeout:
+                raise UserError(
+                    f"cannot resolve {address} from TF_CONFIG: {error}; correct the address, or "
+                    "wait longer with --cluster_timeout_secs"
+                ) from error
+        if waited >= NOTICE_DELAY and not is_announced:
+            print(f"Waiting until the host of {address} is known", file=sys.stderr, flush=True)
+            is_announced = True
+        time.sleep(POLL_INTERVAL)
+
+
+def _check_own_address(address, found):
     """Raises UserError unless `host:port` is a free port of this machine that others can reach.
 
     TensorFlow would accept an address of another machine, and would print several lines about a
     port in use.
+
+    Args:
+      address: string.
+      found: what `getaddrinfo` finds for it.
     """
-    try:
-        found = socket.getaddrinfo(*split_address(address), type=socket.SOCK_STREAM)
-    except OSError as error:
-        raise UserError(f"cannot resolve {address} from TF_CONFIG: {error}") from error
     is_own = False
     for family, kind, _, _, socket_address in found:
         if socket_address[0] in ("0.0.0.0", "::"):

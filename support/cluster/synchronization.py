@@ -75,6 +75,10 @@ class SynchronizedStep:
     a queue. When every worker has added its gradients, the chief applies their average and puts a
     token for each worker into the queue. Gradients of an earlier step are dropped.
 
+    The steps of the gradients are the numbers of the updates since the parameter servers started.
+    The global step would not do: a chief that restarts sets it back to that of a checkpoint, and
+    gradients from before the restart would pass as those of a later step.
+
     Args:
       gradients: list of (gradient, variable) of this worker.
       global_step: int64 [] variable.
@@ -86,25 +90,53 @@ class SynchronizedStep:
       train_op: adds the gradients of this worker and waits for the update.
       update_op: waits for the gradients of all workers and updates the variables. The chief runs it
         in a loop, in parallel with `train_op`.
-      read_step_op: assigns the current global step to this worker's next gradients.
-      init_op: sets the step of the accumulators. The chief runs it once, before any step.
+      read_step_op: assigns the current step to this worker's next gradients.
       add_tokens_op: adds a token for each worker, which ends steps that wait for an update.
     """
 
     def __init__(self, gradients, global_step, apply_gradients, num_workers):
+        with tf.device(global_step.device):
+            self._num_updates = tf.get_variable(  # without collections: checkpoints omit it
+                "num_updates", [], tf.int64, tf.zeros_initializer(), trainable=False, collections=[]
+            )
+        self._count_update_op = self._num_updates.assign_add(1)
+
+        def apply_and_count(averages, _):
+            with tf.control_dependencies([apply_gradients(list(averages))]):
+                return tf.group(self._num_updates.assign_add(1))
+
         # The optimizer's own `variable_averages` are updated only after the workers have their
         # tokens: the chief could save averages that lack a step. `apply_gradients` updates them
         # before that.
-        updater = types.SimpleNamespace(
-            apply_gradients=lambda averages, global_step: apply_gradients(list(averages))
-        )
+        updater = types.SimpleNamespace(apply_gradients=apply_and_count)
         synchronizer = tf.train.SyncReplicasOptimizer(updater, num_workers, num_workers)
-        self.train_op = synchronizer.apply_gradients(gradients, global_step)
+        self.train_op = synchronizer.apply_gradients(gradients, self._num_updates)
         synchronizer.ready_for_local_init_op.mark_used()  # workers wait for ChiefStatus.READY
         (self.update_op,) = synchronizer.get_chief_queue_runner().enqueue_ops
         self.read_step_op = synchronizer.local_step_init_op
-        self.init_op = synchronizer.chief_init_op
         self.add_tokens_op = synchronizer.get_init_tokens_op(num_workers)
+        self._set_step_op = synchronizer.chief_init_op
+        self._counts, self._take_ops = [], []
+        for accumulator, device in synchronizer._accumulator_list:
+            with tf.device(device):
+                self._counts.append(accumulator.num_accumulated())
+                self._take_ops.append(accumulator.take_grad(1).op)
+
+    def start(self, session, is_restart):
+        """Prepares the parameter servers. The chief calls it once, before any step.
+
+        Args:
+          session: the chief's session, whose variables have their values.
+          is_restart: bool; whether another chief has used these parameter servers before. Then this
+            drops all gradients from before the restart, and ends the steps that wait for an update.
+        """
+        session.run(self._count_update_op if is_restart else self._num_updates.initializer)
+        session.run(self._set_step_op)  # from now on, accumulators accept no earlier gradients
+        if is_restart:
+            counts = session.run(self._counts)
+            session.run([op for op, count in zip(self._take_ops, counts, strict=True) if count])
+            session.run(self._set_step_op)  # taking gradients has counted a step
+            session.run(self.add_tokens_op)
 
 
 class SynchronizationHook(tf.train.SessionRunHook):
@@ -114,10 +146,10 @@ class SynchronizationHook(tf.train.SessionRunHook):
     hold surplus tokens, and workers can wait for an update that will never come:
 
     - A surplus token lets a worker start a step early. Its gradients then belong to the previous
-      step and are dropped. To lose no more than one step, each step reads the global step from the
+      step and are dropped. To lose no more than one step, each step reads its number from the
       variable instead of the token, which would stay one step behind.
     - A restarted chief cannot know which workers added their gradients before the first chief was
-      killed, and still wait. So it adds a token for each worker.
+      killed, and still wait. So it drops these gradients and adds a token for each worker.
     """
 
     def __init__(self, step, status, is_chief):
@@ -130,16 +162,14 @@ class SynchronizationHook(tf.train.SessionRunHook):
         """On the chief, prepares the accumulators and reports to all tasks that it is ready."""
         if not self._is_chief:
             return
-        session.run(self._step.init_op)
-        if self._status.has(ChiefStatus.STARTED):
-            session.run(self._step.add_tokens_op)
+        self._step.start(session, is_restart=self._status.has(ChiefStatus.STARTED))
         self._status.set(ChiefStatus.STARTED)
         # A daemon, because only the end of the session interrupts its wait for gradients.
         self._thread = threading.Thread(target=self._update, args=(session, coord), daemon=True)
         self._status.set(ChiefStatus.READY)
 
     def before_run(self, run_context):
-        """Reads the global step that this worker's next gradients belong to."""
+        """Reads the step that this worker's next gradients belong to."""
         run_context.session.run(self._step.read_step_op)
         # Started with the first step, so that the variables do not change while other hooks save
         # them at the start of the session.

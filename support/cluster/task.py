@@ -1,10 +1,11 @@
 """Which task of a cluster this process is, according to the environment variable TF_CONFIG."""
 
+import json
 import os
+import re
 from typing import NamedTuple
 
 from support.errors import UserError
-from support.tensorflow_v1 import tf
 
 TASK_TYPES = ("ps", "chief", "worker", "evaluator")
 
@@ -34,7 +35,7 @@ class Task(NamedTuple):
     @property
     def parameter_servers(self):
         """The tasks that hold variables, as a list of (type, index)."""
-        return [("ps", index) for index in range(len(self.cluster["ps"]))]
+        return [("ps", index) for index in range(len(self.cluster.get("ps", [])))]
 
     @property
     def worker_index(self):
@@ -63,60 +64,126 @@ class Task(NamedTuple):
 def find_task():
     """Returns the `Task` of this process.
 
+    The job and the task type `master`, as some clouds write it, are the chief.
+
     Returns:
-      A `Task`, or None if TF_CONFIG is unset or describes a single worker without parameter
-      servers. The cluster of the task omits evaluators, because no other task contacts them.
+      A `Task`, or None if TF_CONFIG is unset, has an empty cluster, or describes a single worker
+      without parameter servers. The cluster of the task omits evaluators, because no other task
+      contacts them. It may be empty for an evaluator.
 
     Raises:
       UserError: TF_CONFIG is malformed or describes a cluster that cannot train.
     """
-    if not os.environ.get("TF_CONFIG"):
+    text = os.environ.get("TF_CONFIG", "").strip()
+    if not text:
         return None
-    task = _parse_task()
-    _check_cluster(task)
-    if task.type != "evaluator":
-        _check_index(task)
-        if not task.cluster.get("ps"):
-            if len(task.workers) == 1:
-                return None
-            raise UserError("TF_CONFIG needs a parameter server: add a job `ps` to its cluster")
-    jobs = {name: addresses for name, addresses in task.cluster.items() if name != "evaluator"}
-    return task._replace(cluster=jobs)
-
-
-def _parse_task():
     try:
-        resolver = tf.distribute.cluster_resolver.TFConfigClusterResolver()
-        task = Task(resolver.cluster_spec().as_dict(), resolver.task_type, resolver.task_id)
-        endpoints = [split_address(one) for job in task.cluster.values() for one in job]
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(f"TF_CONFIG is malformed: {error}") from error
-    if len(set(endpoints)) < len(endpoints):
-        raise UserError("TF_CONFIG gives two tasks the same address")
-    return task
-
-
-def _check_cluster(task):
-    types = ", ".join(TASK_TYPES)
-    if task.type not in TASK_TYPES:
-        raise UserError(f"TF_CONFIG sets the task type to {task.type!r}; it must be one of {types}")
-    if unknown := sorted(task.cluster.keys() - set(TASK_TYPES)):
-        raise UserError(f"TF_CONFIG has a job {unknown[0]!r}; a job must be one of {types}")
-    if not task.workers or len(task.cluster.get("chief", [])) > 1:
+        config = json.loads(text)
+    except ValueError as error:
+        raise _malformed(error) from error
+    if not isinstance(config, dict):
+        raise _malformed("it is not a JSON object")
+    cluster = _parse_cluster(_get_object(config, "cluster"))
+    task = _parse_task(_get_object(config, "task"), cluster)
+    if not cluster and task.type in ("chief", "worker") and not task.index:
+        return None
+    if task.type != "evaluator":
+        task = _check_index(task)
+    if (cluster and not task.workers) or len(cluster.get("chief", [])) > 1:
         raise UserError(
             "TF_CONFIG needs exactly one chief; without a job `chief`, worker 0 is the chief"
         )
+    if task.type != "evaluator" and not task.parameter_servers:
+        if len(task.workers) == 1:
+            return None
+        raise UserError(
+            "TF_CONFIG needs a parameter server to train on several machines: add a job `ps` to "
+            "its cluster, or unset TF_CONFIG to train on this machine alone"
+        )
+    return task
+
+
+def _malformed(reason):
+    return UserError(f"TF_CONFIG is malformed: {reason}")
+
+
+def _get_object(config, key):
+    """Returns the JSON object at a key, as a dict; an empty one if it is missing or null."""
+    value = config.get(key)
+    if not isinstance(value, dict | None):
+        raise _malformed(f"`{key}` is not a JSON object")
+    return value or {}
+
+
+def _parse_cluster(jobs):
+    """Returns the cluster of a `Task`, without evaluators and without jobs that have no tasks."""
+    jobs = {job: tasks for job, tasks in jobs.items() if tasks and job != "evaluator"}
+    if "master" in jobs:
+        if "chief" in jobs:
+            raise UserError("TF_CONFIG has a job `chief` and a job `master`: two names of one job")
+        jobs["chief"] = jobs.pop("master")
+    if unknown := sorted(jobs.keys() - set(TASK_TYPES)):
+        raise UserError(
+            f"TF_CONFIG has a job {unknown[0]!r}; a job must be one of {', '.join(TASK_TYPES)}"
+        )
+    cluster = {job: _parse_addresses(job, tasks) for job, tasks in jobs.items()}
+    endpoints = [split_address(address) for job in cluster.values() for address in job]
+    if len(set(endpoints)) < len(endpoints):
+        raise UserError("TF_CONFIG gives two tasks the same address")
+    return cluster
+
+
+def _parse_addresses(job, tasks):
+    """Returns the addresses of a job: of a list, or of a dict whose keys are all indices."""
+    if isinstance(tasks, dict):
+        try:
+            tasks = [tasks[str(index)] for index in range(len(tasks))]
+        except KeyError as error:
+            raise UserError(
+                f"TF_CONFIG lists only some tasks of the job `{job}`: {error} is missing"
+            ) from error
+    if not isinstance(tasks, list):
+        raise _malformed(f"the job `{job}` is not a list of addresses")
+    try:
+        for address in tasks:
+            split_address(address)
+    except ValueError as error:
+        raise _malformed(f"{error}, in the job `{job}`") from error
+    return tasks
+
+
+def _parse_task(task, cluster):
+    """Returns the `Task` that a JSON object describes. Its index may be missing or out of range."""
+    type_, index = task.get("type"), task.get("index")
+    if not type_:
+        if sum(map(len, cluster.values())) > 1:
+            raise UserError(
+                "TF_CONFIG does not say which task this is: `type` is missing in `task`"
+            )
+        type_ = next(iter(cluster), "worker")  # the only one
+    type_ = "chief" if type_ == "master" else type_
+    if type_ not in TASK_TYPES:
+        types = ", ".join(TASK_TYPES)
+        raise UserError(f"TF_CONFIG sets the task type to {type_!r}; it must be one of {types}")
+    try:
+        index = None if index is None else int(str(index))
+    except ValueError as error:
+        raise _malformed(f"the `index` of the task is {index!r}, not a number from 0") from error
+    return Task(cluster, type_, index)
 
 
 def _check_index(task):
+    """Returns the task with its index, which may be missing if the job has no other task."""
     count = len(task.cluster.get(task.type, []))
-    if not 0 <= (task.index or 0) < count:
+    if task.index is None and count > 1:
+        raise UserError(f"TF_CONFIG does not say which {task.type} this is: `index` is missing")
+    task = task._replace(index=task.index or 0)
+    if not 0 <= task.index < count:
         raise UserError(
             f"TF_CONFIG says that this is {task.type} {task.index}, but the job `{task.type}` has "
             f"{count} tasks; the first one has index 0"
         )
-    if task.index is None:
-        raise UserError(f"TF_CONFIG does not say which {task.type} this is: `index` is missing")
+    return task
 
 
 def split_address(address):
@@ -132,6 +199,12 @@ def split_address(address):
       ValueError: the string is not such an address.
     """
     host, _, port = str(address).rpartition(":")
-    if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+    host = host.strip("[]")
+    try:
+        host.encode("idna")  # as the system does, to find the host: no label is empty or too long
+        is_valid = host and not re.search(r"[\s/]", host) and port.isdecimal()
+    except UnicodeError:
+        is_valid = False
+    if not is_valid or not 0 < int(port) < 65536:
         raise ValueError(f"{address!r} is not an address of the form host:port")
-    return host.strip("[]"), int(port)
+    return host, int(port)

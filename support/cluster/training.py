@@ -234,12 +234,15 @@ def _check_settings(task, status, settings):
 def make_chief_check(task, timeout):
     """Returns a function to call repeatedly while this task waits for the chief.
 
-    The function reports on stderr that the chief is missing.
+    The function reports on stderr that the chief is missing. It does nothing in a cluster without
+    parameter servers, whose only worker has no server that could respond.
 
     Args:
       task: the `Task`.
       timeout: seconds. The function raises UserError once the chief has been missing for longer.
     """
+    if not task.parameter_servers:
+        return lambda: None
     chief = task.workers[0]
     last_response, is_announced = time.monotonic(), False
 
@@ -263,13 +266,13 @@ def serve_parameters(task, config, timeout):
     Args:
       task: the `Task`.
       config: the `tf.ConfigProto` from `session_config`.
-      timeout: seconds that the chief may be missing.
+      timeout: seconds that the chief, or the host name of this task, may be missing.
 
     Raises:
       UserError: the server cannot start, the chief has failed or is missing for too long, or
         another parameter server is lost.
     """
-    server = start_server(task, config)
+    server = start_server(task, config, timeout)
     status = ChiefStatus(task, server.target, task.index)
     check_chief, failed_checks = make_chief_check(task, timeout), 0
     while not status.has(ChiefStatus.DONE):

@@ -2,8 +2,11 @@
 
 import contextlib
 import enum
+import errno
+import fcntl
 import json
 import os
+import re
 import select
 import subprocess
 import sys
@@ -150,6 +153,64 @@ def test_a_lock_excludes_other_threads_of_the_same_process(tmp_path):
         may_end.set()
         thread.join()
     assert not is_locked(path)
+
+
+@pytest.fixture
+def fail_to_lock(monkeypatch):
+    """A function that makes flock fail with the given error number."""
+    monkeypatch.setattr(files, "_without_locks", set(), raising=False)
+
+    def fail_to_lock(number):
+        def fail(descriptor, operation):
+            raise OSError(number, os.strerror(number))
+
+        monkeypatch.setattr(fcntl, "flock", fail)
+
+    return fail_to_lock
+
+
+@pytest.mark.parametrize(
+    "number",
+    [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EBADF, errno.EINVAL, 524],
+)
+@pytest.mark.parametrize("on_wait", [None, print])
+def test_a_file_system_without_locks_costs_a_warning(
+    tmp_path, capsys, fail_to_lock, number, on_wait
+):
+    fail_to_lock(number)
+    with files.lock(tmp_path / "a.lock", on_wait), files.lock(tmp_path / "b.lock", on_wait):
+        pass
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert re.fullmatch(
+        rf"Warning: the file system of {tmp_path} does not support locks \(.+\); make sure that no "
+        r"two processes write to the same folder\n",
+        output.err,
+    )
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_folder_is_prepared_on_a_file_system_without_locks(tmp_path, capsys, fail_to_lock):
+    fail_to_lock(errno.ENOLCK)
+    folder = tmp_path / "folder"
+    with files.prepare_folder(folder), files.atomic_folder(folder):
+        pass
+    assert os.listdir(tmp_path) == ["folder"]
+    assert capsys.readouterr().err.count("does not support locks") == 1
+
+
+def test_a_lock_file_that_cannot_be_created_is_an_error(tmp_path, fail_to_lock):
+    fail_to_lock(errno.ENOLCK)
+    (tmp_path / "file").touch()
+    with pytest.raises(FileExistsError), files.lock(tmp_path / "file" / "a.lock"):
+        pass
+
+
+def test_another_error_of_the_lock_is_raised(tmp_path, capsys, fail_to_lock):
+    fail_to_lock(errno.EIO)
+    with pytest.raises(OSError, match=os.strerror(errno.EIO)), files.lock(tmp_path / "a.lock"):
+        pass
+    assert capsys.readouterr().err == ""
 
 
 @pytest.fixture

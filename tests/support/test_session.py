@@ -1123,22 +1123,32 @@ def test_the_session_of_a_worker_contacts_only_the_devices_that_the_worker_names
     assert list(config.device_filters) == ["/job:ps", "/job:local"]
 
 
-@pytest.mark.slow
+@contextlib.contextmanager
+def without_delay():
+    """Fails if the block takes as long as a worker waits for a step that does not end."""
+    start = time.monotonic()
+    yield
+    assert time.monotonic() - start < 4
+
+
 def test_a_worker_whose_chief_has_finished_ends_without_an_error(tmp_path, server):
     files = tf.train.string_input_producer(["a"], num_epochs=1)
     worker = make_worker(1, target=server.target, is_over=True)
     with tf.Session(server.target) as sess:
         sess.run(tf.local_variables_initializer())
-    assert run(count_step(files.dequeue()), tmp_path, max_steps=50, worker=worker) == 1
+    with without_delay():
+        assert run(count_step(files.dequeue()), tmp_path, max_steps=50, worker=worker) == 1
 
 
-@pytest.mark.slow
 def test_a_worker_whose_training_ends_early_explains_why(tmp_path, server):
     files = tf.train.string_input_producer(["a"], num_epochs=1)
     worker = make_worker(1, target=server.target)
     with tf.Session(server.target) as sess:
         sess.run(tf.local_variables_initializer())
-    with pytest.raises(UserError, match="^the chief has stopped .* at step 3 of --max_steps=50$"):
+    with (
+        without_delay(),
+        pytest.raises(UserError, match="^the chief has stopped .* at step 3 of --max_steps=50$"),
+    ):
         run(count_step(files.dequeue()), tmp_path, max_steps=50, worker=worker)
 
 
@@ -1166,7 +1176,7 @@ def test_a_worker_without_its_chief_stops_a_step_that_waits(tmp_path, server):
     worker = make_worker(1, target=server.target, check_peers=check_peers, release=release)
     # A step that waits for an update by the chief: no thread of this process fills the queue.
     tokens = tf.FIFOQueue(1, tf.float32, shapes=[[]])
-    with pytest.raises(UserError, match="^no response from the chief$"):
+    with without_delay(), pytest.raises(UserError, match="^no response from the chief$"):
         run(count_step(tokens.dequeue()), tmp_path, max_steps=100, worker=worker)
     assert released
 

@@ -77,6 +77,51 @@ def test_an_address_that_this_machine_does_not_have_is_refused(address, message)
         start_server(single(address), session_config())
 
 
+@pytest.fixture
+def hide_host(monkeypatch):
+    """A function that makes a host name unknown for a number of look-ups."""
+    look_up = socket.getaddrinfo
+
+    def hide_host(host, count):
+        def fail_at_first(name, *arguments, **options):
+            nonlocal count
+            if name == host and count > 0:
+                count -= 1
+                raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+            return look_up(name, *arguments, **options)
+
+        monkeypatch.setattr(socket, "getaddrinfo", fail_at_first)
+
+    return hide_host
+
+
+def test_a_task_waits_until_its_own_host_name_is_known(capsys, monkeypatch, hide_host):
+    monkeypatch.setattr(server, "NOTICE_DELAY", 0.0)
+    port = free_addresses(1)[0].rpartition(":")[2]
+    hide_host("localhost", count=2)
+    start_server(single(f"localhost:{port}"), session_config(), timeout=60)
+    assert is_reachable(f"localhost:{port}")
+    assert capsys.readouterr().err == f"Waiting until the host of localhost:{port} is known\n"
+
+
+def test_a_host_name_that_stays_unknown_is_an_error_after_the_timeout(hide_host):
+    hide_host("localhost", count=1000)
+    start = time.monotonic()
+    with pytest.raises(
+        UserError,
+        match=r"^cannot resolve localhost:9999 from TF_CONFIG: .*service not known; correct",
+    ):
+        start_server(single("localhost:9999"), session_config(), timeout=1)
+    assert 1 <= time.monotonic() - start < 30
+
+
+def test_a_peer_whose_host_name_is_not_known_yet_is_waited_for(hide_host):
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        address = f"localhost:{listener.getsockname()[1]}"
+        hide_host("localhost", count=2)
+        wait_for_peers(single(address), [("ps", 0)], timeout=60)
+
+
 def test_float16_is_refused_for_workers_only():
     config = session_config()  # as session_config(use_fp16=True) returns it on GPUs
     rewrites = config.graph_options.rewrite_options

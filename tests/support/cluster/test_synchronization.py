@@ -91,29 +91,32 @@ class Workers:
 
     Args:
       servers: the fixture.
-      gradients: two floats, the constant gradients of the chief and of the worker.
+      gradients: two floats, the gradients of the chief and of the worker.
     """
 
     def __init__(self, servers, gradients):
         self.status = ChiefStatus(*servers["chief"], 0)
         self.sessions, self.steps, self._hooks, self._variables = [], [], [], []
-        self._coordinators = []
-        for type_, gradient in zip(("chief", "worker"), gradients, strict=True):
-            self._add(*servers[type_], gradient)
+        self._coordinators, self._gradients = [], []
+        self._servers = servers
+        self._add("chief", gradients[0])
+        self._add("worker", gradients[1])
 
-    def _add(self, task, target, gradient):
+    def _add(self, type_, default_gradient):
+        task, target = self._servers[type_]
         setter = tf.train.replica_device_setter(cluster=task.cluster, worker_device=task.device)
         with tf.Graph().as_default() as graph, tf.device(setter):
             x = tf.get_variable("x", initializer=0.0)
             global_step = tf.train.get_or_create_global_step()
             averages = tf.train.ExponentialMovingAverage(0.5)
+            gradient = tf.placeholder_with_default(default_gradient, [])
 
             def apply_gradients(gradients):
                 optimizer = tf.train.GradientDescentOptimizer(LEARNING_RATE)
                 with tf.control_dependencies([optimizer.apply_gradients(gradients, global_step)]):
                     return averages.apply([x])
 
-            step = SynchronizedStep([(tf.constant(gradient), x)], global_step, apply_gradients, 2)
+            step = SynchronizedStep([(gradient, x)], global_step, apply_gradients, 2)
             self._variables.append([x, averages.average(x), global_step])
             initialize = tf.global_variables_initializer()
             initialize_local = tf.local_variables_initializer()
@@ -124,6 +127,7 @@ class Workers:
         session.run(initialize_local)
         self.sessions.append(session)
         self.steps.append(step)
+        self._gradients.append(gradient)
         self._hooks.append(SynchronizationHook(step, self.status, task.is_chief))
 
     def start(self):
@@ -134,14 +138,34 @@ class Workers:
             hook.after_create_session(session, coordinator)
         return coordinator
 
-    def run_step(self, worker):
-        session = self.sessions[worker]
-        self._hooks[worker].before_run(types.SimpleNamespace(session=session))
-        session.run(self.steps[worker].train_op)
+    def restart_chief(self, gradient):
+        """Ends the chief and starts another one, with the variables of step 0."""
+        self._coordinators[-1].request_stop()
+        self.sessions[0].close()
+        for parts in (self.sessions, self.steps, self._gradients, self._hooks, self._variables):
+            del parts[0]
+        self._add("chief", gradient)
+        for parts in (self.sessions, self.steps, self._gradients, self._hooks, self._variables):
+            parts.insert(0, parts.pop())
+        self._coordinators.append(tf.train.Coordinator())
+        self._hooks[0].after_create_session(self.sessions[0], self._coordinators[-1])
 
-    def start_step(self, worker):
+    def read_step(self, worker):
+        """Does what happens before a step."""
+        self._hooks[worker].before_run(types.SimpleNamespace(session=self.sessions[worker]))
+
+    def run_step(self, worker, gradient=None):
+        self.read_step(worker)
+        self.apply_gradient(worker, gradient)
+
+    def apply_gradient(self, worker, gradient=None):
+        """Runs the step itself, with another gradient than usual if given."""
+        feeds = {} if gradient is None else {self._gradients[worker]: gradient}
+        self.sessions[worker].run(self.steps[worker].train_op, feeds)
+
+    def start_step(self, worker, gradient=None):
         """Runs a step in a thread, which it returns."""
-        thread = threading.Thread(target=self.run_step, args=(worker,), daemon=True)
+        thread = threading.Thread(target=self.run_step, args=(worker, gradient), daemon=True)
         thread.start()
         return thread
 
@@ -223,6 +247,35 @@ def test_a_restarted_chief_releases_workers_that_wait_for_the_first_one(workers)
     for _ in range(4):
         workers.run_steps(0, 1)
     assert workers.read()[2] >= 3
+
+
+def test_a_restarted_chief_drops_the_gradients_that_the_first_one_has_left(workers):
+    workers.start()
+    for _ in range(3):
+        workers.run_steps(0, 1)
+    waiting = workers.start_step(1, gradient=1000.0)
+    assert waits(waiting)
+    workers.restart_chief(1.0)
+    assert ends(waiting)
+    for _ in range(4):
+        workers.run_steps(0, 1)
+    x, _, step = workers.read()
+    assert 2 <= step <= 4
+    assert -0.3 * step <= x <= -0.1 * step
+
+
+def test_a_restarted_chief_drops_gradients_that_are_still_being_computed(workers):
+    workers.start()
+    for _ in range(3):
+        workers.run_steps(0, 1)
+    workers.read_step(1)  # at step 3, after which a worker computes its gradient
+    workers.restart_chief(1.0)
+    workers.apply_gradient(1, 1000.0)
+    for _ in range(4):
+        workers.run_steps(0, 1)
+    x, _, step = workers.read()
+    assert 2 <= step <= 4
+    assert -0.3 * step <= x <= -0.1 * step
 
 
 def test_the_chief_can_end_steps_that_wait_for_its_updates(workers):

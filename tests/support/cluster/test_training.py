@@ -215,6 +215,16 @@ def test_the_chief_may_be_missing_until_the_timeout(capsys, set_time):
         check_chief()
 
 
+def test_a_chief_without_parameter_servers_is_not_checked(capsys, set_time):
+    # It trains without a server of its own, so its address never responds.
+    for cluster in ({"chief": free_addresses(1)}, {}):
+        set_time(0.0)
+        check_chief = make_chief_check(Task(cluster, "evaluator", 0), timeout=60)
+        set_time(1000.0)
+        check_chief()
+    assert capsys.readouterr().err == ""
+
+
 # --- Whole clusters.
 
 
