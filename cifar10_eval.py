@@ -19,7 +19,7 @@ import numpy as np
 from absl import flags
 
 import cifar10
-from support import charts, checkpoints, command_line, dataset, files, progress
+from support import charts, checkpoints, command_line, dataset, files, progress, streams
 from support.errors import CheckpointError, UserError, first_line
 from support.tensorflow_v1 import (
     is_nonfinite_histogram,
@@ -30,6 +30,7 @@ from support.tensorflow_v1 import (
 
 FLAGS = flags.FLAGS
 
+command_line.forget_flags_of(__file__)
 flags.DEFINE_string("eval_dir", "/tmp/cifar10_eval", "Folder for summaries and results.")
 flags.DEFINE_string("checkpoint_dir", "/tmp/cifar10_train", "Folder with the checkpoints.")
 flags.DEFINE_boolean("run_once", False, "Evaluate the newest checkpoint, then exit.")
@@ -123,6 +124,7 @@ def _count(session, top_k_op, outputs, summary_op, num_examples, num_classes):
     return counts
 
 
+@streams.dispensable()
 def eval_once(
     saver,
     summary_writer,

@@ -16,6 +16,7 @@ from support.tensorflow_v1 import GPUS, session_config, tf, warn_of_unusable_gpu
 
 FLAGS = flags.FLAGS
 
+command_line.forget_flags_of(__file__)
 flags.DEFINE_integer(
     "num_gpus", 1, "Number of towers, one per GPU.", lower_bound=1, upper_bound=1024
 )

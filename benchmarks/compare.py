@@ -46,6 +46,7 @@ from support.tensorflow_v1 import (  # noqa: E402
 
 FLAGS = flags.FLAGS
 
+command_line.forget_flags_of(__file__)
 flags.DEFINE_integer("turns", 8, "Number of turns of each contender.", lower_bound=1)
 flags.DEFINE_integer(
     "process_turns",

@@ -180,6 +180,7 @@ if __name__ == "__main__":
         from support import command_line
 
         FLAGS = flags.FLAGS
+        command_line.forget_flags_of(__file__)
         flags.DEFINE_enum(
             "policy", "float32", ["float32", "mixed_bfloat16"], "Keras's dtype policy."
         )

@@ -19,7 +19,7 @@ import threading
 import time
 from typing import NamedTuple
 
-from support import checkpoints, files, summaries, tensorflow_v1
+from support import checkpoints, files, streams, summaries, tensorflow_v1
 from support.command_line import DeferredSignals
 from support.errors import CheckpointError, Interrupted, UserError, first_line
 from support.progress import show_progress, timestamp
@@ -94,7 +94,7 @@ def watch_queue(size, min_size):
 
 @contextlib.contextmanager
 def training_graph(seed=None, worker=None):
-    """Yields a new default graph.
+    """Yields a new default graph. In its context, stdout and stderr are dispensable.
 
     Args:
       seed: int; the seed of all random operations. Drawn at random if None.
@@ -103,6 +103,7 @@ def training_graph(seed=None, worker=None):
     """
     seed = secrets.randbelow(2**31) if seed is None else seed
     with tf.Graph().as_default() as graph, contextlib.ExitStack() as stack:
+        stack.enter_context(streams.dispensable())
         if worker is not None:
             seed = (seed + worker.index) % 2**31
             stack.enter_context(tf.device(worker.device_setter()))
@@ -179,9 +180,9 @@ def training_session(
 ):
     """Yields a session on the default graph that trains from the newest checkpoint to `max_steps`.
 
-    SIGINT and SIGTERM let the running step finish and save it. No other process can train in
-    `train_dir` at the same time. In a cluster, the chief restores, saves and writes; the other
-    workers do not touch `train_dir`.
+    SIGINT, SIGTERM and SIGHUP let the running step finish and save it. The loss of stdout or stderr
+    does not end training. No other process can train in `train_dir` at the same time. In a cluster,
+    the chief restores, saves and writes; the other workers do not touch `train_dir`.
 
     Args:
       loss: float32 []; the loss of a step.
@@ -202,6 +203,7 @@ def training_session(
     """
     is_chief = worker is None or worker.is_chief
     with contextlib.ExitStack() as stack:
+        stack.enter_context(streams.dispensable())
         signals = stack.enter_context(DeferredSignals())
         if is_chief:
             stack.enter_context(_lock(options.train_dir))

@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import shutil
+import sys
 import threading
 import time
 import types
@@ -11,7 +12,14 @@ import types
 import numpy as np
 import numpy_model
 import pytest
-from conftest import AVERAGED, RAW, save_checkpoint, standardized_centers, write_dataset
+from conftest import (
+    AVERAGED,
+    RAW,
+    lost_stream,
+    save_checkpoint,
+    standardized_centers,
+    write_dataset,
+)
 
 import cifar10
 import cifar10_eval
@@ -548,3 +556,13 @@ def test_evaluations_leave_no_threads_behind(records):
     for _ in range(3):
         cifar10_eval.evaluate()
     assert threading.active_count() == before
+
+
+def test_results_are_written_when_stdout_is_lost(records, monkeypatch, capsys):
+    save_checkpoint(FLAGS.checkpoint_dir, 7)
+    with lost_stream() as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        cifar10_eval.evaluate()
+    assert len(written_results()) == 1
+    assert evaluated_steps() == [7]
+    assert "Continuing without standard output" in capsys.readouterr().err
