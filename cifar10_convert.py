@@ -34,7 +34,7 @@ import sys
 import numpy as np
 from absl import app, flags
 
-from support import command_line, dataset, files
+from support import command_line, dataset, files, streams
 from support.errors import DataError, UserError
 from support.image_files import ImageError, make_printable, read_image
 from support.progress import show_progress
@@ -44,6 +44,7 @@ FLAGS = flags.FLAGS
 SPLITS = ("train", "test")
 SVHN_URL = "http://ufldl.stanford.edu/housenumbers/"
 
+command_line.forget_flags_of(__file__)
 flags.DEFINE_string(
     "pictures",
     None,
@@ -166,8 +167,7 @@ class ImageFolders:
                 f"{parent} must have {dataset.MIN_CLASSES} to {dataset.MAX_CLASSES} folders, one "
                 f"for each class; it has {len(folders)}"
             )
-        # Class names have no surrounding spaces, because `read_class_names` strips them.
-        classes = sorted((make_printable(folder.strip()), folder) for folder in folders)
+        classes = sorted((_class_name(folder), folder) for folder in folders)
         self.class_names, self._folders = zip(*classes, strict=True)
         if len(set(self.class_names)) < len(folders):
             raise DataError(
@@ -192,6 +192,13 @@ class ImageFolders:
                 except ImageError as error:
                     image = error
                 yield os.fsencode(os.path.relpath(path, self._parent)), label, image
+
+
+def _class_name(folder):
+    """Returns the class name for the name of a folder."""
+    # Names are UTF-8, whatever the locale says. They have no surrounding spaces, because
+    # `read_class_names` strips them.
+    return make_printable(os.fsencode(folder).decode("utf-8", "surrogateescape").strip())
 
 
 def _list_folders(parent):
@@ -464,6 +471,7 @@ def check_output_is_outside(output, image_folder):
         )
 
 
+@streams.dispensable()
 def main(argv=None):
     if bool(FLAGS.pictures) == bool(FLAGS.svhn):
         raise app.UsageError("specify either --pictures or --svhn")

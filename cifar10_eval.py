@@ -17,7 +17,7 @@ import numpy as np
 from absl import flags
 
 import cifar10
-from support import charts, checkpoints, command_line, dataset, files, progress, summaries
+from support import charts, checkpoints, command_line, dataset, files, progress, streams, summaries
 from support.errors import CheckpointError, UserError, first_line
 from support.tensorflow_v1 import (
     is_nonfinite_histogram,
@@ -29,6 +29,7 @@ from support.tensorflow_v1 import (
 
 FLAGS = flags.FLAGS
 
+command_line.forget_flags_of(__file__)
 flags.DEFINE_string("eval_dir", "/tmp/cifar10_eval", "Folder for summaries and results.")
 flags.DEFINE_string(
     "checkpoint_dir",
@@ -127,6 +128,7 @@ def _count(session, top_k_op, outputs, summary_op, num_examples, num_classes):
     return counts
 
 
+@streams.dispensable()
 def eval_once(
     saver,
     summary_writer,

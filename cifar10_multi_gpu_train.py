@@ -24,6 +24,7 @@ from support.tensorflow_v1 import (
 
 FLAGS = flags.FLAGS
 
+command_line.forget_flags_of(__file__)
 flags.DEFINE_integer(
     "num_gpus", 1, "Number of towers, one per GPU.", lower_bound=1, upper_bound=1024
 )

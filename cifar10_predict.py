@@ -37,6 +37,7 @@ FLAGS = flags.FLAGS
 
 flags.declare_key_flag("checkpoint_dir")
 flags.declare_key_flag("use_moving_averages")
+command_line.forget_flags_of(__file__)
 flags.DEFINE_boolean("json", False, "Print one JSON object per image, each on its own line.")
 flags.DEFINE_string(
     "export_dir",

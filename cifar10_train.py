@@ -26,6 +26,7 @@ from support.tensorflow_v1 import (
 FLAGS = flags.FLAGS
 _MAX_INT = 2**31 - 1
 
+command_line.forget_flags_of(__file__)
 flags.DEFINE_string(
     "train_dir",
     "/tmp/cifar10_train",

@@ -29,6 +29,7 @@ from support.errors import UserError
 
 FLAGS = flags.FLAGS
 
+command_line.forget_flags_of(__file__)
 flags.DEFINE_list("workers", ["1", "2", "4"], "Numbers of workers and towers to compare.")
 flags.DEFINE_integer("cluster_turns", 3, "Number of turns of each trainer.", lower_bound=1)
 flags.DEFINE_integer("cluster_steps", 80, "Number of steps in a turn.", lower_bound=40)

@@ -37,6 +37,7 @@ from support.tensorflow_v1 import find_bfloat16_support, find_processor_name, tf
 
 FLAGS = flags.FLAGS
 
+command_line.forget_flags_of(__file__)
 flags.DEFINE_integer("turns", 8, "Number of turns of each contender.", lower_bound=1)
 flags.DEFINE_integer(
     "process_turns",

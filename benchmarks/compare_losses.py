@@ -23,6 +23,7 @@ from support.tensorflow_v1 import session_config, tf
 
 FLAGS = flags.FLAGS
 
+command_line.forget_flags_of(__file__)
 flags.DEFINE_integer(
     "seeds", 5, "Number of seeds; each is used with and without fast_ops.", lower_bound=2
 )

@@ -4,9 +4,11 @@ Importing this module marks the flags as parsed, so that they have their default
 command line is parsed, as in a notebook. It does not import TensorFlow.
 """
 
+import contextlib
 import gc
 import logging
 import os
+import pathlib
 import signal
 import socket
 import sys
@@ -16,15 +18,36 @@ import threading
 from absl import app, flags
 from absl.logging import converter
 
+from support import streams
 from support.errors import Interrupted, UserError
 
 FLAGS = flags.FLAGS
 FLAGS.mark_as_parsed()
 
-_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_REQUESTS = (signal.SIGINT, signal.SIGTERM)
+# A terminal that goes away, for example with its ssh connection. Windows has no such signal.
+_HANGUPS = (signal.SIGHUP,) if hasattr(signal, "SIGHUP") else ()
+_STOP_SIGNALS = (*_REQUESTS, *_HANGUPS)
 _HELP_WIDTH = 100  # columns
 
-_runs_script = False  # whether `run` has been called, so that the process may be ended
+_runs_script = False  # whether the process does nothing but run a script, so that it may be ended
+
+
+def forget_flags_of(path):
+    """Removes the flags that a file has defined, so that it can define them again.
+
+    A notebook can run a script twice, or run it and import it. Without this, absl would raise
+    DuplicateFlagError. The file is recognized by its name, because absl knows the flags of an
+    imported module by the module's name, and those of a script by the path in `sys.argv`.
+
+    Args:
+      path: string; the `__file__` of the file that is about to define its flags.
+    """
+    stem = pathlib.Path(path).stem
+    for module, module_flags in FLAGS.flags_by_module_dict().items():
+        if os.path.basename(module).removesuffix(".py") == stem:
+            for flag in list(module_flags):
+                delattr(FLAGS, flag.name)
 
 
 def check_flags(names, is_valid, rule):
@@ -60,8 +83,14 @@ def run(main, takes_arguments=False, last_flags=("", ())):
 
     An error that the user can fix (`UserError`) is printed on one line, with exit code 1. Unknown
     flags, invalid values and stray arguments print a usage message, with exit code 1. Ctrl-C
-    (SIGINT) and SIGTERM end the script with exit codes 130 and 143 after a line that says how to
-    resume. A second signal ends it at once.
+    (SIGINT), SIGTERM and SIGHUP end the script with exit codes 130, 143 and 129 after a line that
+    says how to resume. A second SIGINT or SIGTERM ends it at once, but not in a notebook.
+
+    If stdout can no longer be written, the script ends, except within `streams.dispensable`. It
+    ends silently if the reader of stdout, for example `head`, has exited.
+
+    A run begins with the flags of its own command line, and has no effect on later runs in the same
+    process: at its end, all flags have the values that they had before.
 
     Args:
       main: function of the list of arguments that are not flags; the script's name comes first.
@@ -70,19 +99,15 @@ def run(main, takes_arguments=False, last_flags=("", ())):
     """
 
     def guarded_main(argv):
-        global _runs_script
-        _runs_script = True
         script = os.path.basename(argv[0])
         try:
             _refuse_flags_of_other_scripts(last_flags)
             if len(argv) > 1 and not takes_arguments:
                 raise app.UsageError(f"this argument is not a flag: {argv[1]!r}")
             _configure_logging()
-            # The objects that imports have created stay alive. The garbage collector need not
-            # traverse them again and again: that would take half a second of every script.
-            gc.freeze()
             with _StopSignals(_interrupt):
                 main(argv)
+            sys.stdout.flush()
         except UserError as error:
             print(f"{script}: error: {error}", file=sys.stderr)
             return 1
@@ -94,26 +119,58 @@ def run(main, takes_arguments=False, last_flags=("", ())):
             name = signal.Signals(interruption.signal_number).name
             print(f"{script}: stopped by {name}: {interruption.message}", file=sys.stderr)
             return 128 + interruption.signal_number
-        except BrokenPipeError:  # the reader of stdout, for example `head`, has exited
-            _discard_stdout()
-            return 1
-        except OSError as error:  # for example a full disk
-            print(f"{script}: error: {error}", file=sys.stderr)
+        except OSError as error:
+            if error is not stdout.error:
+                raise
+            if not isinstance(error, BrokenPipeError):
+                reason = f"cannot write to standard output: {error.strerror}"
+                print(f"{script}: error: {reason}", file=sys.stderr)
             return 1
         return 0
 
-    if not {"--help", "-help", "--helpshort", "-h"}.isdisjoint(sys.argv[1:]):
+    with streams.guarded() as stdout, _restored_flags(), _running_script():
+        if not {"--help", "-help", "--helpshort", "-h"}.isdisjoint(sys.argv[1:]):
+            with contextlib.suppress(BrokenPipeError):
+                _print_help(last_flags)
+            raise SystemExit(0)
         try:
-            _print_help(last_flags)
-        except BrokenPipeError:
-            _discard_stdout()
-        raise SystemExit(0)
+            app.run(guarded_main)
+        except SystemExit:
+            if "--helpfull" in sys.argv[1:]:  # absl exits with 1 although it printed the help
+                raise SystemExit(0) from None
+            raise
+
+
+@contextlib.contextmanager
+def _restored_flags():
+    """Restores the values of all flags at the end."""
+    before = {}
+    for name in FLAGS:
+        flag = FLAGS[name]
+        before[name] = flag.value, flag.using_default_value, flag.present
     try:
-        app.run(guarded_main)
-    except SystemExit:
-        if "--helpfull" in sys.argv[1:]:  # absl exits with 1 although it printed the help
-            raise SystemExit(0) from None
-        raise
+        yield
+    finally:
+        for name in FLAGS:
+            flag = FLAGS[name]
+            unset = flag.default, True, 0  # for flags that the run has defined
+            flag.value, flag.using_default_value, flag.present = before.get(name, unset)
+
+
+@contextlib.contextmanager
+def _running_script():
+    """Lets signals end the process in the context, unless a notebook or a prompt called `run`."""
+    global _runs_script
+    before = _runs_script
+    _runs_script = not hasattr(sys, "ps1")  # the prompt of Python, IPython and Jupyter
+    if _runs_script:
+        # The objects that imports have created stay alive. The garbage collector need not traverse
+        # them again and again: that would take half a second of every script.
+        gc.freeze()
+    try:
+        yield
+    finally:
+        _runs_script = before
 
 
 def _configure_logging():
@@ -124,13 +181,13 @@ def _configure_logging():
     logger.setLevel(converter.absl_to_standard(FLAGS.verbosity) if is_given else logging.WARNING)
 
 
-def _discard_stdout():
-    """Redirects stdout to the null device; Python would fail to flush it to the closed pipe."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
 class _StopSignals:
-    """A context in which SIGINT and SIGTERM call a handler; a second one ends a script at once.
+    """A context in which the first SIGINT, SIGTERM or SIGHUP calls a function.
+
+    A second SIGINT or SIGTERM ends a script at once. SIGHUP does not count for that: when a
+    terminal goes away, the shell, the kernel and the session manager can each send SIGHUP or
+    SIGTERM. In a process that does more than run a script, for example a notebook's kernel, the
+    second signal raises KeyboardInterrupt instead.
 
     Python runs signal handlers only in the main thread and only between two of its instructions,
     but a call into TensorFlow can take minutes. So a thread is notified of the signals as well.
@@ -139,15 +196,16 @@ class _StopSignals:
     main thread, where Python allows no signal handlers, the context has no effect.
 
     Args:
-      handler: function of a signal's number and a stack frame, as for `signal.signal`.
+      on_first_signal: function of the signal's number, called in the main thread.
 
     Attributes:
-      signal_number: int; the number of the signal that arrived, or None.
+      signal_number: int; the number of the first signal, or None.
     """
 
-    def __init__(self, handler):
+    def __init__(self, on_first_signal):
         self.signal_number = None
-        self._handler = handler
+        self._on_first_signal = on_first_signal
+        self._is_first = True
 
     def __enter__(self):
         self._previous = {}
@@ -160,7 +218,7 @@ class _StopSignals:
         self._thread.start()
         for number in _STOP_SIGNALS:
             if signal.getsignal(number) is not signal.SIG_IGN:
-                self._previous[number] = signal.signal(number, self._handler)
+                self._previous[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(self, *exception):
@@ -173,33 +231,35 @@ class _StopSignals:
         self._thread.join()
         self._receiver.close()
 
+    def _handle(self, number, frame):
+        if self._is_first:
+            self._is_first = False
+            self._on_first_signal(number)
+        elif number in _REQUESTS and not _runs_script:
+            raise KeyboardInterrupt
+
     def _receive(self):
+        requests = 0
         while received := self._receiver.recv(1):
             number = received[0]
             if number in _STOP_SIGNALS:
-                if self.signal_number is not None and _runs_script:
+                requests += number in _REQUESTS
+                if requests > 1 and _runs_script:
                     os._exit(128 + number)
                 self.signal_number = self.signal_number or number
 
 
 class DeferredSignals(_StopSignals):
-    """A context in which the first SIGINT or SIGTERM interrupts nothing.
+    """A context in which the first SIGINT, SIGTERM or SIGHUP interrupts nothing.
 
-    The program polls `signal_number`. A second signal ends a script at once. In a process that does
-    more than run a script, for example a notebook's kernel, it raises KeyboardInterrupt.
+    The program polls `signal_number`. For a second signal, see the base class.
     """
 
     def __init__(self):
-        super().__init__(self._defer)
-        self._count = 0
-
-    def _defer(self, number, frame):
-        self._count += 1
-        if self._count > 1 and not _runs_script:
-            raise KeyboardInterrupt
+        super().__init__(lambda number: None)
 
 
-def _interrupt(number, frame):
+def _interrupt(number):
     raise Interrupted(number)
 
 
@@ -215,7 +275,7 @@ def _help_sections(last_flags=("", ())):
     sections = [("Flags", key_flags)]
     # A module is registered after the modules that it imports.
     for module, module_flags in reversed(FLAGS.flags_by_module_dict().items()):
-        if module not in shown_modules and _is_ours(module):
+        if module not in shown_modules and module in sys.modules and _is_ours(module):
             sections.append((f"Flags of {module}", module_flags))
     heading, last = last_flags
     sections = [
@@ -225,8 +285,12 @@ def _help_sections(last_flags=("", ())):
 
 
 def _is_ours(module):
-    """Returns whether a module is in the project's folder or in the running script's."""
-    path = getattr(sys.modules.get(module), "__file__", None) or ""
+    """Returns whether a file is in the project's folder or in the running script's.
+
+    Args:
+      module: string; the name of a module, or the path of a script that ran earlier.
+    """
+    path = getattr(sys.modules.get(module), "__file__", None) or module
     project = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     script_folder = os.path.dirname(os.path.abspath(sys.argv[0]))
     return os.path.dirname(os.path.abspath(path)) in (project, script_folder)

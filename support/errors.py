@@ -19,7 +19,7 @@ class CheckpointError(UserError):
 
 
 class Interrupted(KeyboardInterrupt):
-    """SIGINT or SIGTERM asked the script to stop.
+    """SIGINT, SIGTERM or SIGHUP asked the script to stop.
 
     Attributes:
       signal_number: int.

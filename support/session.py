@@ -19,7 +19,7 @@ import threading
 import time
 from typing import NamedTuple
 
-from support import checkpoints, files, resuming, summaries, tensorflow_v1
+from support import checkpoints, files, resuming, streams, summaries, tensorflow_v1
 from support.command_line import DeferredSignals
 from support.errors import CheckpointError, Interrupted, UserError, first_line
 from support.progress import show_progress, timestamp
@@ -101,7 +101,7 @@ def watch_queue(size, min_size):
 
 @contextlib.contextmanager
 def training_graph(seed=None, worker=None, train_dir=None):
-    """Yields a new default graph.
+    """Yields a new default graph. In its context, stdout and stderr are dispensable.
 
     If it resumes a run, its input draws other random numbers than at the start of that run, and
     its learning rate schedule continues after the images seen so far.
@@ -115,6 +115,7 @@ def training_graph(seed=None, worker=None, train_dir=None):
     """
     seed = secrets.randbelow(2**31) if seed is None else seed
     with tf.Graph().as_default() as graph, contextlib.ExitStack() as stack:
+        stack.enter_context(streams.dispensable())
         if worker is not None:
             seed = (seed + worker.index) % 2**31
             stack.enter_context(tf.device(worker.device_setter()))
@@ -201,9 +202,9 @@ def training_session(
 ):
     """Yields a session on the default graph that trains from the newest checkpoint to `max_steps`.
 
-    SIGINT and SIGTERM let the running step finish and save it. No other process can train in
-    `train_dir` at the same time. In a cluster, the chief restores, saves and writes; the other
-    workers do not touch `train_dir`.
+    SIGINT, SIGTERM and SIGHUP let the running step finish and save it. The loss of stdout or stderr
+    does not end training. No other process can train in `train_dir` at the same time. In a cluster,
+    the chief restores, saves and writes; the other workers do not touch `train_dir`.
 
     Args:
       loss: float32 []; the loss of a step.
@@ -226,6 +227,7 @@ def training_session(
     """
     is_chief = worker is None or worker.is_chief
     with contextlib.ExitStack() as stack:
+        stack.enter_context(streams.dispensable())
         signals = stack.enter_context(DeferredSignals())
         if is_chief:
             stack.enter_context(_lock(options.train_dir))

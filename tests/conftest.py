@@ -215,6 +215,22 @@ def running_script(*arguments, timeout=200, **options):
             process.kill()
 
 
+@contextlib.contextmanager
+def lost_stream(kind="pipe"):
+    """Yields a text stream that cannot be written.
+
+    Args:
+      kind: "pipe" (its reader has exited), "terminal" (it is gone) or "disk" (it is full).
+    """
+    if kind == "disk":
+        descriptor = os.open("/dev/full", os.O_WRONLY)
+    else:
+        other_end, descriptor = os.pipe() if kind == "pipe" else os.openpty()
+        os.close(other_end)
+    with open(descriptor, "w") as stream:
+        yield stream
+
+
 def messages(stderr):
     """Returns the lines of a script's stderr, without TensorFlow's own start-up notices."""
     return [line for line in stderr.splitlines() if not START_UP_NOTICES.fullmatch(line)]

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import scipy.io
 from absl import app, flags
-from conftest import ROOT, run_script
+from conftest import ROOT, lost_stream, run_script
 from PIL import Image
 
 import cifar10_convert
@@ -597,6 +597,36 @@ def test_the_script_prints_its_result_or_an_error_in_one_line(images, tmp_path):
     assert (process.returncode, process.stdout) == (1, "")
     assert process.stderr.startswith("cifar10_convert.py: error: --output=")
     assert len(process.stderr.splitlines()) == 1
+
+
+def test_a_conversion_succeeds_when_its_result_cannot_be_printed(images, monkeypatch):
+    with lost_stream() as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        cifar10_convert.main()
+    assert len(os.listdir(FLAGS.output)) == 7
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"PYTHONIOENCODING": "ascii"},
+        {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},  # file names are ASCII
+    ],
+    ids=lambda environment: next(iter(environment)),
+)
+def test_class_names_are_stored_in_utf_8_whatever_the_locale(
+    images, tmp_path, monkeypatch, environment
+):
+    draw(tmp_path / "images" / "train", {"猫": 2})
+    draw(tmp_path / "images" / "test", {"猫": 2})
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    flags = (f"--pictures={FLAGS.pictures}", f"--output={FLAGS.output}")
+    process = run_script("cifar10_convert.py", *flags)
+    assert process.stdout.startswith("Wrote 29 training images and 8 test images of 4 classes (")
+    assert "\\u732b)" in process.stdout
+    assert process.stderr == ""
+    assert dataset.read_class_names(FLAGS.output) == (*NAMES, "猫")
 
 
 def test_the_script_does_not_import_tensorflow():

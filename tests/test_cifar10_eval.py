@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import shutil
+import sys
 import threading
 import time
 import types
@@ -16,6 +17,7 @@ from conftest import (
     PATTERNS,
     RAW,
     TF_CONFIGS,
+    lost_stream,
     save_checkpoint,
     standardized_centers,
     write_dataset,
@@ -818,3 +820,13 @@ def test_evaluations_leave_no_threads_behind(records):
     for _ in range(3):
         cifar10_eval.evaluate()
     assert threading.active_count() == before
+
+
+def test_results_are_written_when_stdout_is_lost(records, monkeypatch, capsys):
+    save_checkpoint(FLAGS.checkpoint_dir, 7)
+    with lost_stream() as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        cifar10_eval.evaluate()
+    assert len(written_results()) == 1
+    assert evaluated_steps() == [7]
+    assert "Continuing without standard output" in capsys.readouterr().err

@@ -14,6 +14,7 @@ from conftest import (
     AVERAGED,
     PATTERNS,
     RAW,
+    ROOT,
     TF_CONFIGS,
     draw_patches,
     make_records,
@@ -452,3 +453,37 @@ def test_the_script_prints_predictions_and_exits_with_1_if_an_image_is_unreadabl
     process = run_script("cifar10_predict.py", check=False)
     assert process.returncode == 1
     assert "specify images or folders of images, or --export_dir" in process.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("redirection", "expected"),
+    [
+        ("| true", []),
+        ("> /dev/full", ["cannot write to standard output: No space left on device"]),
+    ],
+)
+def test_the_script_ends_when_its_predictions_cannot_be_printed(images, redirection, expected):
+    command = f"{sys.executable} cifar10_predict.py --checkpoint_dir={FLAGS.checkpoint_dir} "
+    process = subprocess.run(
+        ["bash", "-c", f"{command} {images} {redirection}; exit ${{PIPESTATUS[0]}}"],
+        cwd=ROOT,
+        env=script_environment(),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert process.returncode == 1
+    assert messages(process.stderr) == [f"cifar10_predict.py: error: {line}" for line in expected]
+
+
+@pytest.mark.slow
+def test_class_names_that_stdout_cannot_encode_are_escaped(images, monkeypatch):
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii:strict")
+    names = ("猫", "Käse", *dataset.CLASS_NAMES[2:])
+    save_checkpoint(FLAGS.checkpoint_dir, 8, cifar10.training_settings(names))
+    process = run_script("cifar10_predict.py", f"--checkpoint_dir={FLAGS.checkpoint_dir}", images)
+    assert "K\\xe4se 0." in process.stdout
+    assert messages(process.stderr) == []

@@ -5,7 +5,9 @@ import json
 import os
 import platform
 import re
+import signal
 import subprocess
+import threading
 import time
 import types
 
@@ -18,7 +20,7 @@ import cifar10_multi_gpu_train
 import cifar10_train
 from support import dataset, session, tensorflow_v1
 from support.checkpoints import read_settings
-from support.errors import UserError
+from support.errors import Interrupted, UserError
 from support.tensorflow_v1 import (
     GPUS,
     computes_in_16_bits,
@@ -335,6 +337,34 @@ def test_use_fp16_computes_convolutions_in_16_bits_on_a_processor_that_can():
 
 
 # The files of a run.
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "trainer", [cifar10_train, cifar10_multi_gpu_train], ids=["single", "multi"]
+)
+def test_an_interrupt_of_train_itself_saves_the_step_as_often_as_it_is_called(
+    small_run, tmp_path, trainer
+):
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    FLAGS.save_summaries_steps = 0
+
+    def interrupt_after(num_lines):
+        while not metrics.exists() or len(metrics.read_text().splitlines()) < num_lines:
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    saved_steps = []
+    for _ in range(2):
+        seen = len(metrics.read_text().splitlines()) if metrics.exists() else 0
+        thread = threading.Thread(target=interrupt_after, args=[seen + 3], daemon=True)
+        thread.start()
+        with pytest.raises(Interrupted, match="run the same command again to resume from it"):
+            small_run("run", 1, max_steps=10**6, trainer=trainer)
+        thread.join()
+        newest = tf.train.latest_checkpoint(str(tmp_path / "run"))
+        saved_steps.append(int(newest.rpartition("-")[2]))
+    assert 3 <= saved_steps[0] <= saved_steps[1] - 3
 
 
 def test_each_line_of_progress_is_also_a_json_object_in_the_metrics(small_run, capsys):

@@ -468,25 +468,6 @@ def test_a_reader_of_the_help_may_stop_early(option):
     assert (process.returncode, messages(process.stderr)) == (0, [])
 
 
-def test_training_ends_without_a_traceback_when_the_reader_of_stdout_exits(
-    tmp_path, synthetic_data_dir
-):
-    arguments = (
-        "cifar10_train.py",
-        "--synthetic_data",
-        f"--data_dir={synthetic_data_dir}",
-        f"--train_dir={tmp_path}",
-        "--batch_size=4",
-        "--log_frequency=1",
-        "--min_fraction_of_examples_in_queue=0.001",
-    )
-    with running_script(*arguments) as process:
-        process.stdout.readline()
-        process.stdout.close()
-        assert process.wait(timeout=100) == 1
-        assert messages(process.stderr.read()) == []
-
-
 def test_an_unusable_train_dir_is_a_one_line_error(tmp_path, synthetic_data_dir):
     (tmp_path / "file").write_text("not a folder")
     data = ("--synthetic_data", f"--data_dir={synthetic_data_dir}")

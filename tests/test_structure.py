@@ -34,6 +34,7 @@ WITHOUT_TENSORFLOW = (
     "support.files",
     "support.image_files",
     "support.progress",
+    "support.streams",
     "support.synthetic",
 )
 WITHOUT_TESTS = {"__init__"}

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+import time
 
 import pytest
 from conftest import ROOT, messages, run_script, script_environment
@@ -23,6 +24,8 @@ COMMANDS = (
     "cifar10_predict.py",
     "cifar10_convert.py",
 )
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @pytest.fixture
@@ -109,6 +112,7 @@ WAITS = """
         (signal.SIGINT, signal.SIGINT),
         (signal.SIGTERM, signal.SIGTERM),
         (signal.SIGTERM, signal.SIGINT),
+        (signal.SIGINT, signal.SIGTERM),
     ],
 )
 def test_the_first_signal_is_recorded_and_a_second_one_ends_the_process_during_any_call(
@@ -123,12 +127,28 @@ def test_the_first_signal_is_recorded_and_a_second_one_ends_the_process_during_a
         assert process.stderr.read() == ""
 
 
+@pytest.mark.parametrize("call", ["sleep", "uninterruptible"])
+def test_a_lost_terminal_may_send_its_signal_several_times_without_ending_the_process(
+    write_script, call
+):
+    with running(write_script(WAITS), call) as process:
+        process.send_signal(signal.SIGHUP)
+        assert process.stdout.readline() == f"received {signal.SIGHUP.value}\n"
+        # A shell and the kernel each send SIGHUP, and a session manager sends SIGTERM as well.
+        for number in (signal.SIGHUP, signal.SIGTERM, signal.SIGHUP):
+            process.send_signal(number)
+            time.sleep(0.1)
+            assert process.poll() is None
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=5) == 128 + signal.SIGTERM
+
+
 def test_signals_can_be_deferred_again_after_a_signal(write_script):
     path = write_script("""
         import os, signal, time
         from support.command_line import DeferredSignals
 
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             with DeferredSignals() as signals:
                 assert signals.signal_number is None
                 os.kill(os.getpid(), number)
@@ -136,7 +156,7 @@ def test_signals_can_be_deferred_again_after_a_signal(write_script):
                     time.sleep(0.01)
             print(signals.signal_number)
         """)
-    assert run(path) == (0, f"{signal.SIGINT.value}\n{signal.SIGTERM.value}\n", "")
+    assert run(path) == (0, "2\n15\n1\n", "")
 
 
 def test_other_signals_are_not_recorded(write_script):
@@ -153,7 +173,7 @@ def test_other_signals_are_not_recorded(write_script):
     assert run(path) == (0, "usr1\nNone\n", "")
 
 
-@pytest.mark.parametrize("ignored", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("ignored", STOP_SIGNALS)
 def test_ignored_signals_stay_ignored_while_others_are_deferred(write_script, ignored):
     other = signal.SIGTERM if ignored == signal.SIGINT else signal.SIGINT
     path = write_script(f"""
@@ -175,10 +195,10 @@ def test_ignored_signals_stay_ignored_while_others_are_deferred(write_script, ig
 
 
 def signal_state():
-    """Returns the handlers of SIGINT and SIGTERM, the wakeup descriptor and the open files."""
+    """Returns the signal handlers, the wakeup descriptor, the open files and the threads."""
     wakeup_fd = signal.set_wakeup_fd(-1)
     signal.set_wakeup_fd(wakeup_fd)
-    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    handlers = [signal.getsignal(number) for number in STOP_SIGNALS]
     return handlers, wakeup_fd, os.listdir("/proc/self/fd"), threading.active_count()
 
 
@@ -206,13 +226,12 @@ def test_deferring_signals_restores_handlers_descriptors_and_threads(wakeup_fd, 
 
 
 def test_deferring_signals_has_no_effect_outside_the_main_thread():
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = [signal.getsignal(number) for number in numbers]
+    before = [signal.getsignal(number) for number in STOP_SIGNALS]
     results = []
 
     def defer():
         with DeferredSignals() as signals:
-            results.append([signal.getsignal(number) for number in numbers])
+            results.append([signal.getsignal(number) for number in STOP_SIGNALS])
         results.append(signals.signal_number)
 
     thread = threading.Thread(target=defer)
@@ -253,7 +272,7 @@ def test_main_gets_the_script_and_its_arguments_without_the_flags(write_script):
     assert output == f"{[str(path), 'a', 'b', '--size=5']} 4\n"
 
 
-@pytest.mark.parametrize("kind", ["UserError", "DataError", "CheckpointError", "OSError"])
+@pytest.mark.parametrize("kind", ["UserError", "DataError", "CheckpointError"])
 def test_an_error_that_the_user_can_fix_is_one_line_with_exit_code_1(write_script, kind):
     path = write_script(
         FAILS.format(statement=f"raise {kind}('the disk is full; free some space')")
@@ -261,15 +280,29 @@ def test_an_error_that_the_user_can_fix_is_one_line_with_exit_code_1(write_scrip
     assert run(path) == (1, "", "script.py: error: the disk is full; free some space\n")
 
 
-def test_a_bug_has_a_traceback(write_script):
-    code, output, errors = run(write_script(FAILS.format(statement="1 / 0")))
+@pytest.mark.parametrize(
+    ("statement", "error"),
+    [
+        ("1 / 0", "ZeroDivisionError"),
+        ("open('/nonexistent/file')", "FileNotFoundError"),
+        ("raise BrokenPipeError('a socket')", "BrokenPipeError: a socket"),
+        ("raise OSError(28, 'No space left on device')", "OSError: [Errno 28] No space left"),
+    ],
+)
+def test_a_bug_has_a_traceback(write_script, statement, error):
+    code, output, errors = run(write_script(FAILS.format(statement=statement)))
     assert (code, output) == (1, "")
     assert "Traceback" in errors
-    assert "ZeroDivisionError" in errors
+    assert error in errors
 
 
-def test_a_reader_of_stdout_that_exits_early_ends_the_script_silently(write_script):
-    path = write_script(FAILS.format(statement="while True: print('line', flush=True)"))
+@pytest.mark.parametrize(
+    "statement",
+    ["while True: print('line', flush=True)", "print('line\\n' * 1_000_000)"],
+    ids=["while it runs", "at its end"],
+)
+def test_a_reader_of_stdout_that_exits_early_ends_the_script_silently(write_script, statement):
+    path = write_script(FAILS.format(statement=statement))
     command = f"{sys.executable} {path} | head -1 > /dev/null; exit ${{PIPESTATUS[0]}}"
     process = subprocess.run(
         ["bash", "-c", command],
@@ -292,15 +325,18 @@ SLEEPS = """
             print("ready", flush=True)
             time.sleep(60)
         finally:
-            if argv[1:] == ["cleans up"]:
+            if argv[1:]:
                 print("cleans up", flush=True)
-                time.sleep(60)
+                time.sleep(float(argv[2]))
+                print("cleaned up", flush=True)
 
     command_line.run(main, takes_arguments=True)
     """
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
+)
 def test_a_signal_ends_a_script_with_its_exit_code_and_one_line(write_script, number, code):
     with running(write_script(SLEEPS)) as process:
         process.send_signal(number)
@@ -317,9 +353,21 @@ def test_the_line_after_a_signal_says_what_was_saved_if_the_script_does(write_sc
     assert run(path) == (143, "", "script.py: stopped by SIGTERM: step 5 is saved\n")
 
 
+def test_a_lost_terminal_does_not_interrupt_the_cleanup_by_repeating_its_signal(write_script):
+    with running(write_script(SLEEPS), "cleans up", "1") as process:
+        process.send_signal(signal.SIGHUP)
+        assert process.stdout.readline() == "cleans up\n"
+        process.send_signal(signal.SIGHUP)
+        output, errors = process.communicate(timeout=30)
+    assert (process.returncode, output) == (129, "cleaned up\n")
+    assert errors == (
+        "script.py: stopped by SIGHUP: nothing was lost; run the same command again\n"
+    )
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_second_signal_ends_a_script_that_cleans_up(write_script, number):
-    with running(write_script(SLEEPS), "cleans up") as process:
+    with running(write_script(SLEEPS), "cleans up", "60") as process:
         process.send_signal(number)
         assert process.stdout.readline() == "cleans up\n"
         process.send_signal(number)
@@ -347,17 +395,18 @@ def test_a_second_signal_ends_a_script_during_an_uninterruptible_call(write_scri
         assert process.stderr.read() == ""
 
 
-def test_a_signal_that_a_script_starts_with_ignored_stays_ignored(write_script):
-    path = write_script("""
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_a_signal_that_a_script_starts_with_ignored_stays_ignored(write_script, number):
+    path = write_script(f"""
         import os, signal, time
         from support import command_line
 
         def main(argv):
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), {number.value})
             time.sleep(0.2)
             print("still running")
 
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal({number.value}, signal.SIG_IGN)
         command_line.run(main)
         """)
     assert run(path) == (0, "still running\n", "")
@@ -618,3 +667,229 @@ assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False
     )
     assert (process.returncode, process.stdout, process.stderr) == (0, "interrupted\n", "")
+
+
+# --- Several runs in one process, as in a notebook.
+
+
+RUNS = """
+    import contextlib, os, runpy, signal, sys, time
+
+    def run_file(*arguments):
+        sys.argv = [str(argument) for argument in arguments]
+        try:
+            runpy.run_path(sys.argv[0], run_name="__main__")
+        except SystemExit as end:
+            print("exit code", end.code, flush=True)
+
+    {statements}
+    """
+
+
+@pytest.fixture
+def run_in_a_notebook(write_script):
+    """Runs statements that call `run_file`, which does what IPython's `%run` does."""
+
+    def run_statements(*statements):
+        return run(write_script(RUNS.format(statements="\n    ".join(statements)), "notebook.py"))
+
+    return run_statements
+
+
+def write_rate_script(write_script, name="rate.py", more=""):
+    return write_script(
+        f"""
+        import sys
+        from absl import flags
+        from support import command_line
+        {more}
+
+        command_line.forget_flags_of(__file__)
+        flags.DEFINE_float("rate", 0.1, "A rate.")
+        flags.DEFINE_boolean("quiet", False, "Whether to be quiet.")
+
+        def main(argv):
+            rate = flags.FLAGS["rate"]
+            print(rate.value, rate.present, rate.using_default_value, flags.FLAGS.quiet)
+            flags.FLAGS.rate = 7.0
+
+        if __name__ == "__main__":
+            command_line.run(main)
+        """,
+        name,
+    )
+
+
+def test_a_run_begins_with_its_own_command_line_and_the_defaults(write_script, run_in_a_notebook):
+    path = write_rate_script(write_script)
+    code, output, errors = run_in_a_notebook(
+        "import rate",
+        "sys.argv = ['rate.py', '--rate=0.5', '--quiet']",
+        "for arguments in (['--rate=0.5', '--quiet'], [], ['--rate=x'], ['--quiet'], []):",
+        "    sys.argv = ['rate.py', *arguments]",
+        "    with contextlib.suppress(SystemExit):",
+        "        rate.command_line.run(rate.main)",
+        "print(rate.flags.FLAGS.rate, rate.flags.FLAGS.quiet)",
+    )
+    assert (code, output.splitlines()) == (
+        0,
+        ["0.5 1 False True", "0.1 0 True False", "0.1 0 True True", "0.1 0 True False"]
+        + ["0.1 False"],
+    )
+    assert "rate=x" in errors
+    assert path.exists()
+
+
+def test_a_run_keeps_the_values_that_its_caller_has_set(write_script, run_in_a_notebook):
+    write_rate_script(write_script)
+    assert run_in_a_notebook(
+        "import rate",
+        "rate.flags.FLAGS.rate = 3.0",
+        "for arguments in (['--quiet'], ['--rate=4'], []):",
+        "    sys.argv = ['rate.py', *arguments]",
+        "    with contextlib.suppress(SystemExit):",
+        "        rate.command_line.run(rate.main)",
+        "print(rate.flags.FLAGS.rate, rate.flags.FLAGS['rate'].using_default_value)",
+    ) == (0, "3.0 0 False True\n4.0 1 False False\n3.0 0 False False\n3.0 False\n", "")
+
+
+def test_a_script_can_be_run_again_imported_and_run_again(write_script, run_in_a_notebook):
+    path = write_rate_script(write_script)
+    write_rate_script(write_script, "twin.py", more="import rate  # and redefines its flags")
+    code, output, errors = run_in_a_notebook(
+        f"run_file({str(path)!r}, '--rate=0.5')",
+        f"run_file({str(path)!r})",
+        f"os.chdir({str(path.parent)!r})",
+        "run_file('rate.py', '--rate=0.25')",
+        "os.mkdir('other')",
+        "os.chdir('other')",
+        "import rate",
+        "run_file('../rate.py')",
+        f"run_file({str(path)!r}, '--rate=2')",
+        "import importlib",
+        "importlib.reload(rate)",
+        f"run_file({str(path)!r})",
+    )
+    assert (code, errors) == (0, "")
+    assert [float(line.split()[0]) for line in output.splitlines()[::2]] == [
+        0.5, 0.1, 0.25, 0.1, 2.0, 0.1,
+    ]  # fmt: skip
+    assert output.splitlines()[1::2] == ["exit code 0"] * 6
+
+
+def test_two_files_that_define_the_same_flag_are_still_an_error(write_script, run_in_a_notebook):
+    write_rate_script(write_script)
+    path = write_rate_script(write_script, "twin.py", more="import rate")
+    _, _, errors = run_in_a_notebook(f"run_file({str(path)!r})")
+    assert "DuplicateFlagError" in errors
+
+
+def test_flags_of_scripts_that_ran_before_are_unknown(write_script, run_in_a_notebook):
+    rate = write_rate_script(write_script)
+    other = write_script(FAILS.format(statement="print('runs')"), "other.py")
+    code, output, errors = run_in_a_notebook(
+        f"run_file({str(rate)!r})",
+        f"run_file({str(other)!r}, '--rate=1')",
+        f"run_file({str(other)!r}, '--help')",
+        f"run_file({str(other)!r})",
+    )
+    assert code == 0
+    assert "--rate" not in output
+    assert "other.py: error: Unknown command line flag 'rate'" in errors
+    assert output.splitlines()[-2:] == ["runs", "exit code 0"]
+
+
+WORK = """
+    import sys, time
+    from support import command_line
+    from support.errors import Interrupted
+
+    def main(argv):
+        with command_line.DeferredSignals() as signals:
+            print("signal number", signals.signal_number, flush=True)
+            while signals.signal_number is None:
+                time.sleep(0.01)
+        raise Interrupted(signals.signal_number, "it is saved")
+
+    if __name__ == "__main__":
+        command_line.run(main)
+    """
+
+
+def test_a_run_that_was_interrupted_leaves_nothing_behind(write_script, run_in_a_notebook):
+    path = write_script(WORK, "work.py")
+    code, output, errors = run_in_a_notebook(
+        "import threading",
+        "from support.command_line import DeferredSignals",
+        "def interrupt(): os.kill(os.getpid(), signal.SIGINT)",
+        "def state():",
+        "    wakeup_fd = signal.set_wakeup_fd(-1)",
+        "    signal.set_wakeup_fd(wakeup_fd)",
+        "    return (",
+        "        signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM),",
+        "        signal.getsignal(signal.SIGHUP), wakeup_fd, threading.active_count(),",
+        "        sys.stdout, sys.stderr, sys.stdout.errors,",
+        "    )",
+        "before = state()",
+        "for _ in range(2):  # the second run does not remember the signal of the first",
+        "    threading.Timer(0.5, interrupt).start()",
+        f"    run_file({str(path)!r})",
+        "    time.sleep(0.1)  # the timer has ended",
+        "    assert state() == before",
+        "try:  # two interrupts of other work do not end the process",
+        "    with DeferredSignals():",
+        "        interrupt()",
+        "        time.sleep(0.2)",
+        "        interrupt()",
+        "        time.sleep(10)",
+        "except KeyboardInterrupt:",
+        "    print('interrupted')",
+    )
+    assert (code, output.splitlines()) == (
+        0,
+        ["signal number None", "exit code 130"] * 2 + ["interrupted"],
+    )
+    assert errors == "work.py: stopped by SIGINT: it is saved\n" * 2
+
+
+@pytest.mark.parametrize("deferred", [True, False])
+def test_a_second_interrupt_of_a_run_does_not_end_a_notebook(
+    write_script, run_in_a_notebook, deferred
+):
+    context = "command_line.DeferredSignals()" if deferred else "contextlib.nullcontext()"
+    path = write_script(
+        f"""
+        import contextlib, os, signal, time
+        from support import command_line
+
+        def main(argv):
+            with {context}:
+                try:
+                    os.kill(os.getpid(), signal.SIGINT)
+                    time.sleep(0.2)
+                finally:
+                    os.kill(os.getpid(), signal.SIGINT)
+                    time.sleep(0.2)
+
+        command_line.run(main)
+        """
+    )
+    code, output, _ = run_in_a_notebook(
+        "sys.ps1 = 'In : '  # as IPython and Jupyter set it",
+        "try:",
+        f"    run_file({str(path)!r})",
+        "except KeyboardInterrupt:",
+        "    print('interrupted')",
+    )
+    assert (code, output) == (0, "interrupted\n")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("order", [COMMANDS, COMMANDS[::-1]], ids=["forward", "backward"])
+def test_every_command_can_be_run_twice_in_one_process(run_in_a_notebook, order):
+    code, output, errors = run_in_a_notebook(
+        f"for name in {order!r} * 2:",
+        f"    run_file({str(ROOT)!r} + '/' + name, '--helpfull')",
+    )
+    assert (code, messages(errors)) == (0, [])
+    assert output.count("exit code 0\n") == 2 * len(order)

@@ -18,7 +18,7 @@ import types
 
 import numpy as np
 import pytest
-from conftest import PATTERNS, ROOT
+from conftest import PATTERNS, ROOT, lost_stream
 
 from support import checkpoints, resuming, session, summaries
 from support.errors import DataError, Interrupted, UserError
@@ -946,7 +946,7 @@ def signals():
     def fail(number, frame):
         raise AssertionError(f"signal {number} was not deferred")
 
-    numbers = (signal.SIGINT, signal.SIGTERM)
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     previous = {number: signal.signal(number, fail) for number in numbers}
     yield lambda number: os.kill(os.getpid(), number)
     assert all(signal.getsignal(number) is fail for number in numbers)
@@ -954,7 +954,7 @@ def signals():
         signal.signal(number, handler)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_lets_the_step_finish_and_saves_it(tmp_path, signals, number):
     trained = []
 
@@ -1015,6 +1015,22 @@ def test_a_signal_stops_a_later_step_that_waits_for_its_input_within_half_a_minu
     assert 10 < time.monotonic() - start < 30
     thread.join()
     assert saved_step(tmp_path) == 1
+
+
+@pytest.mark.parametrize("name", ["stdout", "stderr"])
+def test_training_goes_on_when_a_stream_is_lost(tmp_path, monkeypatch, name):
+    with lost_stream("terminal") as stream:
+        monkeypatch.setattr(sys, name, stream)
+        assert train(tmp_path, max_steps=5, log_frequency=1) == 5
+    assert saved_step(tmp_path) == 5
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 5
+
+
+def test_a_training_graph_can_be_built_when_stdout_is_lost(monkeypatch):
+    with lost_stream() as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        with session.training_graph():
+            print("Filling queue", flush=True)
 
 
 def test_a_session_outside_the_main_thread_trains_without_signals(tmp_path):

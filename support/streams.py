@@ -1,0 +1,131 @@
+"""Standard output and standard error that may be lost while a script runs.
+
+The reader of a pipe exits, a terminal goes away with its ssh connection, or the disk that holds the
+log is full. This must not end work whose results are elsewhere.
+"""
+
+import contextlib
+import io
+import os
+import sys
+
+
+class _Output:
+    """A text stream that the null device replaces as soon as it cannot be written.
+
+    Args:
+      stream: the text stream to write to.
+      is_needed: bool; whether the method that finds the stream lost raises its OSError.
+      notice: string; printed on stderr when the stream is lost, together with the reason. None for
+        no notice.
+
+    Attributes:
+      error: the OSError of the loss, or None.
+    """
+
+    def __init__(self, stream, is_needed=False, notice=None):
+        self.error = None
+        self._stream = stream
+        self._is_needed = is_needed
+        self._notice = notice
+
+    def __getattr__(self, name):
+        return getattr(self._stream, name)
+
+    def write(self, text):
+        self._attempt(self._stream.write, text)
+        return len(text)
+
+    def flush(self):
+        self._attempt(self._stream.flush)
+
+    def _attempt(self, method, *arguments):
+        try:
+            method(*arguments)
+        except OSError as error:
+            self.error = error
+            # The stream keeps what it could not write, and would fail again when Python exits.
+            with contextlib.suppress(io.UnsupportedOperation):  # a notebook's has no descriptor
+                _redirect_to_null_device(self._stream.fileno())
+            if self._is_needed:
+                raise
+            if self._notice is not None:
+                print(f"{self._notice} ({error.strerror})", file=sys.stderr, flush=True)
+
+
+def _redirect_to_null_device(descriptor):
+    with open(os.devnull, "wb") as null_device:
+        os.dup2(null_device.fileno(), descriptor)
+
+
+@contextlib.contextmanager
+def dispensable():
+    """A context in which work continues when stdout or stderr cannot be written any more.
+
+    One line on stderr reports the loss of stdout.
+    """
+    notice = "Continuing without standard output, which cannot be written any more"
+    with contextlib.ExitStack() as stack:
+        if sys.stderr is not None:
+            stack.enter_context(contextlib.redirect_stderr(_Output(sys.stderr)))
+        if sys.stdout is not None:
+            stdout = _Output(sys.stdout, notice=notice)
+            stack.enter_context(contextlib.redirect_stdout(stdout))
+            stack.callback(stdout.flush)
+        yield
+
+
+@contextlib.contextmanager
+def guarded():
+    """A context for a whole script, which yields its stdout.
+
+    In the context, the loss of stderr has no effect. The loss of stdout raises an OSError, which is
+    also the attribute `error` of the yielded stream, except within `dispensable`. Characters that
+    cannot be encoded are escaped.
+    """
+    with contextlib.ExitStack() as stack:
+        for name, descriptor in (("stdout", 1), ("stderr", 2)):
+            if getattr(sys, name) is None:
+                stack.enter_context(_null_device(name, descriptor))
+        stack.enter_context(_escaped_characters(sys.stdout))
+        stack.enter_context(contextlib.redirect_stderr(_Output(sys.stderr)))
+        stdout = _Output(sys.stdout, is_needed=True)
+        stack.enter_context(contextlib.redirect_stdout(stdout))
+        try:
+            yield stdout
+        finally:
+            with contextlib.suppress(OSError):
+                stdout.flush()
+
+
+@contextlib.contextmanager
+def _null_device(name, descriptor):
+    """Replaces a stream that was closed when the process started.
+
+    The next file to be opened would get its descriptor, and messages of TensorFlow's C++ code would
+    be written to that file.
+    """
+    with open(os.devnull, "w") as stream:
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.dup2(stream.fileno(), descriptor)
+        setattr(sys, name, stream)
+        try:
+            yield
+        finally:
+            setattr(sys, name, None)
+
+
+@contextlib.contextmanager
+def _escaped_characters(stream):
+    """Escapes what a stream cannot encode; a notebook's stream can encode everything."""
+    if not hasattr(stream, "reconfigure"):
+        yield
+        return
+    errors = stream.errors
+    stream.reconfigure(errors="backslashreplace")
+    try:
+        yield
+    finally:
+        stream.reconfigure(errors=errors)
