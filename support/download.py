@@ -1,7 +1,6 @@
 """Downloads the CIFAR-10 archive, verifies it and extracts it."""
 
 import gzip
-import hashlib
 import http.client
 import os
 import pathlib
@@ -71,7 +70,7 @@ def maybe_download_and_extract(data_dir, url=DATA_URL, sha256=ARCHIVE_SHA256, si
             if size is None and sha256 == ARCHIVE_SHA256:
                 size = ARCHIVE_BYTES
             _download(url, archive, sha256, size)
-        elif _hash(archive) != sha256:
+        elif files.hash_file(archive) != sha256:
             raise DataError(
                 f"the SHA-256 of {archive} is not {sha256}; delete the file and run the same "
                 "command again"
@@ -92,12 +91,12 @@ def _download(url, archive, sha256, size):
     part = f"{archive}.part"
     try:
         is_resumed = _fetch_with_retries(url, part, size)
-        digest = _hash(part)
+        digest = files.hash_file(part)
         if is_resumed and digest != sha256:  # the pieces may come from different archives
             print("The resumed download is damaged; starting over", file=sys.stderr)
             os.remove(part)
             _fetch_with_retries(url, part, size)
-            digest = _hash(part)
+            digest = files.hash_file(part)
     except KeyboardInterrupt:
         if os.path.exists(part):
             print(
@@ -111,11 +110,6 @@ def _download(url, archive, sha256, size):
         os.remove(part)
         raise DataError(f"{url} is {problem}; {RETRY_ADVICE}")
     os.replace(part, archive)
-
-
-def _hash(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _describe_mismatch(path, digest, sha256, size):

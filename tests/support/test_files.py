@@ -273,3 +273,15 @@ def test_the_previous_json_stays_until_the_new_one_is_complete(tmp_path):
     assert path.read_text() == before
     files.write_json_atomically(path, [3])
     assert json.loads(path.read_text()) == [3]
+
+
+def test_the_hash_of_a_file_depends_on_its_whole_content(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"abc")  # the example of FIPS 180
+    assert files.hash_file(path) == (
+        "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    )
+    path.write_bytes(bytes(1 << 20))
+    zeros = files.hash_file(path)
+    path.write_bytes(bytes((1 << 20) - 1) + b"\x01")
+    assert files.hash_file(path) != zeros
