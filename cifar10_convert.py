@@ -24,6 +24,7 @@ http://ufldl.stanford.edu/housenumbers/ to a folder:
     python cifar10_convert.py --svhn=downloads --output=/tmp/svhn
 """
 
+import collections
 import contextlib
 import hashlib
 import itertools
@@ -36,7 +37,7 @@ from absl import app, flags
 
 from support import command_line, dataset, files, streams
 from support.errors import DataError, UserError
-from support.image_files import ImageError, make_printable, read_image
+from support.image_files import ImageError, describe_depths, make_printable, read_image
 from support.progress import show_progress
 
 FLAGS = flags.FLAGS
@@ -149,6 +150,7 @@ class ImageFolders:
 
     Args:
       parent: path of the folder that contains the folders.
+      depths: `collections.Counter` or None; see `read_image`.
 
     Attributes:
       class_names: tuple of strings; the sorted names of the folders, in printable form.
@@ -159,8 +161,9 @@ class ImageFolders:
         classes have the same name, or a class has no files.
     """
 
-    def __init__(self, parent):
+    def __init__(self, parent, depths=None):
         self._parent = parent
+        self._depths = depths
         folders, self.num_stray_files = _list_folders(parent)
         if not dataset.MIN_CLASSES <= len(folders) <= dataset.MAX_CLASSES:
             raise DataError(
@@ -188,7 +191,7 @@ class ImageFolders:
         for label, folder in enumerate(self._folders):
             for path in _find_files(os.path.join(self._parent, folder)):
                 try:
-                    image = read_image(path)
+                    image = read_image(path, self._depths)
                 except ImageError as error:
                     image = error
                 yield os.fsencode(os.path.relpath(path, self._parent)), label, image
@@ -302,13 +305,14 @@ def _load_svhn(path):
         raise DataError(f"{path} is not an SVHN file: it cannot be read ({reason})") from error
 
 
-def find_splits(folder, test_fraction=None):
+def find_splits(folder, test_fraction=None, depths=None):
     """Finds the training and test images in a folder.
 
     Args:
       folder: path. The folder contains `train` and `test`, both with a folder for each class. With
         `test_fraction`, it contains the folders of the classes itself.
       test_fraction: float or None.
+      depths: `collections.Counter` or None; see `read_image`.
 
     Returns:
       (train, test): `ImageFolders`. `test` is None if `test_fraction` is given.
@@ -324,7 +328,7 @@ def find_splits(folder, test_fraction=None):
                 f"{folder} has a folder {splits[0]}, which is not a class; omit --test_fraction to "
                 "use the folders train and test, or set --pictures to the folder with the classes"
             )
-        return ImageFolders(folder), None
+        return ImageFolders(folder, depths), None
     if missing := [name for name in SPLITS if name not in folders]:
         raise DataError(
             f"{folder} has no folder {missing[0]}; it must have the folders train and test, both "
@@ -333,7 +337,7 @@ def find_splits(folder, test_fraction=None):
         )
     for name in sorted(set(folders) - set(SPLITS)):
         print(f"Skipping {folder}/{name}, which is neither train nor test", file=sys.stderr)
-    train, test = (ImageFolders(os.path.join(folder, name)) for name in SPLITS)
+    train, test = (ImageFolders(os.path.join(folder, name), depths) for name in SPLITS)
     if unmatched := sorted(set(train.class_names) ^ set(test.class_names)):
         raise DataError(
             f"the class {unmatched[0]} must be in both {folder}/train and {folder}/test"
@@ -478,19 +482,22 @@ def main(argv=None):
     if not FLAGS.output:
         raise app.UsageError("specify the folder to create: --output=FOLDER")
     files.check_new_folder("--output", FLAGS.output)  # fail before reading the images
+    depths = collections.Counter()
     if FLAGS.svhn:
         if FLAGS.test_fraction is not None:
             raise app.UsageError("--svhn has its own test images; omit --test_fraction")
         train, test = (SVHN(os.path.join(FLAGS.svhn, f"{name}_32x32.mat")) for name in SPLITS)
     else:
         check_output_is_outside(FLAGS.output, FLAGS.pictures)
-        train, test = find_splits(FLAGS.pictures, FLAGS.test_fraction)
+        train, test = find_splits(FLAGS.pictures, FLAGS.test_fraction, depths)
         if count := sum(split.num_stray_files for split in (train, test) if split is not None):
             print(f"Skipping files that are not in a class folder: {count}", file=sys.stderr)
     output = os.path.realpath(FLAGS.output)  # --output may be a link to an empty folder
     train_count, test_count, unreadable_count = convert(
         train, test, output, FLAGS.shuffle_seed, FLAGS.test_fraction
     )
+    if description := describe_depths(depths):
+        print(description, file=sys.stderr)
     print(
         f"Wrote {train_count} training images and {test_count} test images of "
         f"{dataset.describe_classes(train.class_names)} to {FLAGS.output}; unreadable files: "

@@ -10,6 +10,7 @@ on stderr, still classifies the others, and exits with code 1. --export_dir writ
 SavedModel.
 """
 
+import collections
 import contextlib
 import json
 import os
@@ -97,12 +98,13 @@ def open_model():
         yield Model(session, images, probabilities, settings.class_names, checkpoint, step)
 
 
-def read_in_batches(paths, batch_size):
+def read_in_batches(paths, batch_size, depths):
     """Reads images in batches.
 
     Args:
       paths: iterable of paths.
       batch_size: int.
+      depths: `collections.Counter`; see `image_files.read_image`.
 
     Yields:
       Batches: lists of (path, image), where image is uint8 [32, 32, 3] or the `ImageError` raised
@@ -111,7 +113,7 @@ def read_in_batches(paths, batch_size):
     batch = []
     for path in paths:
         try:
-            batch.append((path, image_files.read_image(path)))
+            batch.append((path, image_files.read_image(path, depths)))
         except image_files.ImageError as error:
             batch.append((path, error))
         if len(batch) == batch_size:
@@ -160,7 +162,8 @@ def predict_files(model, paths, batch_size, as_json):
       UserError: some images could not be read. The lines of the others have been printed.
     """
     count = unreadable = 0
-    for batch in read_in_batches(paths, batch_size):
+    depths = collections.Counter()
+    for batch in read_in_batches(paths, batch_size, depths):
         images = [image for _, image in batch if isinstance(image, np.ndarray)]
         predictions = iter(predict(model, np.stack(images)) if images else [])
         for path, image in batch:
@@ -176,6 +179,8 @@ def predict_files(model, paths, batch_size, as_json):
             elif "predictions" in result:
                 classes = ", ".join(f"{name} {p:.3f}" for name, p in result["predictions"])
                 print(f"{image_files.make_printable(path)}: {classes}", flush=True)
+    if description := image_files.describe_depths(depths):
+        print(description, file=sys.stderr, flush=True)
     if unreadable:
         raise UserError(f"{unreadable} of {count} images could not be read")
 

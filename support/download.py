@@ -1,11 +1,11 @@
 """Downloads the CIFAR-10 archive, verifies it and extracts it."""
 
 import gzip
-import hashlib
 import http.client
 import os
 import pathlib
 import shutil
+import ssl
 import sys
 import tarfile
 import time
@@ -37,6 +37,10 @@ CHUNK_BYTES = 1 << 20
 RETRY_ADVICE = (
     "run the same command again, choose another source with --data_url, or use the synthetic "
     "dataset with --synthetic_data"
+)
+CERTIFICATE_ADVICE = (
+    "check this computer's clock and CA certificates, or download the archive elsewhere and give "
+    "its path with --data_url=FILE"
 )
 
 
@@ -71,7 +75,7 @@ def maybe_download_and_extract(data_dir, url=DATA_URL, sha256=ARCHIVE_SHA256, si
             if size is None and sha256 == ARCHIVE_SHA256:
                 size = ARCHIVE_BYTES
             _download(url, archive, sha256, size)
-        elif _hash(archive) != sha256:
+        elif files.hash_file(archive) != sha256:
             raise DataError(
                 f"the SHA-256 of {archive} is not {sha256}; delete the file and run the same "
                 "command again"
@@ -92,12 +96,12 @@ def _download(url, archive, sha256, size):
     part = f"{archive}.part"
     try:
         is_resumed = _fetch_with_retries(url, part, size)
-        digest = _hash(part)
+        digest = files.hash_file(part)
         if is_resumed and digest != sha256:  # the pieces may come from different archives
             print("The resumed download is damaged; starting over", file=sys.stderr)
             os.remove(part)
             _fetch_with_retries(url, part, size)
-            digest = _hash(part)
+            digest = files.hash_file(part)
     except KeyboardInterrupt:
         if os.path.exists(part):
             print(
@@ -111,11 +115,6 @@ def _download(url, archive, sha256, size):
         os.remove(part)
         raise DataError(f"{url} is {problem}; {RETRY_ADVICE}")
     os.replace(part, archive)
-
-
-def _hash(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _describe_mismatch(path, digest, sha256, size):
@@ -133,9 +132,17 @@ def _describe_mismatch(path, digest, sha256, size):
 class _DownloadError(Exception):
     """The download failed; the message gives the reason."""
 
+    advice = RETRY_ADVICE
+
 
 class _TransientError(_DownloadError):
     """The download failed, but a retry may succeed."""
+
+
+class _CertificateError(_DownloadError):
+    """The server's certificate cannot be verified; the message gives the reason."""
+
+    advice = CERTIFICATE_ADVICE
 
 
 def _fetch_with_retries(url, part, size):
@@ -155,7 +162,7 @@ def _fetch_with_retries(url, part, size):
                 delays = iter(RETRY_DELAYS)
             delay = next(delays, None) if isinstance(error, _TransientError) else None
             if delay is None:
-                raise DataError(f"cannot download {url}: {error}; {RETRY_ADVICE}") from error
+                raise DataError(f"cannot download {url}: {error}; {error.advice}") from error
             print(
                 f"Download failed ({error}); retrying in {delay:g} s", file=sys.stderr, flush=True
             )
@@ -208,7 +215,12 @@ def _open_url(url, offset):
         raise _DownloadError(error) from error
     except (OSError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", error)  # a URLError wraps the cause
-        if url.startswith("file:"):
+        if isinstance(reason, ssl.SSLCertVerificationError):
+            raise _CertificateError(
+                f"its certificate cannot be verified ({reason.verify_message})"
+            ) from error
+        # The reason is a string if urllib does not even try, for example for an unknown protocol.
+        if isinstance(reason, str) or url.startswith("file:"):
             raise _DownloadError(reason) from error
         raise _TransientError(reason) from error
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import hashlib
 import json
 import os
 import pathlib
@@ -145,6 +146,12 @@ def check_new_folder(flag, folder):
     """Raises UserError if `folder`, the value of `flag`, exists and is not an empty folder."""
     if os.path.lexists(folder) and not (os.path.isdir(folder) and not os.listdir(folder)):
         raise UserError(f"{flag}={folder} already exists; choose a new folder")
+
+
+def hash_file(path):
+    """Returns the SHA-256 of a file's content in hexadecimal. Raises OSError."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def append_json_line(path, value):

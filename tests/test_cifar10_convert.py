@@ -233,6 +233,23 @@ def test_unreadable_files_are_listed_skipped_and_counted(images, tmp_path, capsy
     )
 
 
+def test_16_bit_images_of_a_small_range_are_scaled_and_counted_in_one_line(
+    images, tmp_path, capsys
+):
+    values = np.arange(1024).reshape(32, 32)
+    for split, maximum in (("train", 255), ("train", 1023), ("test", 1023)):
+        image = Image.fromarray((values * maximum // 1023).astype(np.uint16))
+        image.save(tmp_path / "images" / split / "dog" / f"deep{maximum}.png")
+    cifar10_convert.main()
+    output = capsys.readouterr()
+    assert output.err == (
+        "Scaled 16-bit images that have fewer significant bits: 1 with 8 bits, 2 with 10 bits\n"
+    )
+    expected = make_record(1, np.repeat((values >> 2)[..., np.newaxis], 3, 2).astype(np.uint8))
+    assert expected in sorted_bytes(read_records(tmp_path / "out", eval_data=False))
+    assert expected in sorted_bytes(read_records(tmp_path / "out", eval_data=True))
+
+
 def test_subfolders_of_a_class_belong_to_the_class(images, tmp_path):
     train, _ = images
     folder = tmp_path / "images" / "train" / "dog" / "2019" / "may"

@@ -119,6 +119,20 @@ def test_a_tf_config_does_not_change_the_prediction(images, capsys, monkeypatch,
     assert capsys.readouterr().out == expected
 
 
+def test_16_bit_images_of_a_small_range_are_scaled_and_counted_in_one_line(
+    records, tmp_path, capsys
+):
+    gray = pixels(records)[3, :, :, 0]
+    gray[0, 0] = 255
+    Image.fromarray(gray).save(tmp_path / "8_bits.png")
+    Image.fromarray(gray.astype(np.uint16)).save(tmp_path / "16_bits.png")
+    run_main(tmp_path / "8_bits.png", tmp_path / "16_bits.png")
+    output = capsys.readouterr()
+    first, second = (line.partition(": ")[2] for line in output.out.splitlines())
+    assert first == second
+    assert output.err == ("Scaled 16-bit images that have fewer significant bits: 1 with 8 bits\n")
+
+
 def test_unreadable_images_are_reported_and_the_others_are_classified(images, capsys):
     (images / "05.png").write_text("not an image")
     (images / "00.png").unlink()

@@ -9,6 +9,8 @@ import os
 import re
 import signal
 import socket
+import socketserver
+import ssl
 import subprocess
 import sys
 import tarfile
@@ -27,6 +29,26 @@ ARCHIVE = "cifar-10-binary.tar.gz"
 PART = "cifar-10-binary.tar.gz.part"
 STAGING = ".cifar-10-batches-bin.part"
 UNREACHABLE = "http://127.0.0.1:1/"
+
+# A self-signed certificate for 127.0.0.1 that expires in 2126, and its key, which protects nothing.
+SERVER_CERTIFICATE = """
+-----BEGIN EC PRIVATE KEY-----
+MHcCAQEEIJTNJRsuSvr2vcrJIju7jQzahojrDSnNYHn41N2t89aloAoGCCqGSM49
+AwEHoUQDQgAENL0wAkuiSz2cWY5bmR+/iKITYa1JOKzq5WXKOn6TBbVYdJGcXH9J
+7pbU3SfuY8ag20fxY3wcAIs0sKytVzrMbQ==
+-----END EC PRIVATE KEY-----
+-----BEGIN CERTIFICATE-----
+MIIBjzCCATagAwIBAgIUbt0hX4PTwKiM8vQE+4TpMnbIKVAwCgYIKoZIzj0EAwIw
+FDESMBAGA1UEAwwJbG9jYWxob3N0MCAXDTI2MTEyNTEzNDkwNFoYDzIxMjYxMTAx
+MTM0OTA0WjAUMRIwEAYDVQQDDAlsb2NhbGhvc3QwWTATBgcqhkjOPQIBBggqhkjO
+PQMBBwNCAAQ0vTACS6JLPZxZjluZH7+IohNhrUk4rOrlZco6fpMFtVh0kZxcf0nu
+ltTdJ+5jxqDbR/FjfBwAizSwrK1XOsxto2QwYjAdBgNVHQ4EFgQUev775XoG+O3u
+/WDHN7s5YB7WHSUwHwYDVR0jBBgwFoAUev775XoG+O3u/WDHN7s5YB7WHSUwDwYD
+VR0TAQH/BAUwAwEB/zAPBgNVHREECDAGhwR/AAABMAoGCCqGSM49BAMCA0cAMEQC
+IDJwTImGJrznbiqGFjooVbK9fChp360h1Gq2QFiWieB9AiA7fNlrZYshxDlAmGIw
+ojUz+xB9akHtEQxI3fWHxSIcgQ==
+-----END CERTIFICATE-----
+"""
 
 
 @pytest.fixture(autouse=True)
@@ -293,6 +315,54 @@ def test_a_download_that_is_too_short_or_too_long_is_refused(tmp_path):
 )
 def test_an_unreachable_source_is_reported_with_advice(tmp_path, url):
     check_failure(tmp_path, url, "cannot download")
+
+
+@contextlib.contextmanager
+def refusing_clients(tmp_path):
+    """Yields the URL of a server with a certificate that nobody trusts, and a list of the clients.
+
+    The list has one entry for each connection, however it ended.
+    """
+    (tmp_path / "server.pem").write_text(SERVER_CERTIFICATE)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(tmp_path / "server.pem")
+    clients = []
+
+    class Handler(socketserver.BaseRequestHandler):
+        def handle(self):
+            clients.append(self.client_address)
+            with contextlib.suppress(ssl.SSLError):  # the client refuses the certificate
+                context.wrap_socket(self.request, server_side=True)
+
+    with socketserver.TCPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, args=[0.01])
+        thread.start()
+        yield f"https://127.0.0.1:{server.server_address[1]}/", clients
+        server.shutdown()
+        thread.join()
+
+
+def test_a_certificate_that_cannot_be_verified_is_reported_without_retries(tmp_path, capsys):
+    data_dir = tmp_path / "data"
+    with (
+        refusing_clients(tmp_path) as (url, clients),
+        pytest.raises(DataError, match="certificate cannot be verified .self-signed") as error,
+    ):
+        download.maybe_download_and_extract(data_dir, url)
+    assert len(clients) == 1
+    assert "retrying" not in capsys.readouterr().err
+    message = str(error.value)
+    assert "clock" in message
+    assert "CA certificates" in message
+    assert "--data_url=FILE" in message
+    assert "\n" not in message
+    assert os.listdir(data_dir) == []
+
+
+@pytest.mark.parametrize("url", ["strange://x", "http:///cifar.tar.gz", "no/such/file"])
+def test_a_source_that_cannot_exist_is_not_retried(tmp_path, capsys, url):
+    check_failure(tmp_path, url, "cannot download")
+    assert "retrying" not in capsys.readouterr().err
 
 
 def test_a_server_that_sends_nothing_times_out(tmp_path, monkeypatch):

@@ -356,3 +356,15 @@ def test_a_json_file_that_cannot_be_written_is_a_one_line_error(tmp_path, write)
     with pytest.raises(UserError, match=r"^cannot write .*/a\.json: "):
         write(str(tmp_path / "a.json"), {"a": 1})
     assert os.listdir(tmp_path) == ["a.json"]
+
+
+def test_the_hash_of_a_file_depends_on_its_whole_content(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"abc")  # the example of FIPS 180
+    assert files.hash_file(path) == (
+        "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    )
+    path.write_bytes(bytes(1 << 20))
+    zeros = files.hash_file(path)
+    path.write_bytes(bytes((1 << 20) - 1) + b"\x01")
+    assert files.hash_file(path) != zeros
