@@ -60,17 +60,3 @@ def examples_offset(examples_per_step):
         return 0
     before, offset = recorded
     return step * (before - examples_per_step) + offset
-
-
-def warn_of_change(examples_per_step):
-    """Warns if a step of the resumed run consumed another number of images than it does now."""
-    step, *recorded = tf.get_collection(_RESUMED_RUN) or [0]
-    if recorded and recorded[0] != examples_per_step:
-        before, offset = recorded
-        tf.logging.warning(
-            "A step now has %d images instead of %d: the learning rate schedule continues after "
-            "the %d images seen so far.",
-            examples_per_step,
-            before,
-            step * before + offset,
-        )

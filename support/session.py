@@ -231,7 +231,6 @@ def training_session(
         signals = stack.enter_context(DeferredSignals())
         if is_chief:
             stack.enter_context(_lock(options.train_dir))
-            resuming.warn_of_change(examples_per_step)
             offset = resuming.examples_offset(examples_per_step)
             checkpoints.record_settings(
                 settings._replace(examples_per_step=examples_per_step, examples_offset=offset)

@@ -464,9 +464,9 @@ def test_a_missing_file_is_an_error_when_the_input_is_built(tmp_path, fast_ops):
 
 
 @both_pipelines
-@pytest.mark.parametrize("batch_size", [8, 16, 37])
+@pytest.mark.parametrize("batch_size", [6, 16, 37])
 @pytest.mark.parametrize("is_training", [True, False])
-def test_an_image_summary_shows_the_batch_that_the_model_gets(
+def test_an_image_summary_shows_up_to_16_images_of_the_batch_that_the_model_gets(
     tmp_path, is_training, batch_size, fast_ops
 ):
     write_dataset(tmp_path)
@@ -484,13 +484,14 @@ def test_an_image_summary_shows_the_batch_that_the_model_gets(
     assert values["input"].metadata.plugin_data.plugin_name == "images"
     width, height, png = values["input"].tensor.string_val
     sheet = np.asarray(Image.open(io.BytesIO(png)), float)
-    rows = -(-batch_size // 16)
-    assert (int(width), int(height)) == (16 * 26, rows * 26)
-    assert sheet.shape == (rows * 26, 16 * 26, 3)
-    cells = sheet.reshape(rows, 26, 16, 26, 3).swapaxes(1, 2).reshape(-1, 26, 26, 3)
+    images = images[:16]
+    rows = -(-len(images) // 4)
+    assert (int(width), int(height)) == (4 * 26, rows * 26)
+    assert sheet.shape == (rows * 26, 4 * 26, 3)
+    cells = sheet.reshape(rows, 26, 4, 26, 3).swapaxes(1, 2).reshape(-1, 26, 26, 3)
     low, high = (f(images, axis=(1, 2, 3), keepdims=True) for f in (np.min, np.max))
     expected = 255 * (images - low) / (high - low)
-    np.testing.assert_allclose(cells[:batch_size, 1:25, 1:25], expected, atol=1.01)
+    np.testing.assert_allclose(cells[: len(images), 1:25, 1:25], expected, atol=1.01)
 
 
 def test_equal_contrast_factors_scale_every_image_by_that_factor(tmp_path, monkeypatch):

@@ -79,23 +79,10 @@ def test_the_offset_keeps_the_number_of_images_at_the_resumed_step(
     assert resuming.examples_offset(now) == expected
 
 
-def test_a_run_that_resumes_nothing_has_no_offset(graph, warnings):
+def test_a_run_that_resumes_nothing_has_no_offset(graph):
     assert resuming.examples_offset(128) == 0
     resuming.record(61)
     assert resuming.examples_offset(128) == 0
-    resuming.warn_of_change(128)
-    assert warnings == []
-
-
-def test_a_change_of_the_images_per_step_is_reported_with_the_images_seen(graph, warnings):
-    resuming.record(61, SETTINGS._replace(examples_per_step=64, examples_offset=100))
-    resuming.warn_of_change(64)
-    assert warnings == []
-    resuming.warn_of_change(128)
-    assert warnings == [
-        "A step now has 128 images instead of 64: the learning rate schedule continues after the "
-        "4004 images seen so far."
-    ]
 
 
 def test_what_is_recorded_can_be_exported(graph, warnings, tmp_path):
