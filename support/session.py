@@ -159,12 +159,18 @@ def has_steps_left(options, settings, worker=None):
             file=sys.stderr,
         )
         return False
-    trained = checkpoints.read_settings(newest)
-    if reason := checkpoints.explain_mismatch(newest, trained, settings, "--train_dir"):
-        raise UserError(reason)
+    trained = _check_settings(newest, settings)
     for change in checkpoints.find_changes(trained, settings):
         tf.logging.warning("Resuming from %s: %s.", newest, change)
     return True
+
+
+def _check_settings(newest, settings):
+    """Returns the settings of a checkpoint. Raises UserError if it cannot resume with `settings`."""
+    trained = checkpoints.read_settings(newest)
+    if reason := checkpoints.explain_mismatch(newest, trained, settings, "--train_dir"):
+        raise UserError(reason)
+    return trained
 
 
 def _read_step_or_suggest_another(train_dir, newest):
@@ -229,8 +235,14 @@ def training_session(
     with contextlib.ExitStack() as stack:
         stack.enter_context(streams.dispensable())
         signals = stack.enter_context(DeferredSignals())
+        saver = newest = None
         if is_chief:
             stack.enter_context(_lock(options.train_dir))
+            # Another process may have trained here since `has_steps_left` released the lock.
+            with _usable(options.train_dir):
+                newest = checkpoints.find_checkpoint_to_resume(options.train_dir)
+                if newest is not None:
+                    _check_settings(newest, settings)
             offset = resuming.examples_offset(examples_per_step)
             checkpoints.record_settings(
                 settings._replace(examples_per_step=examples_per_step, examples_offset=offset)
@@ -241,9 +253,7 @@ def training_session(
         hooks = [_FillingHook(), progress, stop]
         if worker is not None:
             hooks.insert(0, worker.make_hook())
-        saver = newest = None
         if is_chief:
-            newest = checkpoints.find_checkpoint_to_resume(options.train_dir)
             saver = tf.train.Saver()
             writer = stack.enter_context(summaries.Writer(options.train_dir, "--train_dir"))
             # After the progress hook, which raises before a value that is not finite is saved.
