@@ -53,17 +53,20 @@ TOWER_NAME = "tower"
 
 DATA_URL = download.DATA_URL
 
-flags.DEFINE_string("data_dir", "/tmp/cifar10_data", "Folder for the dataset.")
+flags.DEFINE_flag(command_line.PathFlag("data_dir", "/tmp/cifar10_data", "Folder for the dataset."))
 flags.DEFINE_boolean(
     "synthetic_data",
     False,
     "Use a generated dataset (ten kinds of colored shapes) instead of CIFAR-10. Needs no network.",
 )
-flags.DEFINE_string(
-    "data_url",
-    DATA_URL,
-    "Where to get cifar-10-binary.tar.gz if data_dir has no dataset: an http(s):// or file:// URL, "
-    "or a path. The SHA-256 must match that of the original archive.",
+flags.DEFINE_flag(
+    command_line.PathFlag(
+        "data_url",
+        DATA_URL,
+        "Where to get cifar-10-binary.tar.gz if data_dir has no dataset: an http(s)://, ftp:// or "
+        "file:// URL, or a path. The SHA-256 must match that of the original archive.",
+        url_schemes=("http", "https", "ftp", "file"),
+    )
 )
 flags.DEFINE_integer(
     "batch_size",

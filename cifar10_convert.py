@@ -46,22 +46,28 @@ SPLITS = ("train", "test")
 SVHN_URL = "http://ufldl.stanford.edu/housenumbers/"
 
 command_line.forget_flags_of(__file__)
-flags.DEFINE_string(
-    "pictures",
-    None,
-    "Folder that contains your images as train/CLASS/* and test/CLASS/*, or as CLASS/* if you give "
-    "--test_fraction. Images can be PNG, JPEG, GIF, BMP or WebP files of any size.",
+flags.DEFINE_flag(
+    command_line.PathFlag(
+        "pictures",
+        None,
+        "Folder that contains your images as train/CLASS/* and test/CLASS/*, or as CLASS/* if you "
+        "give --test_fraction. Images can be PNG, JPEG, GIF, BMP or WebP files of any size.",
+    )
 )
-flags.DEFINE_string(
-    "svhn",
-    None,
-    f"Folder with train_32x32.mat and test_32x32.mat, the cropped digits from {SVHN_URL}.",
+flags.DEFINE_flag(
+    command_line.PathFlag(
+        "svhn",
+        None,
+        f"Folder with train_32x32.mat and test_32x32.mat, the cropped digits from {SVHN_URL}.",
+    )
 )
-flags.DEFINE_string(
-    "output",
-    None,
-    "Folder to create for the dataset; pass it to the other scripts as --data_dir. It may exist if "
-    "it is empty.",
+flags.DEFINE_flag(
+    command_line.PathFlag(
+        "output",
+        None,
+        "Folder to create for the dataset; pass it to the other scripts as --data_dir. It may "
+        "exist if it is empty.",
+    )
 )
 flags.DEFINE_float(
     "test_fraction",

@@ -30,11 +30,16 @@ from support.tensorflow_v1 import (
 FLAGS = flags.FLAGS
 
 command_line.forget_flags_of(__file__)
-flags.DEFINE_string("eval_dir", "/tmp/cifar10_eval", "Folder for summaries and results.")
-flags.DEFINE_string(
-    "checkpoint_dir",
-    "/tmp/cifar10_train",
-    "Folder with the checkpoints, or one checkpoint, such as /tmp/cifar10_train/model.ckpt-1000.",
+flags.DEFINE_flag(
+    command_line.PathFlag("eval_dir", "/tmp/cifar10_eval", "Folder for summaries and results.")
+)
+flags.DEFINE_flag(
+    command_line.PathFlag(
+        "checkpoint_dir",
+        "/tmp/cifar10_train",
+        "Folder with the checkpoints, or one checkpoint, such as "
+        "/tmp/cifar10_train/model.ckpt-1000.",
+    )
 )
 flags.DEFINE_boolean("run_once", False, "Evaluate the newest checkpoint, then exit.")
 flags.DEFINE_integer(

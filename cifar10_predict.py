@@ -40,10 +40,12 @@ flags.declare_key_flag("checkpoint_dir")
 flags.declare_key_flag("use_moving_averages")
 command_line.forget_flags_of(__file__)
 flags.DEFINE_boolean("json", False, "Print one JSON object per image, each on its own line.")
-flags.DEFINE_string(
-    "export_dir",
-    None,
-    "Folder to write the model to, as a SavedModel. It must be new or empty.",
+flags.DEFINE_flag(
+    command_line.PathFlag(
+        "export_dir",
+        None,
+        "Folder to write the model to, as a SavedModel. It must be new or empty.",
+    )
 )
 flags.register_validator("export_dir", lambda value: value != "", "it must name a folder")
 flags.register_validator(

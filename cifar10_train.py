@@ -27,10 +27,13 @@ FLAGS = flags.FLAGS
 _MAX_INT = 2**31 - 1
 
 command_line.forget_flags_of(__file__)
-flags.DEFINE_string(
-    "train_dir",
-    "/tmp/cifar10_train",
-    "Folder for checkpoints and summaries. A run that is already there is resumed, never deleted.",
+flags.DEFINE_flag(
+    command_line.PathFlag(
+        "train_dir",
+        "/tmp/cifar10_train",
+        "Folder for checkpoints and summaries. A run that is already there is resumed, never "
+        "deleted.",
+    )
 )
 flags.DEFINE_integer(
     "max_steps",

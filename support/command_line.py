@@ -9,6 +9,7 @@ import gc
 import logging
 import os
 import pathlib
+import re
 import signal
 import socket
 import sys
@@ -31,6 +32,53 @@ _STOP_SIGNALS = (*_REQUESTS, *_HANGUPS)
 _HELP_WIDTH = 100  # columns
 
 _runs_script = False  # whether the process does nothing but run a script, so that it may be ended
+
+
+class PathFlag(flags.Flag):
+    """A flag whose value is the path of a local file or folder.
+
+    `~` and `~user` at the beginning are expanded, and other file systems such as `gs://` are
+    refused, whether the value comes from the command line or from `FLAGS.name = value`. Pass it to
+    `flags.DEFINE_flag`.
+
+    Args:
+      name: string.
+      default: string or None.
+      help_string: string.
+      url_schemes: tuple of strings, such as "https"; URLs with these schemes are values as well.
+    """
+
+    def __init__(self, name, default, help_string, url_schemes=()):
+        self._url_schemes = url_schemes
+        parser, serializer = flags.ArgumentParser(), flags.ArgumentSerializer()
+        super().__init__(parser, serializer, name, default, help_string)
+
+    @property
+    def value(self):
+        """The path as a string, or None."""
+        return self._value
+
+    @value.setter
+    def value(self, value):
+        self._value = None if value is None else self._expand(os.fsdecode(value))
+
+    def _expand(self, path):
+        # At least two letters, because C:/ is a drive of Windows. pathlib removes the second slash.
+        scheme = re.match("([a-z][a-z0-9+.-]+):/", path, re.IGNORECASE)
+        if scheme and scheme[1].lower() in self._url_schemes:
+            return path
+        expanded = os.path.expanduser(path)
+        problem = ""
+        if scheme:
+            urls = ", ".join(f"{name}://" for name in self._url_schemes)
+            problem = f"only local paths {f'and {urls} URLs ' if urls else ''}are supported"
+        elif expanded.startswith("~"):
+            problem = f"there is no home folder for {path.partition('/')[0]}"
+        if problem:
+            raise flags.IllegalFlagValueError(
+                f"flag --{self.name}={path}: {problem}; write ./{path} if it is a local path"
+            )
+        return expanded
 
 
 def forget_flags_of(path):

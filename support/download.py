@@ -87,7 +87,7 @@ def maybe_download_and_extract(data_dir, url=DATA_URL, sha256=ARCHIVE_SHA256, si
 def _download(url, archive, sha256, size):
     """Downloads `url` to `archive`, which appears only if its SHA-256 is correct."""
     if "://" not in url:
-        url = pathlib.Path(url).absolute().as_uri()
+        url = pathlib.Path(os.path.expanduser(url)).absolute().as_uri()
     print(
         f"No dataset in {os.path.dirname(archive)}. Downloading CIFAR-10 from {url} (to use your "
         "own images instead, run cifar10_convert.py)",

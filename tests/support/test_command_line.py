@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import pathlib
 import re
 import signal
 import socket
@@ -13,9 +14,13 @@ import threading
 import time
 
 import pytest
+from absl import flags
 from conftest import ROOT, messages, run_script, script_environment
 
-from support.command_line import DeferredSignals
+import cifar10_convert  # noqa: F401, for its flags
+import cifar10_predict  # noqa: F401
+import cifar10_train  # noqa: F401
+from support.command_line import FLAGS, DeferredSignals, PathFlag
 
 COMMANDS = (
     "cifar10_train.py",
@@ -448,7 +453,7 @@ def test_messages_of_tensorflow_are_printed_once_from_the_given_level(
 # --- Flags.
 
 
-FLAGS = '''
+USES_FLAGS = '''
     """Does something."""
 
     import json, sys
@@ -492,7 +497,7 @@ def script(write_script):
         """,
         "other.py",
     )
-    code = FLAGS.format(imports="import other", more='flags.declare_key_flag("shared")')
+    code = USES_FLAGS.format(imports="import other", more='flags.declare_key_flag("shared")')
     return write_script(code)
 
 
@@ -617,6 +622,138 @@ def test_a_flag_that_is_given_wins_over_a_constant_that_is_edited(
     code, output, errors = run(path, *arguments)
     assert (code, errors) == (0, "")
     assert json.loads(output) == expected
+
+
+PATHS = {
+    "~": "/home/me",
+    "~/data": "/home/me/data",
+    "~root": "/root",
+    "data/~": "data/~",
+    "a~b": "a~b",
+    "./~": "./~",
+    "/tmp/x[1]*?": "/tmp/x[1]*?",
+    "run:1/x": "run:1/x",
+    "./gs://bucket": "./gs://bucket",
+    "": "",
+}
+NOT_LOCAL = (
+    "gs://bucket/x",
+    "S3://bucket/x",
+    "hdfs:///x",
+    "file:///tmp/x",
+    "https://example.org/x",
+    "ram://x",
+    "gs:/bucket/x",  # from pathlib.Path("gs://bucket/x")
+)
+
+
+@pytest.fixture
+def path_flag(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    flags.DEFINE_flag(PathFlag("some_path", "/tmp/default", "A folder."))
+    flags.DEFINE_flag(PathFlag("source", None, "A source.", url_schemes=("http", "file")))
+
+
+@pytest.mark.usefixtures("path_flag")
+@pytest.mark.parametrize("text", PATHS)
+def test_a_home_folder_in_a_path_flag_is_expanded_however_the_flag_is_set(text):
+    FLAGS.some_path = text
+    assert FLAGS.some_path == PATHS[text]
+    FLAGS["some_path"].parse(f"{text}/" if text else text)
+    assert FLAGS.some_path == (f"{PATHS[text]}/" if text else "")
+    FLAGS["some_path"].unparse()
+    FLAGS.set_default("some_path", text)
+    assert FLAGS.some_path == PATHS[text]
+
+
+@pytest.mark.usefixtures("path_flag")
+def test_a_path_flag_accepts_path_objects_and_none():
+    FLAGS.some_path = pathlib.Path("/tmp/x")
+    assert FLAGS.some_path == "/tmp/x"
+    FLAGS.some_path = None
+    assert FLAGS.some_path is None
+
+
+@pytest.mark.usefixtures("path_flag")
+@pytest.mark.parametrize("text", NOT_LOCAL)
+def test_a_path_flag_refuses_what_is_not_a_local_path_however_it_is_set(text):
+    message = re.escape(f"flag --some_path={text}: ") + "only local paths .*; write ./"
+    with pytest.raises(flags.IllegalFlagValueError, match=message):
+        FLAGS.some_path = text
+    with pytest.raises(flags.IllegalFlagValueError, match=message):
+        FLAGS["some_path"].parse(text)
+    assert FLAGS.some_path == "/tmp/default"
+
+
+@pytest.mark.usefixtures("path_flag")
+def test_a_path_flag_refuses_the_home_folder_of_an_unknown_user():
+    with pytest.raises(flags.IllegalFlagValueError, match="no home folder for ~nobody_"):
+        FLAGS.some_path = "~nobody_has_this_name/x"
+
+
+@pytest.mark.usefixtures("path_flag")
+def test_a_path_flag_can_accept_urls_with_some_schemes():
+    for url in ("http://example.org/~me/x", "file:///tmp/~x", "HTTP://example.org"):
+        FLAGS.source = url
+        assert FLAGS.source == url
+    FLAGS.source = "~/x.tar.gz"
+    assert FLAGS.source == "/home/me/x.tar.gz"
+    with pytest.raises(flags.IllegalFlagValueError, match="only local paths and http://, file://"):
+        FLAGS.source = "gs://bucket/x.tar.gz"
+
+
+@pytest.mark.parametrize(
+    ("module", "names"),
+    [
+        ("cifar10", ["data_dir", "data_url"]),
+        ("cifar10_train", ["train_dir"]),
+        ("cifar10_eval", ["eval_dir", "checkpoint_dir"]),
+        ("cifar10_predict", ["export_dir"]),
+        ("cifar10_convert", ["pictures", "svhn", "output"]),
+    ],
+)
+def test_every_flag_for_a_path_expands_home_folders_and_refuses_other_file_systems(
+    monkeypatch, module, names
+):
+    monkeypatch.setenv("HOME", "/home/me")
+    for name in names:
+        setattr(FLAGS, name, "~/x")
+        assert getattr(FLAGS, name) == "/home/me/x"
+        with pytest.raises(flags.IllegalFlagValueError, match="only local paths"):
+            setattr(FLAGS, name, "gs://bucket/x")
+    # All other flags that hold text are known here, so that a new one is not forgotten.
+    ours = FLAGS.flags_by_module_dict()[module]
+    texts = {flag.name for flag in ours if flag.flag_type() == "string"}
+    assert texts - {"top_layers", "eval_data"} == set(names)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("script", "flag"),
+    [
+        ("cifar10_train.py", "--data_dir=gs://bucket/x"),
+        ("cifar10_train.py", "--train_dir=s3://bucket/x"),
+        ("cifar10_eval.py", "--eval_dir=hdfs://host/x"),
+        ("cifar10_predict.py", "--export_dir=gs://bucket/x"),
+        ("cifar10_convert.py", "--output=file:///tmp/x"),
+    ],
+)
+def test_another_file_system_is_refused_before_anything_is_made(tmp_path, script, flag):
+    process = subprocess.run(
+        [sys.executable, ROOT / script, flag],
+        cwd=tmp_path,
+        env=environment(),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert (process.returncode, process.stdout) == (1, "")
+    (line,) = [line for line in messages(process.stderr) if flag in line]
+    assert "only local paths" in line
+    assert "Traceback" not in process.stderr
+    assert os.listdir(tmp_path) == []
 
 
 # --- The project's own scripts.

@@ -223,13 +223,19 @@ def test_an_existing_dataset_is_used_without_a_download(tmp_path):
     assert {path: path.read_bytes() for path in folder.iterdir()} == before
 
 
-@pytest.mark.parametrize("kind", ["http", "file", "path"])
-def test_the_archive_is_downloaded_verified_and_extracted(tmp_path, archive, kind):
+@pytest.mark.parametrize("kind", ["http", "file", "path", "home"])
+def test_the_archive_is_downloaded_verified_and_extracted(tmp_path, monkeypatch, archive, kind):
+    monkeypatch.setenv("HOME", str(tmp_path))
     body, sha256 = archive
     path = tmp_path / "mirror.tar.gz"
     data_dir = tmp_path / "new" / "data"
     with Server(body) as server:
-        url = {"http": server.url, "file": path.as_uri(), "path": str(path)}[kind]
+        url = {
+            "http": server.url,
+            "file": path.as_uri(),
+            "path": str(path),
+            "home": "~/mirror.tar.gz",
+        }[kind]
         folder = download.maybe_download_and_extract(data_dir, url, sha256)
     assert len(server.requests) == (kind == "http")
     assert sorted(os.listdir(folder)) == sorted([*FILES, "batches.meta.txt", "readme.html"])
