@@ -1,4 +1,4 @@
-"""Converts your own images, or the SVHN digits, to a dataset for the other scripts.
+"""Converts your own images, SVHN or other versions of CIFAR to a dataset for the other scripts.
 
 Put the images of each class into a folder named after the class:
 
@@ -22,6 +22,12 @@ To convert SVHN, download train_32x32.mat and test_32x32.mat from
 http://ufldl.stanford.edu/housenumbers/ to a folder:
 
     python cifar10_convert.py --svhn=downloads --output=/tmp/svhn
+
+CIFAR-10 for Python (as Keras and torchvision download it) and CIFAR-100 are converted from the
+folder or the archive. The records keep their order:
+
+    python cifar10_convert.py --cifar10_python=cifar-10-python.tar.gz --output=/tmp/cifar10
+    python cifar10_convert.py --cifar100=cifar-100-binary.tar.gz --output=/tmp/cifar100
 """
 
 import collections
@@ -35,13 +41,14 @@ import sys
 import numpy as np
 from absl import app, flags
 
-from support import command_line, dataset, files, streams
+from support import cifar_versions, command_line, dataset, files, streams
 from support.errors import DataError, UserError
 from support.image_files import ImageError, describe_depths, make_printable, read_image
 from support.progress import show_progress
 
 FLAGS = flags.FLAGS
 
+SOURCE_FLAGS = ("pictures", "svhn", "cifar10_python", "cifar100")
 SPLITS = ("train", "test")
 SVHN_URL = "http://ufldl.stanford.edu/housenumbers/"
 
@@ -63,6 +70,27 @@ flags.DEFINE_flag(
 )
 flags.DEFINE_flag(
     command_line.PathFlag(
+        "cifar10_python",
+        None,
+        "CIFAR-10 for Python: the folder cifar-10-batches-py or the archive "
+        "cifar-10-python.tar.gz.",
+    )
+)
+flags.DEFINE_flag(
+    command_line.PathFlag(
+        "cifar100",
+        None,
+        "CIFAR-100, binary or for Python: the folder or the archive of that version.",
+    )
+)
+flags.DEFINE_enum(
+    "cifar100_labels",
+    "fine",
+    ["fine", "coarse"],
+    "The labels of CIFAR-100 to use: 100 fine classes or 20 coarse ones.",
+)
+flags.DEFINE_flag(
+    command_line.PathFlag(
         "output",
         None,
         "Folder to create for the dataset; pass it to the other scripts as --data_dir. It may "
@@ -79,7 +107,7 @@ flags.DEFINE_integer(
     "shuffle_seed",
     0,
     "Seed that determines the order of the records, and which images --test_fraction selects. The "
-    "same images and seed produce the same files.",
+    "same images and seed produce the same files. The order of CIFAR-10 and CIFAR-100 is kept.",
     lower_bound=0,
 )
 command_line.check_flags(
@@ -425,7 +453,8 @@ def write_records(shuffler, folder, held_out_counts):
 
 def _open_record_files(stack, folder, eval_data):
     """Returns an endless iterator that yields the open record files in turn."""
-    paths = dataset.record_files(folder, eval_data)
+    names = dataset.TEST_FILES if eval_data else dataset.TRAIN_FILES
+    paths = [os.path.join(folder, name) for name in names]
     return itertools.cycle([stack.enter_context(open(path, "wb")) for path in paths])
 
 
@@ -481,34 +510,50 @@ def check_output_is_outside(output, image_folder):
         )
 
 
-@streams.dispensable()
-def main(argv=None):
-    if bool(FLAGS.pictures) == bool(FLAGS.svhn):
-        raise app.UsageError("specify either --pictures or --svhn")
-    if not FLAGS.output:
-        raise app.UsageError("specify the folder to create: --output=FOLDER")
-    files.check_new_folder("--output", FLAGS.output)  # fail before reading the images
+def convert_images(output):
+    """Converts the images that --pictures or --svhn names, and prints the result."""
     depths = collections.Counter()
     if FLAGS.svhn:
-        if FLAGS.test_fraction is not None:
-            raise app.UsageError("--svhn has its own test images; omit --test_fraction")
         train, test = (SVHN(os.path.join(FLAGS.svhn, f"{name}_32x32.mat")) for name in SPLITS)
     else:
         check_output_is_outside(FLAGS.output, FLAGS.pictures)
         train, test = find_splits(FLAGS.pictures, FLAGS.test_fraction, depths)
         if count := sum(split.num_stray_files for split in (train, test) if split is not None):
             print(f"Skipping files that are not in a class folder: {count}", file=sys.stderr)
-    output = os.path.realpath(FLAGS.output)  # --output may be a link to an empty folder
     train_count, test_count, unreadable_count = convert(
         train, test, output, FLAGS.shuffle_seed, FLAGS.test_fraction
     )
     if description := describe_depths(depths):
         print(description, file=sys.stderr)
+    report(train_count, test_count, train.class_names, f"; unreadable files: {unreadable_count}")
+
+
+def report(train_count, test_count, class_names, suffix=""):
+    """Prints the result of a conversion."""
     print(
         f"Wrote {train_count} training images and {test_count} test images of "
-        f"{dataset.describe_classes(train.class_names)} to {FLAGS.output}; unreadable files: "
-        f"{unreadable_count}"
+        f"{dataset.describe_classes(class_names)} to {FLAGS.output}{suffix}"
     )
+
+
+@streams.dispensable()
+def main(argv=None):
+    given = [name for name in SOURCE_FLAGS if FLAGS[name].value]
+    if len(given) != 1:
+        raise app.UsageError(f"specify exactly one of --{', --'.join(SOURCE_FLAGS)}")
+    if not FLAGS.output:
+        raise app.UsageError("specify the folder to create: --output=FOLDER")
+    if given != ["pictures"] and FLAGS.test_fraction is not None:
+        raise app.UsageError(f"--{given[0]} has its own test images; omit --test_fraction")
+    files.check_new_folder("--output", FLAGS.output)  # fail before reading the images
+    output = os.path.realpath(FLAGS.output)  # --output may be a link to an empty folder
+    if FLAGS.cifar10_python:
+        report(*cifar_versions.convert(FLAGS.cifar10_python, "cifar10_python", output))
+    elif FLAGS.cifar100:
+        labels = FLAGS.cifar100_labels
+        report(*cifar_versions.convert(FLAGS.cifar100, "cifar100", output, labels))
+    else:
+        convert_images(output)
 
 
 if __name__ == "__main__":

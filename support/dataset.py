@@ -4,6 +4,7 @@ The format is that of CIFAR-10, described at https://www.cs.toronto.edu/~kriz/ci
 """
 
 import os
+import sys
 
 import numpy as np
 
@@ -40,8 +41,14 @@ IMAGE_SIZE = 24
 
 
 def record_files(folder, eval_data):
-    """Returns the paths of the test file (`eval_data` true) or of the five training files."""
-    return [os.path.join(folder, name) for name in (TEST_FILES if eval_data else TRAIN_FILES)]
+    """Returns the paths of the test file (`eval_data` true) or of the training files.
+
+    The last ones of the five training files may be missing: the paths end with the last file that
+    exists. If there is none, all five paths are returned.
+    """
+    paths = [os.path.join(folder, name) for name in (TEST_FILES if eval_data else TRAIN_FILES)]
+    existing = [number for number, path in enumerate(paths, 1) if os.path.exists(path)]
+    return paths[: max(existing, default=len(paths))]
 
 
 def count_records(folder, eval_data):
@@ -113,14 +120,17 @@ def describe_classes(names):
     listed = names
     if len(names) > MAX_LISTED_CLASSES:
         listed = [*names[:MAX_LISTED_CLASSES], "..."]
-    return f"{len(names)} classes ({', '.join(listed)})"
+    return f"{len(names)} {'class' if len(names) == 1 else 'classes'} ({', '.join(listed)})"
 
 
 def check_records(folder, num_classes=None):
-    """Checks that all six files exist, hold whole records, and have no labels out of range.
+    """Checks that the files exist, hold whole records, and have no labels out of range.
 
     TensorFlow does not report such errors: its reader silently drops an incomplete last record, and
     a label out of range makes the loss NaN on a GPU. Checking CIFAR-10 takes well under a second.
+
+    Missing training files (see `record_files`) and classes without images are allowed. Each is
+    reported in one line on stderr, because they may be a mistake.
 
     Args:
       folder: path; the folder with the record files.
@@ -132,10 +142,31 @@ def check_records(folder, num_classes=None):
     cure = _suggest_cure(folder)
     if num_classes is not None:
         cure += f", or correct NUM_CLASSES, which is {num_classes}"
-    num_classes = len(read_class_names(folder, num_classes))
-    for path in record_files(folder, eval_data=False) + record_files(folder, eval_data=True):
-        if problem := _find_problem(path, num_classes):
+    class_names = read_class_names(folder, num_classes)
+    train, test = record_files(folder, eval_data=False), record_files(folder, eval_data=True)
+    for path in train + test:
+        if problem := _find_problem(path, len(class_names)):
             raise DataError(f"{path} {problem}; {cure}")
+    if len(train) < len(TRAIN_FILES):
+        print(f"Training files in {folder}: {len(train)} of {len(TRAIN_FILES)}", file=sys.stderr)
+    absences = [
+        f"no {kind} images of {describe_classes(missing)}"
+        for kind, paths in (("training", train), ("test", test))
+        if (missing := _find_missing_classes(paths, class_names))
+    ]
+    if absences:
+        print(f"The dataset has {' and '.join(absences)}", file=sys.stderr)
+
+
+def _find_missing_classes(paths, class_names):
+    """Returns the names of the classes that have no images in valid record files."""
+    counts = sum(np.bincount(_read_labels(path), minlength=len(class_names)) for path in paths)
+    return [name for name, count in zip(class_names, counts, strict=True) if not count]
+
+
+def _read_labels(path):
+    """Returns the labels of a file of whole records: uint8 [n]."""
+    return np.memmap(path, np.uint8, mode="r").reshape(-1, RECORD_BYTES)[:, 0]
 
 
 def _find_problem(path, num_classes):
@@ -143,15 +174,22 @@ def _find_problem(path, num_classes):
     if not os.path.isfile(path):
         return "is not a file" if os.path.exists(path) else "is missing"
     try:
-        num_records, rest = divmod(os.path.getsize(path), RECORD_BYTES)
+        size = os.path.getsize(path)
+        num_records, rest = divmod(size, RECORD_BYTES)
         if rest:
+            if size % (RECORD_BYTES + LABEL_BYTES) == 0:
+                return (
+                    f"has records of {RECORD_BYTES + LABEL_BYTES} bytes, which have two labels; if "
+                    "it is CIFAR-100, convert the original files with cifar10_convert.py "
+                    "--cifar100=FOLDER --output=NEW_FOLDER"
+                )
             return (
                 f"ends within record {num_records} (counted from 0), after {rest} of "
                 f"{RECORD_BYTES} bytes"
             )
         if num_records == 0:
             return "is empty"
-        labels = np.memmap(path, np.uint8, mode="r").reshape(num_records, RECORD_BYTES)[:, 0]
+        labels = _read_labels(path)
         invalid = np.flatnonzero(labels >= num_classes)
     except OSError as error:
         return f"cannot be read ({error.strerror})"

@@ -10,10 +10,11 @@ import sys
 import tarfile
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 import zlib
 
-from support import dataset, files
+from support import cifar_versions, dataset, files
 from support.errors import DataError
 from support.progress import show_progress
 
@@ -68,6 +69,8 @@ def maybe_download_and_extract(data_dir, url=DATA_URL, sha256=ARCHIVE_SHA256, si
     if os.path.isdir(folder):
         return folder
     archive = os.path.join(data_dir, ARCHIVE_NAME)
+    if not os.path.exists(archive):
+        _refuse_other_versions(data_dir, url)
     with files.prepare_folder(folder):
         if os.path.isdir(folder):  # another process has just extracted it
             return folder
@@ -84,15 +87,33 @@ def maybe_download_and_extract(data_dir, url=DATA_URL, sha256=ARCHIVE_SHA256, si
     return folder
 
 
+def _refuse_other_versions(data_dir, url):
+    """Raises DataError if `data_dir` or a local `url` has CIFAR in a format to be converted."""
+    if url.startswith("file:"):
+        url = urllib.request.url2pathname(urllib.parse.urlsplit(url).path)
+    for path in (data_dir, url):
+        if found := cifar_versions.find_version(path):
+            command = cifar_versions.suggest_conversion(*found, data_dir)
+            raise DataError(
+                f"{found[1]} is {found[0].title}, which the scripts cannot read; convert it with "
+                f"{command} and run the same command again"
+            )
+
+
 def _download(url, archive, sha256, size):
     """Downloads `url` to `archive`, which appears only if its SHA-256 is correct."""
     if "://" not in url:
         url = pathlib.Path(os.path.expanduser(url)).absolute().as_uri()
+    data_dir = os.path.dirname(archive)
     print(
-        f"No dataset in {os.path.dirname(archive)}. Downloading CIFAR-10 from {url} (to use your "
-        "own images instead, run cifar10_convert.py)",
+        f"No dataset in {data_dir}. Downloading CIFAR-10 from {url} (to use your own images "
+        "instead, run cifar10_convert.py)",
         file=sys.stderr,
     )
+    versions = [each for each in cifar_versions.VERSIONS if each.flag == "cifar10_python"]
+    if found := cifar_versions.find_version(os.path.expanduser("~/.keras/datasets"), versions):
+        command = cifar_versions.suggest_conversion(*found, data_dir)
+        print(f"To use the copy that Keras has, press Ctrl-C and run {command}", file=sys.stderr)
     part = f"{archive}.part"
     try:
         is_resumed = _fetch_with_retries(url, part, size)

@@ -56,10 +56,10 @@ def maybe_generate(data_dir, seed=0):
         if os.path.isdir(folder):  # another process has just generated it
             return folder
         with files.atomic_folder(folder) as staging:
-            paths = dataset.record_files(staging, False) + dataset.record_files(staging, True)
-            for number, path in enumerate(paths):
+            for number, name in enumerate((*dataset.TRAIN_FILES, *dataset.TEST_FILES)):
                 generator = np.random.default_rng([seed, number])
-                _generate_records(RECORDS_PER_FILE, generator).tofile(path)
+                records = _generate_records(RECORDS_PER_FILE, generator)
+                records.tofile(os.path.join(staging, name))
             dataset.write_class_names(staging, _SHAPES)
     return folder
 

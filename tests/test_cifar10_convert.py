@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import os
+import pickle
 import re
 import shutil
 import subprocess
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 import scipy.io
 from absl import app, flags
-from conftest import ROOT, lost_stream, run_script
+from conftest import ROOT, lost_stream, make_records, run_script
 from PIL import Image
 
 import cifar10_convert
@@ -582,14 +583,80 @@ def test_the_error_without_scipy_says_how_to_install_it(svhn, monkeypatch):
     assert (ROOT / "requirements-svhn.txt").read_text().count("scipy==") == 1
 
 
+def write_pickles(folder, columns):
+    """Writes pickles of noise like those of CIFAR-10 and CIFAR-100 for Python.
+
+    Args:
+      folder: path of the folder to create.
+      columns: dict from names of files to dicts from names of labels to lists of labels.
+
+    Returns:
+      dict from names of files to uint8 [n, 3072].
+    """
+    folder.mkdir()
+    images = {}
+    for seed, (name, labels) in enumerate(columns.items()):
+        count = len(next(iter(labels.values())))
+        images[name] = make_records(count, seed)[:, 1:]
+        (folder / name).write_bytes(pickle.dumps({"data": images[name], **labels}))
+    return images
+
+
+def test_cifar_10_for_python_is_converted(tmp_path, capsys):
+    FLAGS.cifar10_python = str(tmp_path)
+    FLAGS.output = str(tmp_path / "out")
+    labels = [9, *range(9)]
+    names = [name.removesuffix(".bin") for name in (*dataset.TRAIN_FILES, *dataset.TEST_FILES)]
+    images = write_pickles(tmp_path / "cifar-10-batches-py", {n: {"labels": labels} for n in names})
+    cifar10_convert.main()
+    for name in names:
+        records = np.fromfile(tmp_path / "out" / f"{name}.bin", np.uint8).reshape(-1, 3073)
+        np.testing.assert_array_equal(records[:, 0], labels)
+        np.testing.assert_array_equal(records[:, 1:], images[name])
+    output = capsys.readouterr()
+    assert output.out == (
+        "Wrote 50 training images and 10 test images of 10 classes "
+        f"({', '.join(dataset.CLASS_NAMES)}) to {tmp_path}/out\n"
+    )
+    assert output.err == ""
+
+
+@pytest.mark.parametrize(
+    ("kind", "labels", "num_classes", "num_missing"),
+    [("fine", [99, 98, 97, 96, 95, 3], 100, 94), ("coarse", list(range(20)), 20, 0)],
+)
+def test_cifar_100_is_converted_with_the_labels_that_the_flag_selects(
+    tmp_path, capsys, kind, labels, num_classes, num_missing
+):
+    FLAGS.cifar100 = str(tmp_path / "cifar")
+    FLAGS.cifar100_labels = kind
+    FLAGS.output = str(tmp_path / "out")
+    other = {"fine": "coarse_labels", "coarse": "fine_labels"}[kind]
+    columns = {f"{kind}_labels": labels, other: [1] * len(labels)}
+    write_pickles(tmp_path / "cifar", {"train": columns, "test": columns})
+    cifar10_convert.main()
+    for eval_data in (False, True):
+        found = np.concatenate(read_records(tmp_path / "out", eval_data))[:, 0]
+        np.testing.assert_array_equal(found, labels)
+    output = capsys.readouterr()
+    assert f" test images of {num_classes} classes (class 0, class 1, " in output.out
+    assert output.err.count(f"no training images of {num_missing} classes (") == bool(num_missing)
+    assert output.err.count("\n") == bool(num_missing)
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({}, "specify either --pictures or --svhn"),
-        ({"pictures": "", "output": "b"}, "specify either --pictures or --svhn"),
-        ({"pictures": "a", "svhn": "b", "output": "c"}, "specify either --pictures or --svhn"),
+        ({}, "specify exactly one of --pictures, --svhn"),
+        ({"pictures": "", "output": "b"}, "specify exactly one of --pictures, --svhn"),
+        (
+            {"pictures": "a", "svhn": "b", "output": "c"},
+            "specify exactly one of --pictures, --svhn",
+        ),
         ({"pictures": "a"}, "specify the folder to create: --output=FOLDER"),
         ({"svhn": "a", "output": "b", "test_fraction": 0.1}, "omit --test_fraction"),
+        ({"cifar100": "a", "output": "b", "test_fraction": 0.1}, "omit --test_fraction"),
+        ({"cifar100": "a", "cifar10_python": "b", "output": "c"}, "specify exactly one of"),
     ],
 )
 def test_missing_and_conflicting_flags_are_usage_errors(values, message):

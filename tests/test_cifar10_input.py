@@ -455,12 +455,25 @@ def test_the_reader_is_on_the_cpu():
 @both_pipelines
 def test_a_missing_file_is_an_error_when_the_input_is_built(tmp_path, fast_ops):
     write_dataset(tmp_path)
-    os.remove(tmp_path / "data_batch_5.bin")
+    os.remove(tmp_path / "data_batch_4.bin")
     os.remove(tmp_path / "test_batch.bin")
-    with pytest.raises(ValueError, match="Failed to find file: .*data_batch_5.bin"):
+    with pytest.raises(ValueError, match="Failed to find file: .*data_batch_4.bin"):
         cifar10_input.distorted_inputs(str(tmp_path), 8, fast_ops=fast_ops)
     with pytest.raises(ValueError, match="Failed to find file: .*test_batch.bin"):
         cifar10_input.inputs(True, str(tmp_path), 8, fast_ops=fast_ops)
+
+
+@both_pipelines
+def test_fewer_than_five_training_files_are_read(tmp_path, fast_ops):
+    train, _ = write_dataset(tmp_path, train_counts=(40, 20))
+    assert cifar10_input.num_examples_per_epoch(str(tmp_path)) == 60
+    images, labels = cifar10_input.inputs(False, str(tmp_path), 8, 1, fast_ops=fast_ops)
+    with running_queues() as session:
+        batches = all_batches(session, [images, labels])
+    np.testing.assert_array_equal(np.concatenate([b[1] for b in batches]), train[:, 0])
+    expected = standardized_centers(train)
+    np.testing.assert_allclose(np.concatenate([b[0] for b in batches]), expected, atol=1e-4)
+    cifar10_input.distorted_inputs(str(tmp_path), 8, fast_ops=fast_ops)
 
 
 @both_pipelines

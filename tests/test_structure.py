@@ -27,6 +27,7 @@ TOP_LEVEL = {*COMMANDS, "cifar10", "cifar10_input"}
 WITHOUT_TENSORFLOW = (
     "cifar10_convert",
     "support.charts",
+    "support.cifar_versions",
     "support.command_line",
     "support.dataset",
     "support.download",

@@ -113,9 +113,33 @@ def test_every_class_in_the_file_has_a_valid_label(folder, count):
     dataset.check_records(folder)
 
 
-def test_a_class_may_have_no_images(folder):
-    dataset.write_class_names(folder, [*dataset.CLASS_NAMES, "emu"])
+def write_labels(folder, train, test):
+    """Writes six files of black images with the labels `train`, each in the five training files."""
+    for name in FILES:
+        labels = np.array(test if name == "test_batch.bin" else train, np.uint8)
+        np.column_stack([labels, np.zeros([len(labels), 3072], np.uint8)]).tofile(folder / name)
+
+
+@pytest.mark.parametrize(
+    ("train", "test", "line"),
+    [
+        (range(4), range(4), None),
+        (range(4), [3, 1, 1, 3], "no test images of 2 classes (a, c)"),
+        ([0], range(4), "no training images of 3 classes (b, c, d)"),
+        (
+            [0, 1, 3],
+            [0],
+            "no training images of 1 class (c) and no test images of 3 classes (b, c, d)",
+        ),
+    ],
+)
+def test_classes_without_images_are_reported_in_one_line(folder, capsys, train, test, line):
+    dataset.write_class_names(folder, "abcd")
+    write_labels(folder, train, test)
     dataset.check_records(folder)
+    output = capsys.readouterr()
+    assert output.err == (f"The dataset has {line}\n" if line else "")
+    assert output.out == ""
 
 
 @pytest.mark.parametrize(("num_names", "label"), [(10, 10), (10, 255), (2, 2), (255, 255)])
@@ -138,10 +162,39 @@ def test_an_edited_number_of_classes_decides_which_labels_are_valid(folder):
         dataset.check_records(folder, 3)
 
 
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", [name for name in FILES if name != "data_batch_5.bin"])
 def test_a_missing_file_is_refused(folder, name):
     (folder / name).unlink()
     with pytest.raises(DataError, match=f"{name} is missing; replace the file, or move"):
+        dataset.check_records(folder)
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_the_last_training_files_may_be_missing(folder, capsys, count):
+    write_labels(folder, range(10), range(10))
+    for name in dataset.TRAIN_FILES[count:]:
+        (folder / name).unlink()
+    dataset.check_records(folder)
+    assert capsys.readouterr().err == f"Training files in {folder}: {count} of 5\n"
+    paths = dataset.record_files(folder, eval_data=False)
+    assert paths == [str(folder / name) for name in dataset.TRAIN_FILES[:count]]
+    assert dataset.count_records(folder, eval_data=False) == 10 * count
+    dataset.ChangeDetector(folder, eval_data=False).check()
+    assert dataset.find_folder(folder) == str(folder)
+
+
+def test_without_any_training_file_the_first_one_is_missing(folder):
+    for name in dataset.TRAIN_FILES:
+        (folder / name).unlink()
+    with pytest.raises(DataError, match=r"data_batch_1.bin is missing"):
+        dataset.check_records(folder)
+    assert len(dataset.record_files(folder, eval_data=False)) == 5
+
+
+def test_records_with_two_labels_are_recognized_as_those_of_cifar_100(folder):
+    (folder / FILES[1]).write_bytes(bytes(7 * 3074))
+    message = "data_batch_2.bin has records of 3074 bytes, .* cifar10_convert.py --cifar100="
+    with pytest.raises(DataError, match=message):
         dataset.check_records(folder)
 
 
@@ -224,6 +277,7 @@ def test_sixty_thousand_records_are_checked_within_a_second(folder):
 @pytest.mark.parametrize(
     ("count", "description"),
     [
+        (1, "1 class (0)"),
         (2, "2 classes (0, 1)"),
         (12, "12 classes (0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11)"),
         (13, "13 classes (0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, ...)"),

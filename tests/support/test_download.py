@@ -7,6 +7,7 @@ import http.server
 import io
 import os
 import re
+import shlex
 import signal
 import socket
 import socketserver
@@ -221,6 +222,82 @@ def test_an_existing_dataset_is_used_without_a_download(tmp_path):
     assert download.maybe_download_and_extract(tmp_path, UNREACHABLE) == str(folder)
     assert download.maybe_download_and_extract(folder, UNREACHABLE) == str(folder)
     assert {path: path.read_bytes() for path in folder.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("name", "flags"),
+    [
+        ("cifar-10-batches-py/test_batch", "--cifar10_python=cifar-10-batches-py"),
+        ("cifar-10-python.tar.gz", "--cifar10_python=cifar-10-python.tar.gz"),
+        (
+            "cifar-10-batches-py-target/cifar-10-batches-py/test_batch",
+            "--cifar10_python=cifar-10-batches-py-target/cifar-10-batches-py",
+        ),
+        ("cifar-100-binary/test.bin", "--cifar100=cifar-100-binary --cifar100_labels=fine"),
+        ("cifar-100-python/test", "--cifar100=cifar-100-python --cifar100_labels=fine"),
+        ("cifar-100-python.tar.gz", "--cifar100=cifar-100-python.tar.gz --cifar100_labels=fine"),
+        ("test.bin", "--cifar100= --cifar100_labels=fine"),
+        ("test_batch", "--cifar10_python="),
+    ],
+)
+def test_other_versions_of_cifar_are_not_downloaded_again(tmp_path, name, flags):
+    data_dir = tmp_path / "my data"
+    path = data_dir / name
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"1")
+    first = {"test.bin": "train.bin", "test": "train", "test_batch": "data_batch_1"}.get(path.name)
+    if first:
+        (path.parent / first).write_bytes(b"1")
+    before = sorted(data_dir.rglob("*"))
+    with Server(b"") as server, pytest.raises(DataError) as error:
+        download.maybe_download_and_extract(data_dir, server.url)
+    assert server.requests == []
+    assert sorted(data_dir.rglob("*")) == before
+    message = str(error.value)
+    assert "\n" not in message
+    command = re.search("convert it with (.*) and run the same command again", message)[1]
+    script, *arguments = shlex.split(command)[1:]
+    flag, _, rest = flags.partition("=")
+    folder, *labels = rest.split(" ")
+    expected = [f"{flag}={os.path.join(data_dir, folder).rstrip('/')}", *labels]
+    assert (script, arguments) == (
+        "cifar10_convert.py",
+        [*expected, f"--output={data_dir}/cifar-10-batches-bin"],
+    )
+
+
+def test_another_version_as_the_source_is_refused_at_once(tmp_path):
+    path = tmp_path / "cifar-10-python.tar.gz"
+    path.write_bytes(b"1")
+    for url in (str(path), path.as_uri()):
+        message = f"{path} is CIFAR-10 for Python, .* --cifar10_python={path} --output="
+        with pytest.raises(DataError, match=message):
+            download.maybe_download_and_extract(tmp_path / "data", url)
+    assert not (tmp_path / "data").exists()
+
+
+def test_the_binary_version_takes_precedence_over_others(tmp_path):
+    for name in ("cifar-10-python.tar.gz", "cifar-100-python.tar.gz"):
+        (tmp_path / name).write_bytes(b"1")
+    sha256 = make_archive(tmp_path / ARCHIVE)
+    folder = download.maybe_download_and_extract(tmp_path, UNREACHABLE, sha256)
+    assert download.maybe_download_and_extract(tmp_path, UNREACHABLE, sha256) == folder
+    dataset.check_records(folder)
+
+
+def test_a_copy_that_keras_has_is_mentioned_before_a_download(
+    tmp_path, archive, capsys, monkeypatch
+):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    path = tmp_path / ".keras" / "datasets" / "cifar-10-batches-py-target_archive"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"1")
+    _, sha256 = archive
+    download.maybe_download_and_extract(tmp_path / "data", str(tmp_path / "mirror.tar.gz"), sha256)
+    command = (
+        f"cifar10_convert.py --cifar10_python={path} --output={tmp_path}/data/cifar-10-batches"
+    )
+    assert command in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", ["http", "file", "path", "home"])
