@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 
+import numpy as np
 import pytest
 from conftest import (
     ROOT,
@@ -128,16 +129,21 @@ def test_a_restart_restores_all_variables_and_moving_averages(data_dir, train_di
     train(data_dir, train_dir, max_steps=5)
     before = values()
     assert "local3/weights/ExponentialMovingAverage" in before
-    # The second run saves what it has restored. Then it waits for its first batch.
-    index = train_dir / "model.ckpt-5.index"
-    saved_at = index.stat().st_mtime_ns
-    with training(data_dir, train_dir, "--batch_size=100000") as process:
-        wait_until(lambda: index.stat().st_mtime_ns != saved_at, process)
-        process.send_signal(signal.SIGTERM)
-        assert finish(process)[0] == 143
+    # A step that changes no variable: it only moves the averages towards them, by a share that
+    # depends on the step.
+    with training(data_dir, train_dir, "--max_steps=6", "--initial_learning_rate=1e-30") as process:
+        assert finish(process)[0] == 0
     after = values()
+    assert (before.pop("global_step"), after.pop("global_step")) == (5, 6)
     assert before.keys() == after.keys()
-    assert all((before[name] == after[name]).all() for name in before)
+    averaged = [name for name in before if f"{name}/ExponentialMovingAverage" in before]
+    assert len(averaged) == 10
+    for name in averaged:
+        np.testing.assert_array_equal(after[name], before[name])
+        average = f"{name}/ExponentialMovingAverage"
+        expected = before[name] + (1 + 6) / (10 + 6) * (before[average] - before[name])
+        assert not np.allclose(before[average], before[name], rtol=1e-4, atol=0)
+        np.testing.assert_allclose(after[average], expected, rtol=1e-4, atol=1e-7)
 
 
 @pytest.mark.parametrize(
@@ -475,6 +481,23 @@ def test_a_full_disk_ends_training_and_the_last_checkpoint_stays(data_dir, train
         assert wait_for_step(process) == 3
         assert finish(process)[0] == 0
     assert saved_step(train_dir) == 9
+
+
+def test_a_full_disk_ends_an_evaluation_with_one_line(data_dir, train_dir, tmp_path):
+    train(data_dir, train_dir, max_steps=2)
+    limit = 200_000  # the graph fits; histograms and images do not
+    with running_script(
+        "cifar10_eval.py",
+        f"--data_dir={data_dir}",
+        f"--checkpoint_dir={train_dir}",
+        f"--eval_dir={tmp_path / 'eval'}",
+        "--run_once",
+    ) as process:
+        resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (limit, limit))
+        code, _, errors = finish(process)
+    assert code == 1
+    assert f"error: cannot write to --eval_dir={tmp_path / 'eval'}: " in errors[-1]
+    assert "Traceback" not in "".join(errors)
 
 
 @pytest.mark.timeout(600)
