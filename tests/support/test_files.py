@@ -273,3 +273,12 @@ def test_the_previous_json_stays_until_the_new_one_is_complete(tmp_path):
     assert path.read_text() == before
     files.write_json_atomically(path, [3])
     assert json.loads(path.read_text()) == [3]
+
+
+def test_a_folder_that_cannot_be_listed_is_refused(tmp_path, monkeypatch):
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", path)
+
+    monkeypatch.setattr(os, "listdir", refuse)
+    with pytest.raises(UserError, match=f"^--output={tmp_path} cannot be read .Permission denied"):
+        files.check_new_folder("--output", tmp_path)
