@@ -3,6 +3,7 @@
 The format is that of CIFAR-10, described at https://www.cs.toronto.edu/~kriz/cifar.html.
 """
 
+import contextlib
 import os
 import sys
 
@@ -212,6 +213,14 @@ def _suggest_cure(folder):
     return cure
 
 
+@contextlib.contextmanager
+def _unreadable_files_explained():
+    try:
+        yield
+    except OSError as error:
+        raise DataError(f"{error.filename} cannot be read ({error.strerror})") from error
+
+
 class ChangeDetector:
     """Detects changes to record files while they are being read.
 
@@ -225,6 +234,7 @@ class ChangeDetector:
       eval_data: bool; watch the test file instead of the training files.
     """
 
+    @_unreadable_files_explained()
     def __init__(self, folder, eval_data):
         paths = record_files(folder, eval_data)
         self._before = {path: os.stat(path) for path in paths}

@@ -144,7 +144,11 @@ def atomic_folder(folder):
 
 def check_new_folder(flag, folder):
     """Raises UserError if `folder`, the value of `flag`, exists and is not an empty folder."""
-    if os.path.lexists(folder) and not (os.path.isdir(folder) and not os.listdir(folder)):
+    try:
+        is_new = not os.path.lexists(folder) or (os.path.isdir(folder) and not os.listdir(folder))
+    except OSError as error:
+        raise UserError(f"{flag}={folder} cannot be read ({error.strerror})") from error
+    if not is_new:
         raise UserError(f"{flag}={folder} already exists; choose a new folder")
 
 

@@ -141,3 +141,14 @@ def test_a_mistake_of_uniform_color_is_drawn():
 def test_without_mistakes_a_text_is_drawn():
     sheet = decode(charts.draw_mistakes(np.zeros([0]), [], [], CLASS_NAMES))
     assert (sheet != 255).any()
+
+
+@pytest.mark.parametrize("name", ["猫", "Käse", "a\u00a0b", "😀"])
+def test_a_name_that_the_font_cannot_draw_is_replaced_by_its_number(name):
+    matrix = np.eye(3, dtype=int)
+    drawn = charts.draw_confusion_matrix(matrix, ["a", name, "c-d e"])
+    assert drawn == charts.draw_confusion_matrix(matrix, ["a", "1", "c-d e"])
+    assert drawn != charts.draw_confusion_matrix(matrix, ["a", "2", "c-d e"])
+    images = np.zeros([2, 24, 24, 3], np.float32)
+    drawn = charts.draw_mistakes(images, [1, 0], [0, 1], ["a", name])
+    assert drawn == charts.draw_mistakes(images, [1, 0], [0, 1], ["a", "1"])

@@ -352,3 +352,9 @@ def test_a_label_beyond_an_edited_number_of_classes_is_refused_with_both_cures(t
     write_dataset(tmp_path)
     with pytest.raises(DataError, match=r"has label 3 .* replace the file, .*NUM_CLASSES.* is 3$"):
         dataset.check_records(tmp_path, num_classes=3)
+
+
+def test_a_file_that_vanishes_before_it_can_be_watched_is_an_error(folder):
+    (folder / "data_batch_2.bin").unlink()
+    with pytest.raises(DataError, match=r"data_batch_2.bin cannot be read \(No such file or dir"):
+        dataset.ChangeDetector(folder, eval_data=False)

@@ -368,3 +368,12 @@ def test_the_hash_of_a_file_depends_on_its_whole_content(tmp_path):
     zeros = files.hash_file(path)
     path.write_bytes(bytes((1 << 20) - 1) + b"\x01")
     assert files.hash_file(path) != zeros
+
+
+def test_a_folder_that_cannot_be_listed_is_refused(tmp_path, monkeypatch):
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", path)
+
+    monkeypatch.setattr(os, "listdir", refuse)
+    with pytest.raises(UserError, match=f"^--output={tmp_path} cannot be read .Permission denied"):
+        files.check_new_folder("--output", tmp_path)
