@@ -304,7 +304,7 @@ class SVHN:
         if images.shape != shape or images.dtype != np.uint8:
             raise DataError(
                 f"{path}: X is {images.dtype} {list(images.shape)}, not uint8 {list(shape)}, which "
-                f"the {labels.size} labels in y require"
+                f"support/dataset.py and the {labels.size} labels in y require"
             )
         invalid = np.setdiff1d(labels, np.arange(1, 11))
         if invalid.size:

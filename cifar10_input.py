@@ -176,7 +176,7 @@ def read_cifar10(filename_queue):
 def _distorted_image(uint8image, size, distortion):
     """Distorts a training image: uint8 [32, 32, 3] to float32 [size, size, 3]."""
     image = tf.cast(uint8image, tf.float32)
-    image = tf.image.random_crop(image, [size, size, 3])
+    image = tf.image.random_crop(image, [size, size, image.shape[2]])
     if distortion.random_flip:
         image = tf.image.random_flip_left_right(image)
     # Standardization cancels the change in brightness, unless you remove standardization.

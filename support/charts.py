@@ -119,7 +119,7 @@ def draw_mistakes(images, labels, predictions, names):
 def _convert_to_8_bits(image):
     low, high = image.min(), image.max()
     scaled = (image - low) / max(high - low, 1e-6) * 255
-    return Image.fromarray(scaled.astype(np.uint8))
+    return Image.fromarray(np.broadcast_to(scaled.astype(np.uint8), (*scaled.shape[:2], 3)))
 
 
 def _drawable_name(names, label, font):

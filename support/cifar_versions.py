@@ -80,6 +80,7 @@ DEFAULT_NAMES = {
     "coarse": tuple(f"class {label}" for label in range(20)),
 }
 CIFAR_100_LABELS = ("coarse", "fine")  # the first two bytes of a record
+IMAGE_SHAPE = (32, 32, 3)  # height, width, depth
 
 
 def find_version(path, versions=VERSIONS):
@@ -140,6 +141,12 @@ def convert(path, flag, output, label_kind=""):
         written.
       UserError: the folder exists and is not empty.
     """
+    layout = (dataset.HEIGHT, dataset.WIDTH, dataset.DEPTH)
+    if layout != IMAGE_SHAPE:
+        raise DataError(
+            f"the images of --{flag} are {IMAGE_SHAPE}, but the constants in support/dataset.py "
+            f"are {layout} (height, width, depth)"
+        )
     version, path = _require_version(path, flag)
     class_names = DEFAULT_NAMES[label_kind]
     records = {}

@@ -17,7 +17,7 @@ from support.errors import DataError
 LABEL_BYTES = 1
 HEIGHT = 32  # pixels
 WIDTH = 32  # pixels
-DEPTH = 3  # color channels
+DEPTH = 3  # channels: 3 (red, green, blue) or 1 (gray)
 IMAGE_BYTES = DEPTH * HEIGHT * WIDTH
 RECORD_BYTES = LABEL_BYTES + IMAGE_BYTES
 

@@ -125,7 +125,8 @@ def _scale_and_crop(image):
     if image.has_transparency_data:
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image.convert("RGBA"))
-    return np.asarray(image.convert("RGB"))
+    pixels = np.asarray(image.convert("L" if dataset.DEPTH == 1 else "RGB"))
+    return pixels.reshape(dataset.HEIGHT, dataset.WIDTH, dataset.DEPTH)
 
 
 def _convert_to_interpolable(image, path, depths):

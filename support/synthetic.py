@@ -100,10 +100,14 @@ def _generate_records(count, generator):
 
 
 def _random_colors(hues, generator):
-    """Returns a color of random saturation and brightness per hue: float32 [count, 3, 1, 1]."""
+    """Returns a color of random saturation and brightness per hue: float32 [count, 3, 1, 1].
+
+    With a `dataset.DEPTH` of 1, it is a shade of gray: float32 [count, 1, 1, 1].
+    """
     saturations = generator.uniform(0.3, 1.0, hues.size)
     values = generator.uniform(80.0, 220.0, hues.size)
     colors = [
         colorsys.hsv_to_rgb(*hsv) for hsv in zip(hues % 1.0, saturations, values, strict=True)
     ]
-    return np.array(colors, np.float32)[:, :, np.newaxis, np.newaxis]
+    colors = np.array(colors, np.float32)[:, :, np.newaxis, np.newaxis]
+    return colors.mean(axis=1, keepdims=True) if dataset.DEPTH == 1 else colors

@@ -463,6 +463,12 @@ def test_a_missing_file_is_an_error_when_the_input_is_built(tmp_path, fast_ops):
         cifar10_input.inputs(True, str(tmp_path), 8, fast_ops=fast_ops)
 
 
+def test_a_grayscale_image_is_distorted(graph):
+    image = tf.zeros([32, 32, 1], tf.uint8)
+    distortion = cifar10_input.Distortion(63.0, 0.2, 1.8)
+    assert cifar10_input._distorted_image(image, 24, distortion).shape == [24, 24, 1]
+
+
 @both_pipelines
 def test_fewer_than_five_training_files_are_read(tmp_path, fast_ops):
     train, _ = write_dataset(tmp_path, train_counts=(40, 20))

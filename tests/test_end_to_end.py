@@ -15,6 +15,7 @@ import termios
 import threading
 import time
 
+import numpy as np
 import pytest
 from conftest import (
     ROOT,
@@ -538,3 +539,49 @@ assert cifar10.inference(cifar10.tf.zeros([1, 24, 24, 3])).shape == [1, 10]
     process = run_script("-c", code, *order)
     assert process.stdout == ""
     assert messages(process.stderr) == []
+
+
+@pytest.mark.parametrize(
+    ("constant", "value"), [("DEPTH", 1), ("HEIGHT", 64)], ids=["grayscale", "64 x 64"]
+)
+@pytest.mark.slow
+def test_an_edited_record_layout_takes_effect_in_every_script(tmp_path, constant, value):
+    for path in ROOT.glob("cifar10*.py"):
+        shutil.copy(path, tmp_path)
+    shutil.copytree(ROOT / "support", tmp_path / "support")
+    path = tmp_path / "support" / "dataset.py"
+    text = path.read_text()
+    names = ("HEIGHT", "WIDTH") if constant == "HEIGHT" else (constant,)
+    for name in names:
+        text, count = re.subn(rf"^{name} = \d+", f"{name} = {value}", text, flags=re.MULTILINE)
+        assert count == 1
+    path.write_text(text)
+
+    draw = np.random.default_rng(0).integers
+    for folder in ("train/a", "train/b", "test/a", "test/b"):
+        (tmp_path / "images" / folder).mkdir(parents=True)
+        for number in range(5):
+            image = Image.fromarray(draw(0, 256, [70, 64, 3]).astype(np.uint8))
+            image.save(tmp_path / "images" / folder / f"{number}.png")
+
+    def run(script, *flags):
+        return run_script(tmp_path / script, *flags)
+
+    data_flags = ("--synthetic_data", f"--data_dir={tmp_path}/data")
+    train_flags = ("--max_steps=2", "--batch_size=4", "--min_fraction_of_examples_in_queue=0.001")
+    run("cifar10_convert.py", f"--pictures={tmp_path}/images", f"--output={tmp_path}/converted")
+    for number, flags in enumerate((data_flags, (f"--data_dir={tmp_path}/converted",))):
+        for fast_ops in ("true", "false"):
+            train_dir = f"{tmp_path}/train_{number}_{fast_ops}"
+            flags_of_all = (*flags, f"--fast_ops={fast_ops}")
+            run("cifar10_train.py", f"--train_dir={train_dir}", *train_flags, *flags_of_all)
+    run(
+        "cifar10_eval.py",
+        "--run_once",
+        "--num_examples=40",
+        f"--checkpoint_dir={train_dir}",
+        f"--eval_dir={tmp_path}/eval",
+        f"--data_dir={tmp_path}/converted",
+    )
+    process = run("cifar10_predict.py", f"--checkpoint_dir={train_dir}", f"{tmp_path}/images/test")
+    assert len(process.stdout.splitlines()) == 10

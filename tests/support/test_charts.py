@@ -138,6 +138,15 @@ def test_a_mistake_of_uniform_color_is_drawn():
     assert (sheet[4:76, 4:76] == sheet[4, 4]).all()
 
 
+def test_mistakes_of_a_single_channel_are_drawn_in_gray():
+    images = np.random.default_rng(0).normal(size=[2, 24, 24, 1])
+    sheets = [
+        charts.draw_mistakes(each, [3, 4], [5, 6], CLASS_NAMES)
+        for each in (images, images.repeat(3, axis=3))
+    ]
+    assert sheets[0] == sheets[1]
+
+
 def test_without_mistakes_a_text_is_drawn():
     sheet = decode(charts.draw_mistakes(np.zeros([0]), [], [], CLASS_NAMES))
     assert (sheet != 255).any()

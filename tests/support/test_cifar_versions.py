@@ -369,6 +369,14 @@ def test_records_of_another_size_are_refused(tmp_path):
         convert(write_folder(tmp_path / "a", content), tmp_path / "out", "cifar100", "fine")
 
 
+def test_another_record_layout_is_refused(tmp_path, monkeypatch):
+    content, _ = make_python_10()
+    folder = write_folder(tmp_path / "a", content)
+    monkeypatch.setattr(dataset, "DEPTH", 1)
+    with pytest.raises(DataError, match=r"are \(32, 32, 3\), but the constants .*\(32, 32, 1\)"):
+        convert(folder, tmp_path / "out")
+
+
 def test_an_existing_dataset_is_not_overwritten(tmp_path):
     content, _ = make_python_10()
     folder = write_folder(tmp_path / "a", content)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile, ImageOps
 
+from support import dataset
 from support.image_files import ImageError, describe_depths, find_images, read_image
 
 RED, BLUE = (255, 0, 0), (0, 0, 255)
@@ -309,6 +310,14 @@ def test_an_image_is_turned_upright_if_other_exif_data_is_damaged(tmp_path):
     read = save_and_read(tmp_path / "photo.png", Image.fromarray(pixels), exif=damaged)
     assert (read[:16] == RED).all()
     assert (read[16:] == 255).all()
+
+
+def test_a_depth_of_1_gives_grayscale_pixels(tmp_path, monkeypatch):
+    monkeypatch.setattr(dataset, "DEPTH", 1)
+    image = Image.fromarray(draw_scene(32))
+    read = save_and_read(tmp_path / "image.png", image)
+    assert read.shape == (32, 32, 1)
+    np.testing.assert_array_equal(read[..., 0], np.asarray(image.convert("L")))
 
 
 def test_paths_that_are_not_images_are_reported_with_the_reason(tmp_path):
