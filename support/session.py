@@ -136,12 +136,18 @@ def has_steps_left(options, settings, worker=None):
             file=sys.stderr,
         )
         return False
-    trained = checkpoints.read_settings(newest)
-    if reason := checkpoints.explain_mismatch(newest, trained, settings, "--train_dir"):
-        raise UserError(reason)
+    trained = _check_settings(newest, settings)
     for change in checkpoints.find_changes(trained, settings):
         tf.logging.warning("Resuming from %s: %s.", newest, change)
     return True
+
+
+def _check_settings(newest, settings):
+    """Returns the settings of a checkpoint; raises UserError if `settings` cannot resume it."""
+    trained = checkpoints.read_settings(newest)
+    if reason := checkpoints.explain_mismatch(newest, trained, settings, "--train_dir"):
+        raise UserError(reason)
+    return trained
 
 
 def _read_step_or_suggest_another(train_dir, newest):
@@ -205,6 +211,10 @@ def training_session(
         signals = stack.enter_context(DeferredSignals())
         if is_chief:
             stack.enter_context(_lock(options.train_dir))
+            # Another process may have trained here since `has_steps_left` released the lock.
+            with _usable(options.train_dir):
+                if newest := checkpoints.find_checkpoint_to_resume(options.train_dir):
+                    _check_settings(newest, settings)
             checkpoints.record_settings(settings)
             _record_start(os.path.join(options.train_dir, RUN_FILE), flags or {}, settings)
         # Relative paths allow the folder to be moved, and keep training in a copy from deleting

@@ -191,6 +191,15 @@ def test_a_run_that_another_process_has_finished_meanwhile_trains_no_further_ste
     assert saved_step(tmp_path) == 5
 
 
+def test_a_run_of_another_model_that_another_process_has_started_meanwhile_is_refused(tmp_path):
+    assert has_steps_left(tmp_path, 5)
+    train(tmp_path, max_steps=3, settings=SETTINGS._replace(class_names=("a", "b")))
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(UserError, match="model.ckpt-3 was trained .*--train_dir"):
+        train(tmp_path, max_steps=5)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
 def test_checkpoints_are_saved_and_kept_as_the_options_say(tmp_path):
     train(tmp_path, max_steps=9, save_checkpoint_steps=2, max_checkpoints_to_keep=2)
     assert saved_steps(tmp_path) == {8, 9}
