@@ -74,6 +74,10 @@ class PathFlag(flags.Flag):
             problem = f"only local paths {f'and {urls} URLs ' if urls else ''}are supported"
         elif expanded.startswith("~"):
             problem = f"there is no home folder for {path.partition('/')[0]}"
+        elif any("\ud800" <= character <= "\udfff" for character in expanded):  # other bytes
+            raise flags.IllegalFlagValueError(
+                f"flag --{self.name}={expanded!a}: TensorFlow reads only paths in UTF-8"
+            )
         if problem:
             raise flags.IllegalFlagValueError(
                 f"flag --{self.name}={path}: {problem}; write ./{path} if it is a local path"

@@ -166,7 +166,7 @@ def has_steps_left(options, settings, worker=None):
 
 
 def _check_settings(newest, settings):
-    """Returns a checkpoint's settings. Raises UserError if they do not allow `settings`."""
+    """Returns the settings of a checkpoint; raises UserError if `settings` cannot resume it."""
     trained = checkpoints.read_settings(newest)
     if reason := checkpoints.explain_mismatch(newest, trained, settings, "--train_dir"):
         raise UserError(reason)

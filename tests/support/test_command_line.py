@@ -692,6 +692,13 @@ def test_a_path_flag_refuses_the_home_folder_of_an_unknown_user():
 
 
 @pytest.mark.usefixtures("path_flag")
+def test_a_path_flag_refuses_bytes_that_are_not_utf_8():
+    with pytest.raises(flags.IllegalFlagValueError, match=r"only paths in UTF-8") as error:
+        FLAGS.some_path = os.fsdecode(b"/tmp/\xff")
+    str(error.value).encode("ascii")
+
+
+@pytest.mark.usefixtures("path_flag")
 def test_a_path_flag_can_accept_urls_with_some_schemes():
     for url in ("http://example.org/~me/x", "file:///tmp/~x", "HTTP://example.org"):
         FLAGS.source = url
@@ -709,7 +716,7 @@ def test_a_path_flag_can_accept_urls_with_some_schemes():
         ("cifar10_train", ["train_dir"]),
         ("cifar10_eval", ["eval_dir", "checkpoint_dir"]),
         ("cifar10_predict", ["export_dir"]),
-        ("cifar10_convert", ["pictures", "svhn", "output"]),
+        ("cifar10_convert", ["pictures", "svhn", "cifar10_python", "cifar100", "output"]),
     ],
 )
 def test_every_flag_for_a_path_expands_home_folders_and_refuses_other_file_systems(
