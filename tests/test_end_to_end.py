@@ -467,7 +467,8 @@ def test_help_begins_with_the_docstring_and_the_scripts_own_flags(script):
     assert messages(process.stderr) == []
     source = (ROOT / script).read_text()
     assert process.stdout.startswith(ast.get_docstring(ast.parse(source), clean=False))
-    defined = re.findall(r'^flags\.DEFINE_\w+\(\s*"(\w+)"', source, re.MULTILINE)
+    definition = r'^flags\.DEFINE_\w+\(\s*(?:command_line\.PathFlag\(\s*)?"(\w+)"'
+    defined = re.findall(definition, source, re.MULTILINE)
     last = ["cluster_timeout_secs", "shard_data"] if script == "cifar10_train.py" else []
     first = [name for name in defined if name not in last]
     shown = flags_in_help(process.stdout)
