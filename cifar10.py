@@ -111,6 +111,7 @@ flags.DEFINE_float(
     "well). The L2 loss is half the sum of the squared weights. 0 turns weight decay off.",
 )
 flags.register_validator("data_dir", bool, "it must name a folder")
+command_line.check_path_flags(["data_dir"])
 command_line.check_flags(
     ["initial_learning_rate", "num_epochs_per_decay"],
     lambda value: 0 < value <= 1e9,  # float32 and int64 can hold the results

@@ -61,6 +61,7 @@ flags.DEFINE_boolean(
     "Use the moving averages of the variables. With false, use the variables themselves.",
 )
 command_line.check_flags(["eval_dir", "checkpoint_dir"], bool, "it must name a folder")
+command_line.check_path_flags(["eval_dir", "checkpoint_dir"])
 
 RESULTS_FILE = "results.jsonl"
 MAX_MISTAKES = 36  # images on the sheet of mistakes

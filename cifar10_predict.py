@@ -39,6 +39,7 @@ flags.DEFINE_string(
     "Folder to write the model to, as a SavedModel. It must be new or empty.",
 )
 flags.register_validator("export_dir", lambda value: value != "", "it must name a folder")
+command_line.check_path_flags(["export_dir"])
 flags.register_validator(
     "export_dir",
     lambda value: re.search(r"\[[^/]*\]|\\", value or "") is None,

@@ -85,6 +85,7 @@ flags.DEFINE_boolean(
     "in its own random order.",
 )
 flags.register_validator("train_dir", bool, "it must name a folder")
+command_line.check_path_flags(["train_dir"])
 CLUSTER_FLAGS = ("Flags for several machines (TF_CONFIG)", ["cluster_timeout_secs", "shard_data"])
 
 

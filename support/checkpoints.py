@@ -181,7 +181,12 @@ def find_readable(folder):
 
 def _list_checkpoints(folder):
     """Returns the paths of all checkpoints in a folder, complete or not, the highest step first."""
-    names = os.listdir(folder) if os.path.isdir(folder) else []
+    try:
+        names = os.listdir(folder)
+    except (FileNotFoundError, NotADirectoryError):
+        names = []
+    except OSError as error:
+        raise UserError(f"cannot read the folder {folder}: {error.strerror}") from error
     found = {
         name.removesuffix(".index")
         for name in names
@@ -216,7 +221,8 @@ def path_for_restore(checkpoint):
     with tempfile.TemporaryDirectory(dir=parent) as folder:
         link = os.path.join(folder, "checkpoint")
         for path in _files_of(checkpoint):
-            os.symlink(os.path.abspath(path), link + path[len(checkpoint) :])
+            suffix = os.path.basename(path).removeprefix(os.path.basename(checkpoint))
+            os.symlink(os.path.abspath(path), f"{link}{suffix}")
         yield link
 
 

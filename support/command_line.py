@@ -39,6 +39,18 @@ def check_flags(names, is_valid, rule):
         flags.register_validator(name, is_valid, rule)
 
 
+def check_path_flags(names):
+    """Registers a validator for flags that hold paths: TensorFlow takes only those in UTF-8.
+
+    Python represents other bytes in a path by surrogates, which cannot be encoded.
+    """
+
+    def is_unicode(path):
+        return not any("\ud800" <= character <= "\udfff" for character in path or "")
+
+    check_flags(names, is_unicode, "TensorFlow needs a path in UTF-8")
+
+
 def flag_or_constant(name, constant):
     """Returns the value of a flag if one was given, otherwise a constant.
 

@@ -164,6 +164,7 @@ def test_a_folder_means_itself_whatever_its_name(tmp_path, name, matched):
     assert restore(folder) == (path, 3, 3.5)
     shutil.rmtree(other)
     assert restore(folder) == (path, 3, 3.5)
+    assert restore(f"{folder}//") == (f"{folder}//model.ckpt-3", 3, 3.5)
     remove(path)
     assert checkpoints.find_latest_checkpoint(str(folder)) is None
 
@@ -254,6 +255,12 @@ def test_without_a_state_file_the_readable_checkpoint_of_the_highest_step_is_use
     assert checkpoints.require_checkpoint(str(tmp_path)) == newest
     assert warnings == []
     assert not (tmp_path / "checkpoint").exists()
+
+
+def test_a_folder_that_cannot_be_listed_is_a_one_line_error():
+    message = "^cannot read the folder /tmp/x+: File name too long$"
+    with pytest.raises(UserError, match=message):
+        checkpoints.require_checkpoint(f"/tmp/{'x' * 300}")
 
 
 @pytest.mark.parametrize("suffix", ["", ".index", ".meta", ".data-00000-of-00001"])
