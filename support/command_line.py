@@ -76,7 +76,7 @@ class PathFlag(flags.Flag):
             problem = f"there is no home folder for {path.partition('/')[0]}"
         elif any("\ud800" <= character <= "\udfff" for character in expanded):  # other bytes
             raise flags.IllegalFlagValueError(
-                f"flag --{self.name}={expanded!a}: TensorFlow reads only paths in UTF-8"
+                f"flag --{self.name}={expanded!a}: TensorFlow needs a path in UTF-8"
             )
         if problem:
             raise flags.IllegalFlagValueError(

@@ -7,11 +7,13 @@ edited, and flags. tests/test_cifar10.py tests the variables and the operations 
 import inspect
 import itertools
 import json
+import os
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+from absl import flags
 from conftest import (
     ROOT,
     make_records,
@@ -25,6 +27,7 @@ import cifar10
 import cifar10_eval
 import cifar10_input
 import cifar10_multi_gpu_train
+import cifar10_predict  # noqa: F401
 import cifar10_train
 from support import dataset, fast_input
 from support.errors import DataError, UserError
@@ -694,6 +697,15 @@ def test_a_fork_can_distort_and_batch_its_own_images(tmp_path):
     with running_queues() as session:
         images, labels = session.run([images, labels])
     assert (images.shape, labels.shape) == ((8, 28, 28, 3), (8,))
+
+
+@pytest.mark.parametrize(
+    "flag", ["data_dir", "train_dir", "eval_dir", "checkpoint_dir", "export_dir"]
+)
+def test_each_path_that_tensorflow_gets_must_be_unicode(flag):
+    setattr(FLAGS, flag, "/tmp/käse猫")
+    with pytest.raises(flags.IllegalFlagValueError, match=f"--{flag}=.*a path in UTF-8"):
+        setattr(FLAGS, flag, os.fsdecode(b"/tmp/k\xe4se"))
 
 
 @pytest.mark.parametrize(
