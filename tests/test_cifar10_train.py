@@ -165,7 +165,7 @@ class Stop(Exception):  # noqa: N818
     ],
 )
 def test_gpus_that_stay_unused_are_reported(tmp_path, monkeypatch, trainer, gpus, line):
-    def stop(*arguments):
+    def stop(*arguments, **named):
         raise Stop
 
     write_dataset(tmp_path)
