@@ -535,8 +535,8 @@ def decayed_learning_rate(global_step, examples_per_step, examples_per_epoch=Non
     """Returns the learning rate at a step, and shows it in TensorBoard.
 
     By default, it drops to a tenth every 350 epochs. With N towers, an epoch takes 1/N as many
-    steps. If a resumed run has another number of images per step than before, the images that it
-    has seen count.
+    steps. If the number of images per step has changed when a run is resumed, the schedule counts
+    the images that the run has seen instead of its steps.
 
     Args:
       global_step: int []; the number of updates so far.

@@ -23,8 +23,8 @@ http://ufldl.stanford.edu/housenumbers/ to a folder:
 
     python cifar10_convert.py --svhn=downloads --output=/tmp/svhn
 
-CIFAR-10 for Python (as Keras and torchvision download it) and CIFAR-100 are converted from the
-folder or the archive. The records keep their order:
+The Python version of CIFAR-10 (the one that Keras and torchvision download) and both versions of
+CIFAR-100 are converted from the folder or the archive. The records keep their order:
 
     python cifar10_convert.py --cifar10_python=cifar-10-python.tar.gz --output=/tmp/cifar10
     python cifar10_convert.py --cifar100=cifar-100-binary.tar.gz --output=/tmp/cifar100
@@ -72,7 +72,7 @@ flags.DEFINE_flag(
     command_line.PathFlag(
         "cifar10_python",
         None,
-        "CIFAR-10 for Python: the folder cifar-10-batches-py or the archive "
+        "The Python version of CIFAR-10: the folder cifar-10-batches-py or the archive "
         "cifar-10-python.tar.gz.",
     )
 )
@@ -80,7 +80,7 @@ flags.DEFINE_flag(
     command_line.PathFlag(
         "cifar100",
         None,
-        "CIFAR-100, binary or for Python: the folder or the archive of that version.",
+        "The binary or the Python version of CIFAR-100: its folder or its archive.",
     )
 )
 flags.DEFINE_enum(

@@ -149,9 +149,9 @@ def eval_once(
     Args:
       saver: the `tf.train.Saver` that restores the variables.
       summary_writer: a `tf.summary.FileWriter` or `summaries.Writer`.
-      top_k_op: bool [batch]; whether each prediction is correct. (`tf.nn.in_top_k` counts a tie as
-        correct: with equal logits, every image.) Its input should end after one epoch, so that
-        each image counts once.
+      top_k_op: bool [batch]; whether each prediction is correct. (`tf.nn.in_top_k` counts ties as
+        correct, so if all logits are equal, every image counts as correct.) Its input should end
+        after one epoch, so that each image counts once.
       summary_op: string []; the serialized summaries to write for the first batch, or None.
       checkpoint: path; the newest checkpoint in --checkpoint_dir if None.
       num_examples: int; the number of images to evaluate; it is an error if there are fewer. If

@@ -1,7 +1,7 @@
-"""Lets processes take turns, so that the drift of a machine's speed affects all of them alike.
+"""Lets processes take turns, so that changes in a machine's speed affect all of them equally.
 
-A contender is a process that reads numbers of steps from stdin, a line each, and answers with the
-seconds per step. While it waits for a line, it does not use the CPU.
+A contender is a process that reads numbers of steps from stdin, one per line, and prints the
+seconds per step for each. While it waits for a line, it does not use the CPU.
 """
 
 import os

@@ -58,12 +58,12 @@ class TrainingSettings(NamedTuple):
 def find_latest_checkpoint(path):
     """Returns the path of the newest checkpoint, or None if there is none.
 
-    It is the one that the state file names: the file `checkpoint`, which TensorFlow writes. If
-    there is no such file, or it names a missing checkpoint, it is that of the highest step.
+    It is the one named in the state file `checkpoint`, which TensorFlow writes. If there is no
+    such file, or it names a missing checkpoint, it is the readable one with the highest step.
 
     Args:
-      path: a folder, or a checkpoint, which is then the result. The checkpoint's path may end like
-        that of one of its files, for example in `.index`.
+      path: a folder; or a checkpoint, which is then returned itself. For a checkpoint, this may
+        also be the path of one of its files, for example `model.ckpt-1000.index`.
     """
     if (single := find_single_checkpoint(path)) is not None:
         return single
@@ -84,7 +84,7 @@ def find_single_checkpoint(path):
 
 def exists(checkpoint):
     """Returns whether a checkpoint exists, in the current format or in that of 2015."""
-    # `tf.train.checkpoint_exists` would take the path for a pattern.
+    # `tf.train.checkpoint_exists` would treat the path as a pattern.
     return os.path.isfile(f"{checkpoint}.index") or os.path.isfile(checkpoint)
 
 
@@ -221,9 +221,9 @@ def _is_pattern(path):
 def path_for_restore(checkpoint):
     r"""Yields a path of a checkpoint that `tf.train.Saver` and TensorFlow's reader can restore.
 
-    They take a path for a pattern when they look for its files: `run[1]` matches `run1`. Then they
-    open the path itself, so quoting does not help. Instead of a path with one of the characters
-    `*?[\`, the function yields that of links in a temporary folder.
+    They treat a path as a pattern when they look for its files: `run[1]` matches `run1`. Then they
+    open the path itself, so quoting does not help. If the path has one of the characters `*?[\`,
+    this function yields the path of links to the files, in a temporary folder.
     """
     if not _is_pattern(checkpoint):
         yield checkpoint
@@ -371,7 +371,7 @@ def read_settings(checkpoint):
         return parse_settings(text)
     except FileNotFoundError:
         if exists(checkpoint):  # otherwise a trainer has deleted it
-            _warn_once(f"{path} is missing: what this checkpoint was trained on is not checked.")
+            _warn_once(f"{path} is missing, so the settings of this checkpoint are not checked.")
         return None
     except (OSError, DecodeError, ValueError, TypeError) as error:
         raise CheckpointError(

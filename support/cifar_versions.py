@@ -1,7 +1,7 @@
 """The versions of CIFAR-10 and CIFAR-100 that the scripts cannot read directly.
 
-These are CIFAR-10 for Python, which Keras and torchvision download, and CIFAR-100, binary and for
-Python. All of them are described at https://www.cs.toronto.edu/~kriz/cifar.html.
+These are the Python version of CIFAR-10, which Keras and torchvision download, and the binary and
+the Python version of CIFAR-100. See https://www.cs.toronto.edu/~kriz/cifar.html.
 """
 
 import contextlib
@@ -43,7 +43,7 @@ class Version(NamedTuple):
 
 VERSIONS = (
     Version(
-        "CIFAR-10 for Python",
+        "the Python version of CIFAR-10",
         "cifar10_python",
         "cifar-10-batches-py",
         "cifar-10-python.tar.gz",
@@ -52,7 +52,7 @@ VERSIONS = (
         ("batches.meta",),
     ),
     Version(
-        "CIFAR-100 (binary)",
+        "the binary version of CIFAR-100",
         "cifar100",
         "cifar-100-binary",
         "cifar-100-binary.tar.gz",
@@ -61,7 +61,7 @@ VERSIONS = (
         ("fine_label_names.txt", "coarse_label_names.txt"),
     ),
     Version(
-        "CIFAR-100 for Python",
+        "the Python version of CIFAR-100",
         "cifar100",
         "cifar-100-python",
         "cifar-100-python.tar.gz",
@@ -263,7 +263,7 @@ _FROM_BUFFER = np.empty(0).__reduce_ex__(5)[0]
 
 
 def _encode(text, encoding):
-    """Replaces `codecs.encode`, to which Python 3 refers for bytes in protocol 2."""
+    """Replaces `codecs.encode`, which Python 3's pickles of protocol 2 call to create bytes."""
     return text.encode("latin1")
 
 

@@ -96,7 +96,7 @@ def _refuse_other_versions(data_dir, url):
             command = cifar_versions.suggest_conversion(*found, data_dir)
             raise DataError(
                 f"{found[1]} is {found[0].title}, which the scripts cannot read; convert it with "
-                f"{command} and run the same command again"
+                f"{command}, then run this script again"
             )
 
 
@@ -113,7 +113,7 @@ def _download(url, archive, sha256, size):
     versions = [each for each in cifar_versions.VERSIONS if each.flag == "cifar10_python"]
     if found := cifar_versions.find_version(os.path.expanduser("~/.keras/datasets"), versions):
         command = cifar_versions.suggest_conversion(*found, data_dir)
-        print(f"To use the copy that Keras has, press Ctrl-C and run {command}", file=sys.stderr)
+        print(f"To use the copy from Keras, press Ctrl-C and run {command}", file=sys.stderr)
     part = f"{archive}.part"
     try:
         is_resumed = _fetch_with_retries(url, part, size)

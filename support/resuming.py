@@ -1,8 +1,8 @@
 """Where a resumed run continues: at which step, and after how many images.
 
-`session.training_graph` records both in the graph. The input of a resumed run then draws other
-random numbers than the run did at its start, and the learning rate schedule continues after the
-images seen so far, even if a step now consumes another number of images.
+`session.training_graph` records both in the graph. The input of a resumed run then draws different
+random numbers than at the start of the run, and the learning rate schedule continues from the
+number of images seen so far, even if a step now consumes a different number of images.
 """
 
 import contextlib
@@ -47,7 +47,7 @@ def input_seed():
 
 
 def examples_offset(examples_per_step):
-    """Returns the images seen so far minus those that as many steps of now would have consumed.
+    """Returns the images seen so far, minus the number that as many steps would consume now.
 
     Args:
       examples_per_step: int; images that one step consumes now, over all towers or workers.

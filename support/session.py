@@ -101,10 +101,10 @@ def watch_queue(size, min_size):
 
 @contextlib.contextmanager
 def training_graph(seed=None, worker=None, train_dir=None):
-    """Yields a new default graph. In its context, stdout and stderr are dispensable.
+    """Yields a new default graph. In its context, work continues if stdout or stderr is lost.
 
-    If it resumes a run, its input draws other random numbers than at the start of that run, and
-    its learning rate schedule continues after the images seen so far.
+    If it resumes a run, its input draws different random numbers than at the start of that run, and
+    its learning rate schedule continues from the number of images seen so far.
 
     Args:
       seed: int; the seed of all random operations. Drawn at random if None.
@@ -513,10 +513,10 @@ class _ProgressHook(tf.train.SessionRunHook):
 
 
 class _CheckpointHook(tf.train.SessionRunHook):
-    """Saves a checkpoint of step 0, then at the intervals of the options, and of the last step.
+    """Saves a checkpoint at step 0, at the intervals given by the options, and at the last step.
 
-    The step from which a run is resumed is not saved again: its checkpoint says what it was trained
-    with, and the settings may have changed since. Variables that are not finite are not saved.
+    The step from which a run is resumed is not saved again: its checkpoint records what it was
+    trained with, and the settings may have changed. Variables that are not finite are not saved.
 
     Args:
       progress: `_ProgressHook`, which must run before this one.

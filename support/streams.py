@@ -1,7 +1,8 @@
-"""Standard output and standard error that may be lost while a script runs.
+"""Handles the loss of standard output and standard error while a script runs.
 
-The reader of a pipe exits, a terminal goes away with its ssh connection, or the disk that holds the
-log is full. This must not end work whose results are elsewhere.
+They are lost when the reader of a pipe exits, when a terminal closes because its ssh connection is
+lost, or when the disk that holds the log is full. This must not end work whose results are stored
+elsewhere.
 """
 
 import contextlib
@@ -60,11 +61,11 @@ def _redirect_to_null_device(descriptor):
 
 @contextlib.contextmanager
 def dispensable():
-    """A context in which work continues when stdout or stderr cannot be written any more.
+    """A context in which work continues when stdout or stderr can no longer be written.
 
     One line on stderr reports the loss of stdout.
     """
-    notice = "Continuing without standard output, which cannot be written any more"
+    notice = "Continuing without standard output, which can no longer be written"
     with contextlib.ExitStack() as stack:
         if sys.stderr is not None:
             stack.enter_context(contextlib.redirect_stderr(_Output(sys.stderr)))

@@ -91,8 +91,8 @@ def _warn_of_slow_bfloat16():
     support = find_bfloat16_support()
     if support == "emulated":
         tf.logging.warning(
-            "--use_fp16: this processor has no bfloat16 instructions and emulates them; training "
-            "can take three times as long as in float32."
+            "--use_fp16: this processor has no bfloat16 instructions, so they are emulated; "
+            "training can take three times as long as in float32."
         )
     elif support == "none":
         tf.logging.warning(
@@ -110,8 +110,8 @@ def find_bfloat16_support(cpuinfo="/proc/cpuinfo"):
       cpuinfo: path of Linux's description of the processor.
 
     Returns:
-      "native", with bfloat16 instructions, or if the processor is unknown; "emulated"; or "none",
-      if it computes in float32 in spite of the request.
+      "native" if the processor has bfloat16 instructions or is unknown; "emulated" if it has only
+      AVX512; "none" if TensorFlow computes in float32 although 16 bits were requested.
     """
     try:
         with open(cpuinfo) as file:

@@ -379,7 +379,7 @@ def test_training_goes_on_when_the_reader_of_stdout_exits(data_dir, train_dir, s
         process.stdout.close()
         code, errors = process.wait(timeout=100), messages(process.stderr.read())
     assert code == 0
-    reason = "Continuing without standard output, which cannot be written any more (Broken pipe)"
+    reason = "Continuing without standard output, which can no longer be written (Broken pipe)"
     assert errors[-1] == reason
     assert saved_step(train_dir) == 20
 

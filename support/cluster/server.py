@@ -68,7 +68,8 @@ def _resolve(address, timeout):
                     "wait longer with --cluster_timeout_secs"
                 ) from error
         if waited >= NOTICE_DELAY and not is_announced:
-            print(f"Waiting until the host of {address} is known", file=sys.stderr, flush=True)
+            notice = f"Waiting until the host name of {address} can be resolved"
+            print(notice, file=sys.stderr, flush=True)
             is_announced = True
         time.sleep(POLL_INTERVAL)
 

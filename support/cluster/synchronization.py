@@ -75,9 +75,9 @@ class SynchronizedStep:
     a queue. When every worker has added its gradients, the chief applies their average and puts a
     token for each worker into the queue. Gradients of an earlier step are dropped.
 
-    The steps of the gradients are the numbers of the updates since the parameter servers started.
-    The global step would not do: a chief that restarts sets it back to that of a checkpoint, and
-    gradients from before the restart would pass as those of a later step.
+    Gradients are numbered by the updates since the parameter servers started, not by the global
+    step. A restarted chief sets the global step back to that of a checkpoint, so gradients from
+    before the restart would be mistaken for those of a later step.
 
     Args:
       gradients: list of (gradient, variable) of this worker.

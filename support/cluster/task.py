@@ -120,7 +120,9 @@ def _parse_cluster(jobs):
     jobs = {job: tasks for job, tasks in jobs.items() if tasks and job != "evaluator"}
     if "master" in jobs:
         if "chief" in jobs:
-            raise UserError("TF_CONFIG has a job `chief` and a job `master`: two names of one job")
+            raise UserError(
+                "TF_CONFIG has a job `chief` and a job `master`, which mean the same; remove one"
+            )
         jobs["chief"] = jobs.pop("master")
     if unknown := sorted(jobs.keys() - set(TASK_TYPES)):
         raise UserError(
@@ -168,7 +170,7 @@ def _parse_task(task, cluster):
     try:
         index = None if index is None else int(str(index))
     except ValueError as error:
-        raise _malformed(f"the `index` of the task is {index!r}, not a number from 0") from error
+        raise _malformed(f"the `index` of the task is {index!r}, not an integer") from error
     return Task(cluster, type_, index)
 
 

@@ -266,7 +266,7 @@ def serve_parameters(task, config, timeout):
     Args:
       task: the `Task`.
       config: the `tf.ConfigProto` from `session_config`.
-      timeout: seconds that the chief, or the host name of this task, may be missing.
+      timeout: seconds to wait for a missing chief, or for the host name of this task to be known.
 
     Raises:
       UserError: the server cannot start, the chief has failed or is missing for too long, or

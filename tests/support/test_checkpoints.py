@@ -376,7 +376,7 @@ def test_a_missing_meta_file_causes_one_warning_and_leaves_the_settings_unknown(
     for _ in range(2):
         assert checkpoints.read_settings(path) is None
     assert warnings == [
-        f"{path}.meta is missing: what this checkpoint was trained on is not checked."
+        f"{path}.meta is missing, so the settings of this checkpoint are not checked."
     ]
 
 

@@ -255,7 +255,7 @@ def test_other_versions_of_cifar_are_not_downloaded_again(tmp_path, name, flags)
     assert sorted(data_dir.rglob("*")) == before
     message = str(error.value)
     assert "\n" not in message
-    command = re.search("convert it with (.*) and run the same command again", message)[1]
+    command = re.search("convert it with (.*), then run this script again", message)[1]
     script, *arguments = shlex.split(command)[1:]
     flag, _, rest = flags.partition("=")
     folder, *labels = rest.split(" ")
@@ -270,7 +270,7 @@ def test_another_version_as_the_source_is_refused_at_once(tmp_path):
     path = tmp_path / "cifar-10-python.tar.gz"
     path.write_bytes(b"1")
     for url in (str(path), path.as_uri()):
-        message = f"{path} is CIFAR-10 for Python, .* --cifar10_python={path} --output="
+        message = f"{path} is the Python version of CIFAR-10, .* --cifar10_python={path} --output="
         with pytest.raises(DataError, match=message):
             download.maybe_download_and_extract(tmp_path / "data", url)
     assert not (tmp_path / "data").exists()

@@ -33,7 +33,7 @@ def test_work_continues_when_stdout_is_lost_and_one_line_says_so(monkeypatch, ca
                 done.append(number)
     assert done == [0, 1, 2]
     assert capsys.readouterr().err == (
-        "Continuing without standard output, which cannot be written any more "
+        "Continuing without standard output, which can no longer be written "
         f"({os.strerror(REASONS[reason])})\n"
     )
 

@@ -158,7 +158,7 @@ def warnings(monkeypatch):
     ("support", "gpus", "expected"),
     [
         ("native", [], []),
-        ("emulated", [], ["emulates"]),
+        ("emulated", [], ["emulated"]),
         ("none", [], ["--use_fp16 has no effect"]),
         ("none", ["GPU"], []),
     ],

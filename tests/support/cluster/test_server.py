@@ -101,7 +101,8 @@ def test_a_task_waits_until_its_own_host_name_is_known(capsys, monkeypatch, hide
     hide_host("localhost", count=2)
     start_server(single(f"localhost:{port}"), session_config(), timeout=60)
     assert is_reachable(f"localhost:{port}")
-    assert capsys.readouterr().err == f"Waiting until the host of localhost:{port} is known\n"
+    notice = f"Waiting until the host name of localhost:{port} can be resolved\n"
+    assert capsys.readouterr().err == notice
 
 
 def test_a_host_name_that_stays_unknown_is_an_error_after_the_timeout(hide_host):
