@@ -53,6 +53,7 @@ TOWER_NAME = "tower"
 
 DATA_URL = download.DATA_URL
 
+command_line.forget_flags_of(__file__)
 flags.DEFINE_flag(command_line.PathFlag("data_dir", "/tmp/cifar10_data", "Folder for the dataset."))
 flags.DEFINE_boolean(
     "synthetic_data",

@@ -59,6 +59,7 @@ flags.DEFINE_flag(
         None,
         "Folder that contains your images as train/CLASS/* and test/CLASS/*, or as CLASS/* if you "
         "give --test_fraction. Images can be PNG, JPEG, GIF, BMP or WebP files of any size.",
+        is_for_tensorflow=False,
     )
 )
 flags.DEFINE_flag(
@@ -66,6 +67,7 @@ flags.DEFINE_flag(
         "svhn",
         None,
         f"Folder with train_32x32.mat and test_32x32.mat, the cropped digits from {SVHN_URL}.",
+        is_for_tensorflow=False,
     )
 )
 flags.DEFINE_flag(
@@ -74,6 +76,7 @@ flags.DEFINE_flag(
         None,
         "The Python version of CIFAR-10: the folder cifar-10-batches-py or the archive "
         "cifar-10-python.tar.gz.",
+        is_for_tensorflow=False,
     )
 )
 flags.DEFINE_flag(
@@ -81,6 +84,7 @@ flags.DEFINE_flag(
         "cifar100",
         None,
         "The binary or the Python version of CIFAR-100: its folder or its archive.",
+        is_for_tensorflow=False,
     )
 )
 flags.DEFINE_enum(
@@ -95,6 +99,7 @@ flags.DEFINE_flag(
         None,
         "Folder to create for the dataset; pass it to the other scripts as --data_dir. It may "
         "exist if it is empty.",
+        is_for_tensorflow=False,
     )
 )
 flags.DEFINE_float(

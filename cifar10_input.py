@@ -34,7 +34,7 @@ MAX_BRIGHTNESS_DELTA = 63.0  # pixel values range from 0 to 255
 MIN_CONTRAST_FACTOR = 0.2
 MAX_CONTRAST_FACTOR = 1.8
 
-CROP_SIZE_RULE = "it must be 8 to 32"
+CROP_SIZE_RULE = f"it must be 8 to {min(dataset.HEIGHT, dataset.WIDTH)}"
 
 
 def is_valid_crop_size(size):
@@ -42,6 +42,7 @@ def is_valid_crop_size(size):
     return 8 <= size <= min(dataset.HEIGHT, dataset.WIDTH)
 
 
+command_line.forget_flags_of(__file__)
 flags.DEFINE_boolean(
     "fast_ops",
     True,
@@ -300,7 +301,7 @@ def num_examples_per_epoch(data_dir, eval_data=False):
         return constant
     try:
         return dataset.count_records(data_dir, eval_data)
-    except (FileNotFoundError, NotADirectoryError):  # for example to inspect only the graph
+    except OSError:  # prediction needs no dataset; training and evaluation check it before
         return constant
 
 

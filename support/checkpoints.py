@@ -202,7 +202,7 @@ def _list_checkpoints(folder):
     found = {
         name.removesuffix(".index")
         for name in names
-        if re.fullmatch(r".*ckpt.*\.index|model\.ckpt-[0-9]+", name, re.DOTALL)
+        if re.fullmatch(r".*\.index|model\.ckpt-[0-9]+", name, re.DOTALL)
     }
     paths = [os.path.join(folder, name) for name in sorted(found)]
     return sorted(paths, key=lambda path: _step_in_name(path) or 0, reverse=True)
@@ -306,7 +306,8 @@ def save(session, saver, folder, step, max_to_keep):
         session.run(saver.saver_def.save_tensor_name, {saver.saver_def.filename_tensor_name: path})
         _write_state(folder, saved[-max_to_keep:])
     except (tf.errors.OpError, OSError) as error:
-        _remove_unfinished(folder, path)
+        with contextlib.suppress(OSError):  # the folder may have become read-only
+            _remove_unfinished(folder, path)
         raise UserError(
             f"cannot save a checkpoint in {folder}: {first_line(error)}; free some space and run "
             "the same command again to resume from the previous checkpoint"

@@ -95,7 +95,7 @@ def find_version(path, versions=VERSIONS):
       (`Version`, path of the folder or archive), or None.
     """
     for version in versions:
-        if os.path.basename(path) in _archive_names(version) and os.path.isfile(path):
+        if os.path.basename(path) in archive_names(version) and os.path.isfile(path):
             return version, path
         folders = ("", version.folder, os.path.join(f"{version.folder}-target", version.folder))
         for folder in folders:
@@ -103,13 +103,13 @@ def find_version(path, versions=VERSIONS):
             names = (*version.train_files, version.test_file)
             if all(os.path.isfile(os.path.join(candidate, name)) for name in (names[0], names[-1])):
                 return version, candidate
-        for name in _archive_names(version):
+        for name in archive_names(version):
             if os.path.isfile(candidate := os.path.join(path, name)):
                 return version, candidate
     return None
 
 
-def _archive_names(version):
+def archive_names(version):
     """Returns the names of an archive: the original one, and those that Keras gives it."""
     return version.archive, f"{version.folder}.tar.gz", f"{version.folder}-target_archive"
 

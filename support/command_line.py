@@ -46,10 +46,13 @@ class PathFlag(flags.Flag):
       default: string or None.
       help_string: string.
       url_schemes: tuple of strings, such as "https"; URLs with these schemes are values as well.
+      is_for_tensorflow: bool; refuse a path whose bytes are not its UTF-8, because TensorFlow would
+        open another path.
     """
 
-    def __init__(self, name, default, help_string, url_schemes=()):
+    def __init__(self, name, default, help_string, url_schemes=(), is_for_tensorflow=True):
         self._url_schemes = url_schemes
+        self._is_for_tensorflow = is_for_tensorflow
         parser, serializer = flags.ArgumentParser(), flags.ArgumentSerializer()
         super().__init__(parser, serializer, name, default, help_string)
 
@@ -74,15 +77,23 @@ class PathFlag(flags.Flag):
             problem = f"only local paths {f'and {urls} URLs ' if urls else ''}are supported"
         elif expanded.startswith("~"):
             problem = f"there is no home folder for {path.partition('/')[0]}"
-        elif any("\ud800" <= character <= "\udfff" for character in expanded):  # other bytes
+        elif self._is_for_tensorflow and not _is_utf_8(os.path.abspath(expanded)):
             raise flags.IllegalFlagValueError(
-                f"flag --{self.name}={expanded!a}: TensorFlow needs a path in UTF-8"
+                f"flag --{self.name}={expanded!a}: TensorFlow needs a path in UTF-8, and a locale "
+                "that uses UTF-8"
             )
         if problem:
             raise flags.IllegalFlagValueError(
                 f"flag --{self.name}={path}: {problem}; write ./{path} if it is a local path"
             )
         return expanded
+
+
+def _is_utf_8(path):
+    try:
+        return os.fsencode(path) == path.encode()
+    except UnicodeEncodeError:
+        return False
 
 
 def forget_flags_of(path):
@@ -174,16 +185,19 @@ def run(main, takes_arguments=False, last_flags=("", ())):
         except OSError as error:
             if error is not stdout.error:
                 raise
-            if not isinstance(error, BrokenPipeError):
-                reason = f"cannot write to standard output: {error.strerror}"
-                print(f"{script}: error: {reason}", file=sys.stderr)
+            _explain_lost_stdout(script, error)
             return 1
         return 0
 
     with streams.guarded() as stdout, _restored_flags(), _running_script():
         if not {"--help", "-help", "--helpshort", "-h"}.isdisjoint(sys.argv[1:]):
-            with contextlib.suppress(BrokenPipeError):
+            try:
                 _print_help(last_flags)
+            except BrokenPipeError:
+                pass  # for example of `head`, which has read enough
+            except OSError as error:
+                _explain_lost_stdout(os.path.basename(sys.argv[0]), error)
+                raise SystemExit(1) from None
             raise SystemExit(0)
         try:
             app.run(guarded_main)
@@ -191,6 +205,12 @@ def run(main, takes_arguments=False, last_flags=("", ())):
             if "--helpfull" in sys.argv[1:]:  # absl exits with 1 although it printed the help
                 raise SystemExit(0) from None
             raise
+
+
+def _explain_lost_stdout(script, error):
+    if not isinstance(error, BrokenPipeError):  # silent if, for example, `head` has exited
+        reason = f"cannot write to standard output: {error.strerror}"
+        print(f"{script}: error: {reason}", file=sys.stderr)
 
 
 @contextlib.contextmanager

@@ -88,7 +88,15 @@ def maybe_download_and_extract(data_dir, url=DATA_URL, sha256=ARCHIVE_SHA256, si
 
 
 def _refuse_other_versions(data_dir, url):
-    """Raises DataError if `data_dir` or a local `url` has CIFAR in a format to be converted."""
+    """Raises DataError if `data_dir` has, or `url` names, CIFAR in a format to be converted."""
+    name = url.rpartition("/")[2]
+    is_remote = "://" in url and not url.startswith("file:")
+    for version in cifar_versions.VERSIONS:
+        if is_remote and name in cifar_versions.archive_names(version):
+            raise DataError(
+                f"{url} is {version.title}, which the scripts cannot read; download it and convert "
+                f"it with python cifar10_convert.py --{version.flag}={name} --output={data_dir}"
+            )
     if url.startswith("file:"):
         url = urllib.request.url2pathname(urllib.parse.urlsplit(url).path)
     for path in (data_dir, url):

@@ -59,7 +59,8 @@ def lock(path, on_wait=None):
         yield
     finally:
         # This is safe: a waiting process that locks the removed file opens the path again.
-        pathlib.Path(path).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # the folder may have become read-only
+            pathlib.Path(path).unlink(missing_ok=True)
         file_lock.release()
 
 

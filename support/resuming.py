@@ -8,6 +8,7 @@ number of images seen so far, even if a step now consumes a different number of 
 import contextlib
 import random
 
+from support.errors import UserError
 from support.tensorflow_v1 import tf
 
 # A graph collection of integers: the step and, if known, the `examples_per_step` and the
@@ -27,6 +28,16 @@ def record(step, settings=None):
         values += [settings.examples_per_step, settings.examples_offset]
     for value in values:
         tf.add_to_collection(_RESUMED_RUN, value)
+
+
+def check_step(step):
+    """Raises UserError if the default graph resumes another step than that of the checkpoint."""
+    recorded = tf.get_collection(_RESUMED_RUN)
+    if recorded and recorded[0] != step:
+        raise UserError(
+            f"another process has trained from step {recorded[0]} to step {step} meanwhile; run "
+            "the same command again to resume from there"
+        )
 
 
 @contextlib.contextmanager

@@ -131,6 +131,8 @@ def _record_resumed_run(train_dir, worker):
     elif (newest := checkpoints.find_latest_checkpoint(train_dir)) is not None:
         step = checkpoints.read_global_step(newest)
         resuming.record(step, checkpoints.read_settings(newest))
+    else:
+        resuming.record(0)
 
 
 def has_steps_left(options, settings, worker=None):
@@ -243,6 +245,7 @@ def training_session(
                 newest = checkpoints.find_checkpoint_to_resume(options.train_dir)
                 if newest is not None:
                     _check_settings(newest, settings)
+                    resuming.check_step(checkpoints.read_global_step(newest))
             offset = resuming.examples_offset(examples_per_step)
             checkpoints.record_settings(
                 settings._replace(examples_per_step=examples_per_step, examples_offset=offset)
@@ -388,6 +391,8 @@ def _create_session(hooks, saver, newest, options, config, worker):
             )
     # The Saver raises ValueError if files of the checkpoint are missing.
     except (tf.errors.OpError, ValueError) as error:
+        if newest is None and isinstance(error, ValueError):
+            raise
         lost = (tf.errors.UnavailableError, tf.errors.AbortedError)
         if worker is not None and isinstance(error, lost):
             raise  # a parameter server is lost: run_worker ends this process

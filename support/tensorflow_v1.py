@@ -113,6 +113,8 @@ def find_bfloat16_support(cpuinfo="/proc/cpuinfo"):
       "native" if the processor has bfloat16 instructions or is unknown; "emulated" if it has only
       AVX512; "none" if TensorFlow computes in float32 although 16 bits were requested.
     """
+    if platform.machine() in ("x86_64", "AMD64") and not USES_ONEDNN:
+        return "none"
     try:
         with open(cpuinfo) as file:
             words = set(file.read().split())
@@ -175,7 +177,11 @@ def out_of_memory_explained():
     """Turns TensorFlow's error for a tensor that does not fit into memory into `UserError`."""
     try:
         yield
-    except tf.errors.ResourceExhaustedError as error:
+    except tf.errors.OpError as error:
+        # If CUDA itself has no memory left, the error is an InternalError or an UnknownError.
+        is_cuda = re.search("CUDA_ERROR_OUT_OF_MEMORY|failed to allocate memory", str(error))
+        if not isinstance(error, tf.errors.ResourceExhaustedError) and not is_cuda:
+            raise
         raise UserError(
             f"out of memory ({first_line(error)}); use a smaller --batch_size, or set "
             "CUDA_VISIBLE_DEVICES=-1 to compute on the CPU"

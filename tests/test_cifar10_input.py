@@ -529,3 +529,8 @@ def test_equal_contrast_factors_scale_every_image_by_that_factor(tmp_path, monke
     with running_queues() as session:
         images = session.run(images)
     np.testing.assert_allclose(np.ptp(images, axis=(1, 2, 3)), 20, atol=1e-3)
+
+
+def test_an_epoch_of_a_folder_that_cannot_be_read_has_the_size_of_cifar_10():
+    folder = f"/tmp/{'x' * 300}"  # "File name too long"; root may read every folder
+    assert cifar10_input.num_examples_per_epoch(folder) == 50000

@@ -120,7 +120,7 @@ class SynchronizedStep:
         for accumulator, device in synchronizer._accumulator_list:
             with tf.device(device):
                 self._counts.append(accumulator.num_accumulated())
-                self._take_ops.append(accumulator.take_grad(1).op)
+                self._take_ops.append(tf.group(accumulator.take_grad(1)))
 
     def start(self, session, is_restart):
         """Prepares the parameter servers. The chief calls it once, before any step.

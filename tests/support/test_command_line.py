@@ -542,6 +542,23 @@ def test_the_full_help_also_lists_the_flags_of_libraries(script):
     assert "--own" in output
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="Linux has this device")
+def test_help_that_cannot_be_written_is_a_one_line_error(script):
+    with open("/dev/full", "w") as full:
+        process = subprocess.run(
+            [sys.executable, script, "--help"],
+            env=environment(),
+            stdin=subprocess.DEVNULL,
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+    assert process.returncode == 1
+    assert re.fullmatch(r"\S+: error: cannot write to standard output: .*\n", process.stderr)
+
+
 @pytest.mark.parametrize("option", ["--help", "--helpfull"])
 def test_help_for_a_reader_that_exits_early_is_not_an_error(script, option):
     command = f"{sys.executable} {script} {option} | head -1; exit ${{PIPESTATUS[0]}}"
@@ -696,6 +713,33 @@ def test_a_path_flag_refuses_bytes_that_are_not_utf_8():
     with pytest.raises(flags.IllegalFlagValueError, match="a path in UTF-8") as error:
         FLAGS.some_path = os.fsdecode(b"/tmp/\xff")
     str(error.value).encode("ascii")
+
+
+@pytest.mark.usefixtures("path_flag")
+@pytest.mark.parametrize(
+    ("encoding", "path"),
+    [
+        ("latin-1", "/tmp/k\xe4se"),  # TensorFlow would open its UTF-8
+        ("ascii", "/tmp/k\udcc3\udca4se"),
+        ("ascii", "/tmp/\u732b"),
+    ],
+)
+def test_a_path_that_tensorflow_would_take_for_another_one_is_refused(monkeypatch, encoding, path):
+    monkeypatch.setattr(os, "fsencode", lambda path: path.encode(encoding, "surrogateescape"))
+    with pytest.raises(flags.IllegalFlagValueError, match="a locale that uses UTF-8"):
+        FLAGS.some_path = path
+    flags.DEFINE_flag(PathFlag("images", None, "Not for TensorFlow.", is_for_tensorflow=False))
+    FLAGS.images = path
+    assert FLAGS.images == path
+
+
+@pytest.mark.usefixtures("path_flag")
+def test_a_relative_path_below_a_folder_that_is_not_in_utf_8_is_refused(tmp_path, monkeypatch):
+    folder = os.path.join(os.fsencode(tmp_path), b"\xff")
+    os.mkdir(folder)
+    monkeypatch.chdir(os.fsdecode(folder))
+    with pytest.raises(flags.IllegalFlagValueError, match="a path in UTF-8"):
+        FLAGS.some_path = "train"
 
 
 @pytest.mark.usefixtures("path_flag")

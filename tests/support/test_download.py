@@ -276,6 +276,18 @@ def test_another_version_as_the_source_is_refused_at_once(tmp_path):
     assert not (tmp_path / "data").exists()
 
 
+@pytest.mark.parametrize(
+    "name", ["cifar-10-python.tar.gz", "cifar-100-python.tar.gz", "cifar-100-binary.tar.gz"]
+)
+def test_another_version_at_a_url_is_refused_without_a_request(tmp_path, name):
+    with Server(b"") as server:
+        url = f"{server.url.rpartition('/')[0]}/{name}"
+        with pytest.raises(DataError, match=f"{name} is .*cifar10_convert.py --cifar10.*={name}"):
+            download.maybe_download_and_extract(tmp_path / "data", url)
+    assert server.requests == []
+    assert not (tmp_path / "data").exists()
+
+
 def test_the_binary_version_takes_precedence_over_others(tmp_path):
     for name in ("cifar-10-python.tar.gz", "cifar-100-python.tar.gz"):
         (tmp_path / name).write_bytes(b"1")

@@ -358,6 +358,22 @@ def test_a_json_file_that_cannot_be_written_is_a_one_line_error(tmp_path, write)
     assert os.listdir(tmp_path) == ["a.json"]
 
 
+def test_a_lock_file_that_cannot_be_removed_hides_no_error(tmp_path, monkeypatch):
+    def refuse(path, missing_ok=False):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    def fail():
+        with files.lock(str(tmp_path / "lock")):
+            monkeypatch.setattr(files.pathlib.Path, "unlink", refuse)
+            raise UserError("the cause")
+
+    with pytest.raises(UserError, match="^the cause$"):
+        fail()
+    monkeypatch.undo()
+    with files.lock(str(tmp_path / "lock")):  # it was released
+        pass
+
+
 def test_the_hash_of_a_file_depends_on_its_whole_content(tmp_path):
     path = tmp_path / "file"
     path.write_bytes(b"abc")  # the example of FIPS 180

@@ -3,6 +3,7 @@
 import pytest
 
 from support import checkpoints, resuming
+from support.errors import UserError
 from support.tensorflow_v1 import tf
 
 SETTINGS = checkpoints.TrainingSettings(("cat", "dog"), 100)
@@ -89,3 +90,11 @@ def test_what_is_recorded_can_be_exported(graph, warnings, tmp_path):
     resuming.record(2**40, SETTINGS._replace(examples_per_step=2**20))
     tf.train.export_meta_graph(str(tmp_path / "graph.meta"))
     assert warnings == []
+
+
+def test_a_graph_that_resumes_another_step_than_that_of_the_checkpoint_is_refused(graph):
+    resuming.check_step(7)  # nothing is recorded
+    resuming.record(5)
+    resuming.check_step(5)
+    with pytest.raises(UserError, match="^another process has trained from step 5 to step 7 "):
+        resuming.check_step(7)

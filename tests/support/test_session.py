@@ -201,6 +201,22 @@ def test_a_run_of_another_model_that_another_process_has_started_meanwhile_is_re
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
+def test_a_graph_that_was_built_before_another_process_trained_is_refused(tmp_path):
+    train(tmp_path, max_steps=3)
+    with session.training_graph(1, train_dir=str(tmp_path)):
+        count, loss = count_step(), tf.constant(1.0)
+        with tf.Graph().as_default():
+            train(tmp_path, max_steps=5)  # the other process
+        before = checkpoint_files_in(tmp_path)
+        options = session.Options(str(tmp_path), 9)
+        with (
+            pytest.raises(UserError, match="^another process has trained from step 3 to step 5 "),
+            session.training_session(loss, 8, options, SETTINGS) as sess,
+        ):
+            sess.run(count)
+    assert checkpoint_files_in(tmp_path) == before
+
+
 def test_checkpoints_are_saved_and_kept_as_the_options_say(tmp_path):
     train(tmp_path, max_steps=9, save_checkpoint_steps=2, max_checkpoints_to_keep=2)
     assert saved_steps(tmp_path) == {8, 9}

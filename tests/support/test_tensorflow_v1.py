@@ -137,12 +137,22 @@ def test_no_precision_is_rewritten_by_default(monkeypatch, gpus):
         ("Features\t: fp asimd", "none"),
     ],
 )
-def test_the_processor_determines_how_bfloat16_is_computed(tmp_path, flags, support):
+def test_the_processor_determines_how_bfloat16_is_computed(tmp_path, monkeypatch, flags, support):
+    monkeypatch.setattr(tensorflow_v1, "USES_ONEDNN", True)
     (tmp_path / "cpuinfo").write_text(f"processor\t: 0\n{flags}\n")
     assert tensorflow_v1.find_bfloat16_support(tmp_path / "cpuinfo") == support
 
 
-def test_bfloat16_counts_as_native_where_the_processor_is_unknown(tmp_path):
+def test_bfloat16_is_not_computed_without_onednn_on_x86(tmp_path, monkeypatch):
+    monkeypatch.setattr(tensorflow_v1, "USES_ONEDNN", False)
+    (tmp_path / "cpuinfo").write_text("flags\t\t: fpu avx512f avx512_bf16 bf16\n")
+    for machine, support in (("x86_64", "none"), ("aarch64", "native")):
+        monkeypatch.setattr(tensorflow_v1.platform, "machine", lambda machine=machine: machine)
+        assert tensorflow_v1.find_bfloat16_support(tmp_path / "cpuinfo") == support
+
+
+def test_bfloat16_counts_as_native_where_the_processor_is_unknown(tmp_path, monkeypatch):
+    monkeypatch.setattr(tensorflow_v1, "USES_ONEDNN", True)
     assert tensorflow_v1.find_bfloat16_support(tmp_path / "missing") == "native"
 
 
@@ -227,6 +237,9 @@ def test_only_the_error_for_exhausted_memory_is_explained():
         tensorflow_v1.out_of_memory_explained(),
     ):
         raise tf.errors.ResourceExhaustedError(None, None, "OOM when allocating\nHint")
+    text = "failed call to cuDevicePrimaryCtxRetain: CUDA_ERROR_OUT_OF_MEMORY: out of memory"
+    with pytest.raises(UserError, match="^out of memory"), tensorflow_v1.out_of_memory_explained():
+        raise tf.errors.InternalError(None, None, text)
     with pytest.raises(tf.errors.NotFoundError), tensorflow_v1.out_of_memory_explained():
         raise tf.errors.NotFoundError(None, None, "gone")
 

@@ -295,3 +295,30 @@ def test_the_chief_can_end_steps_that_wait_for_its_updates(workers):
     assert ends(waiting)
     run_step()  # a later step ends as well
     assert len(errors) == 2
+
+
+def test_a_sparse_gradient_can_be_synchronized(servers):
+    task, target = servers["chief"]
+    setter = tf.train.replica_device_setter(cluster=task.cluster, worker_device=task.device)
+    with tf.Graph().as_default() as graph, tf.device(setter):
+        x = tf.get_variable("x", initializer=[1.0, 2.0, 3.0])
+        global_step = tf.train.get_or_create_global_step()
+        optimizer = tf.train.GradientDescentOptimizer(LEARNING_RATE)
+        gradients = optimizer.compute_gradients(tf.gather(x, [1]))
+        assert isinstance(gradients[0][0], tf.IndexedSlices)
+
+        def apply_gradients(gradients):
+            return optimizer.apply_gradients(gradients, global_step)
+
+        step = SynchronizedStep(gradients, global_step, apply_gradients, 1)
+        initialize = [tf.global_variables_initializer(), tf.local_variables_initializer()]
+    with tf.Session(target, graph, tf.ConfigProto(device_filters=["/job:ps", task.device])) as sess:
+        sess.run(initialize)
+        step.start(sess, is_restart=False)
+        sess.run(step.add_tokens_op)
+        sess.run(step.read_step_op)
+        sess.run(step.train_op)
+        step.start(sess, is_restart=True)  # drops the gradient
+        sess.run(step.read_step_op)
+        sess.run([step.train_op, step.update_op])
+        assert sess.run(x).tolist() == pytest.approx([1.0, 2.0 - LEARNING_RATE, 3.0])
