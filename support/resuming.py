@@ -30,10 +30,15 @@ def record(step, settings=None):
         tf.add_to_collection(_RESUMED_RUN, value)
 
 
-def check_step(step):
-    """Raises UserError if the default graph resumes another step than that of the checkpoint."""
+def check_step(read_step):
+    """Raises UserError if the default graph resumes another step than that of the checkpoint.
+
+    Args:
+      read_step: function that returns the step of the checkpoint; called only if the graph records
+        which step it resumes.
+    """
     recorded = tf.get_collection(_RESUMED_RUN)
-    if recorded and recorded[0] != step:
+    if recorded and recorded[0] != (step := read_step()):
         raise UserError(
             f"another process has trained from step {recorded[0]} to step {step} meanwhile; run "
             "the same command again to resume from there"

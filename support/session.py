@@ -245,7 +245,7 @@ def training_session(
                 newest = checkpoints.find_checkpoint_to_resume(options.train_dir)
                 if newest is not None:
                     _check_settings(newest, settings)
-                    resuming.check_step(checkpoints.read_global_step(newest))
+                    resuming.check_step(lambda: checkpoints.read_global_step(newest))
             offset = resuming.examples_offset(examples_per_step)
             checkpoints.record_settings(
                 settings._replace(examples_per_step=examples_per_step, examples_offset=offset)
