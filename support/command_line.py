@@ -167,8 +167,7 @@ def run(main, takes_arguments=False, last_flags=("", ())):
             _refuse_flags_of_other_scripts(last_flags)
             if len(argv) > 1 and not takes_arguments:
                 raise app.UsageError(f"this argument is not a flag: {argv[1]!r}")
-            _configure_logging()
-            with _StopSignals(_interrupt):
+            with _configured_logging(), _StopSignals(_interrupt):
                 main(argv)
             sys.stdout.flush()
         except UserError as error:
@@ -245,12 +244,19 @@ def _running_script():
         _runs_script = before
 
 
-def _configure_logging():
+@contextlib.contextmanager
+def _configured_logging():
     """Makes TensorFlow log each message once: from WARNING on, or from --verbosity if given."""
     logger = logging.getLogger("tensorflow")
+    before = logger.level, logger.propagate
     logger.propagate = False  # it has a handler of its own; absl's would print the message again
     is_given = FLAGS["verbosity"].present
     logger.setLevel(converter.absl_to_standard(FLAGS.verbosity) if is_given else logging.WARNING)
+    try:
+        yield
+    finally:
+        level, logger.propagate = before
+        logger.setLevel(level)
 
 
 class _StopSignals:

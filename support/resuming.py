@@ -11,8 +11,7 @@ import random
 from support.errors import UserError
 from support.tensorflow_v1 import tf
 
-# A graph collection of integers: the step and, if known, the `examples_per_step` and the
-# `examples_offset` of the checkpoint's `TrainingSettings`.
+# A graph collection of integers: the step and, if known, the number of images seen until then.
 _RESUMED_RUN = "resumed_run"
 
 
@@ -23,11 +22,9 @@ def record(step, settings=None):
       step: int; the global step.
       settings: `checkpoints.TrainingSettings` of the checkpoint; None if unknown.
     """
-    values = [step]
-    if settings is not None and settings.examples_per_step is not None:
-        values += [settings.examples_per_step, settings.examples_offset]
-    for value in values:
-        tf.add_to_collection(_RESUMED_RUN, value)
+    tf.add_to_collection(_RESUMED_RUN, step)
+    if settings is not None and (seen := settings.examples_seen(step)) is not None:
+        tf.add_to_collection(_RESUMED_RUN, seen)
 
 
 def check_step(read_step):
@@ -71,8 +68,5 @@ def examples_offset(examples_per_step):
     Returns:
       int; 0 if no run is resumed, or if its checkpoint does not record the images.
     """
-    step, *recorded = tf.get_collection(_RESUMED_RUN) or [0]
-    if not recorded:
-        return 0
-    before, offset = recorded
-    return step * (before - examples_per_step) + offset
+    step, *seen = tf.get_collection(_RESUMED_RUN) or [0]
+    return seen[0] - step * examples_per_step if seen else 0

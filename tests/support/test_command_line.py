@@ -972,6 +972,19 @@ def test_two_files_that_define_the_same_flag_are_still_an_error(write_script, ru
     assert "DuplicateFlagError" in errors
 
 
+def test_a_run_gives_back_the_settings_of_tensorflows_logger(write_script, run_in_a_notebook):
+    statement = "logger = logging.getLogger('tensorflow'); print(logger.level, logger.propagate)"
+    path = write_script(FAILS.format(statement=f"import logging; {statement}"), "logs.py")
+    code, output, errors = run_in_a_notebook(
+        "import logging",
+        "logger = logging.getLogger('tensorflow')",
+        "logger.setLevel(logging.INFO)",
+        f"run_file({str(path)!r})",
+        "print(logger.level, logger.propagate)",
+    )
+    assert (code, output, errors) == (0, "30 False\nexit code 0\n20 True\n", "")
+
+
 def test_flags_of_scripts_that_ran_before_are_unknown(write_script, run_in_a_notebook):
     rate = write_rate_script(write_script)
     other = write_script(FAILS.format(statement="print('runs')"), "other.py")
