@@ -1021,6 +1021,7 @@ def test_a_signal_stops_a_later_step_that_waits_for_its_input_within_half_a_minu
     def send_after_the_first_step():
         while not (tmp_path / "metrics.jsonl").exists():
             time.sleep(0.01)
+        time.sleep(1.0)  # until the next step waits
         signals(signal.SIGINT)
 
     queue = make_slow_queue()
