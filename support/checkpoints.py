@@ -83,7 +83,7 @@ def find_single_checkpoint(path):
 
 
 def exists(checkpoint):
-    """Returns whether a checkpoint exists, in the current format or in that of 2015."""
+    """Returns whether a checkpoint exists, in the current format or that of 2015."""
     # `tf.train.checkpoint_exists` would treat the path as a pattern.
     return os.path.isfile(f"{checkpoint}.index") or os.path.isfile(checkpoint)
 
@@ -183,7 +183,7 @@ def find_checkpoint_to_resume(train_dir):
 
 
 def find_readable(folder):
-    """Returns the path of the readable checkpoint of the highest step in a folder, or None."""
+    """Returns the path of the readable checkpoint with the highest step in a folder, or None."""
     for path in _list_checkpoints(folder):
         with contextlib.suppress(CheckpointError):
             read_global_step(path)
@@ -192,7 +192,7 @@ def find_readable(folder):
 
 
 def _list_checkpoints(folder):
-    """Returns the paths of all checkpoints in a folder, complete or not, the highest step first."""
+    """Returns the paths of all checkpoints in a folder, complete or not, highest step first."""
     try:
         names = os.listdir(folder)
     except (FileNotFoundError, NotADirectoryError):

@@ -44,8 +44,8 @@ IMAGE_SIZE = 24
 def record_files(folder, eval_data):
     """Returns the paths of the test file (`eval_data` true) or of the training files.
 
-    The last ones of the five training files may be missing: the paths end with the last file that
-    exists. If there is none, all five paths are returned.
+    There may be fewer than five training files: the paths end with the last file that exists. If
+    none exists, all five paths are returned.
     """
     paths = [os.path.join(folder, name) for name in (TEST_FILES if eval_data else TRAIN_FILES)]
     existing = [number for number, path in enumerate(paths, 1) if os.path.exists(path)]
@@ -243,8 +243,8 @@ class ChangeDetector:
     def check(self):
         """Raises DataError if the content of a file changed, or if it can no longer be read.
 
-        A file with a new time of modification is read again: backups and file servers, for example,
-        set it without changing the content.
+        A file with a new modification time is read again: backups and file servers, for example,
+        change the time without changing the content.
         """
         for path, before in self._before.items():
             try:

@@ -77,7 +77,7 @@ def image_sheet(tag, images):
 
 
 def merge_collected():
-    """Merges the summaries of the default graph, those from `tf.summary` as well.
+    """Merges the summaries of the default graph, including those from `tf.summary`.
 
     Returns:
       (scalars, others): the serialized scalars, and the serialized histograms and images, which are
