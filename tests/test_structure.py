@@ -38,7 +38,7 @@ WITHOUT_TENSORFLOW = (
     "support.streams",
     "support.synthetic",
 )
-WITHOUT_TESTS = {"__init__"}
+NEEDS_NO_TESTS = {"__init__"}
 
 
 def find_sources(root):
@@ -93,7 +93,7 @@ def find_project_imports(module, sources):
         while name and name not in sources:
             name = name.rpartition(".")[0]
         found.add(name)
-    # `from support import errors` gives `support` as well, whose source imports nothing.
+    # `from support import errors` gives `support` as well, which imports none of the modules.
     return {name for name in found if name and not any(o.startswith(f"{name}.") for o in found)}
 
 
@@ -165,14 +165,13 @@ def find_missing_tests(folder, tests):
     Returns:
       (set, set) of relative paths: modules without `test_MODULE.py`, and tests without a module.
     """
-    modules = {
-        path.relative_to(folder) for path in folder.rglob("*.py") if path.stem not in WITHOUT_TESTS
-    }
+    modules = {path.relative_to(folder) for path in folder.rglob("*.py")}
     tested = {
         path.relative_to(tests).with_name(path.name.removeprefix("test_"))
         for path in tests.rglob("test_*.py")
     }
-    return modules - tested, tested - modules
+    untested = {path for path in modules - tested if path.stem not in NEEDS_NO_TESTS}
+    return untested, tested - modules
 
 
 # --- The checks themselves, on small sources.
@@ -296,8 +295,10 @@ def test_modules_without_tests_and_tests_without_modules_are_found(tmp_path):
     for path in (
         folder / "__init__.py",
         folder / "a.py",
+        folder / "cluster" / "__init__.py",
         folder / "cluster" / "b.py",
         folder / "cluster" / "c.py",
+        tests / "test___init__.py",
         tests / "test_a.py",
         tests / "test_c.py",
         tests / "cluster" / "test_b.py",
