@@ -26,9 +26,8 @@ FLAGS = flags.FLAGS
 FLAGS.mark_as_parsed()
 
 _REQUESTS = (signal.SIGINT, signal.SIGTERM)
-# A terminal that goes away, for example with its ssh connection. Windows has no such signal.
-_HANGUPS = (signal.SIGHUP,) if hasattr(signal, "SIGHUP") else ()
-_STOP_SIGNALS = (*_REQUESTS, *_HANGUPS)
+# SIGHUP: the terminal goes away, for example with its ssh connection.
+_STOP_SIGNALS = (*_REQUESTS, signal.SIGHUP)
 _HELP_WIDTH = 100  # columns
 
 _runs_script = False  # whether the process does nothing but run a script, so that it may be ended

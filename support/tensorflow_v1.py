@@ -28,7 +28,7 @@ import signal
 from support.errors import UserError, first_line
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-if platform.machine() in ("x86_64", "AMD64"):
+if platform.machine() == "x86_64":
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
 
 # The import creates half a million objects that stay alive. The garbage collector would traverse
@@ -113,7 +113,7 @@ def find_bfloat16_support(cpuinfo="/proc/cpuinfo"):
       "native" if the processor has bfloat16 instructions or is unknown; "emulated" if it has only
       AVX512; "none" if TensorFlow computes in float32 although 16 bits were requested.
     """
-    if platform.machine() in ("x86_64", "AMD64") and not USES_ONEDNN:
+    if platform.machine() == "x86_64" and not USES_ONEDNN:
         return "none"
     try:
         with open(cpuinfo) as file:

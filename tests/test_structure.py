@@ -378,7 +378,7 @@ def find_state():
     wakeup_fd = signal.set_wakeup_fd(-1)
     signal.set_wakeup_fd(wakeup_fd)
     return {
-        "standard streams": [os.readlink(f"/proc/self/fd/{number}") for number in range(3)],
+        "standard streams": [(file.st_dev, file.st_ino) for file in map(os.fstat, range(3))],
         "sys streams": [id(sys.stdin), id(sys.stdout), id(sys.stderr)],
         "signal handlers": [
             str(signal.getsignal(number)) for number in sorted(signal.valid_signals())

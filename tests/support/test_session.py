@@ -926,6 +926,7 @@ def test_a_second_run_in_a_folder_that_was_deleted_writes_its_summaries(tmp_path
         shutil.rmtree(tmp_path / "train")
 
 
+@pytest.mark.skipif(not os.path.exists("/proc/self/fd"), reason="Linux has this folder")
 @pytest.mark.parametrize("losses", [{}, {1: math.nan}])
 def test_a_run_leaves_no_event_file_open(tmp_path, losses):
     with contextlib.suppress(UserError):
