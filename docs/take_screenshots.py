@@ -57,7 +57,8 @@ def main():
     parser.add_argument("eval_dir")
     parser.add_argument("decay_dir", nargs="?")
     args = parser.parse_args()
-    save(newest_image(args.train_dir, "input"), "pictures/distorted_images.png")
+    save(newest_image(args.train_dir, "input", scale=4), "pictures/distorted_images.png")
+    save(newest_image(args.eval_dir, "confusion_matrix"), "confusion_matrix.png")
 
     with tempfile.TemporaryDirectory() as profile, open_browser(profile) as browser:
         both = serve(train=args.train_dir, eval=args.eval_dir)
@@ -80,12 +81,15 @@ def main():
             save(crop(browser, CHARTS, count), f"pictures/{name}.png")
 
 
-def newest_image(folder, tag):
-    """Returns the last image of an image summary, enlarged."""
+def newest_image(folder, tag, scale=1):
+    """Returns the last image of an image summary."""
     events = event_accumulator.EventAccumulator(folder).Reload()
-    _, _, png = tensor_util.make_ndarray(events.Tensors(tag)[-1].tensor_proto)
+    if tag in events.Tags()["images"]:  # an image of the script's own
+        png = events.Images(tag)[-1].encoded_image_string
+    else:  # the result of an operation
+        _, _, png = tensor_util.make_ndarray(events.Tensors(tag)[-1].tensor_proto)
     image = Image.open(io.BytesIO(png))
-    return image.resize((4 * image.width, 4 * image.height), Image.Resampling.NEAREST)
+    return image.resize((scale * image.width, scale * image.height), Image.Resampling.NEAREST)
 
 
 def serve(**folders):
