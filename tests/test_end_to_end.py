@@ -264,13 +264,11 @@ def test_the_example_in_the_readme_leads_from_image_files_to_predictions(tmp_pat
         outputs.append(run_script(*arguments).stdout)
     drawn, converted, trained, evaluated, predicted = outputs
     assert drawn == ""
-    assert converted.startswith("Wrote 300 training images and 60 test images of 3 classes (")
+    assert converted.startswith("Wrote 240 training images and 60 test images of 3 classes (")
     assert re.search(r"step 190, loss = \S+ .*\n$", trained)
     # Chance is 0.333.
     assert float(re.search(r"precision @ 1 = (\S+)\n$", evaluated)[1]) > 0.8
-    lines = re.findall(r"/test/(\w+)/000.png: (\w+) (\S+), \w+ \S+, \w+ \S+\n", predicted)
-    assert [name for name, _, _ in lines] == ["house", "sun", "tree"]
-    assert sum(name == found for name, found, _ in lines) >= 2
+    assert re.fullmatch(r"\S+/test/house/000.png: house \S+, \w+ \S+, \w+ \S+\n", predicted)
 
 
 @pytest.mark.slow
