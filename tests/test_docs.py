@@ -438,3 +438,16 @@ def test_the_tables_of_the_results_agree_with_the_points_of_the_picture(run, hea
     table = [(int(row[0].replace(",", "")), row[3]) for row in read_table(heading)]
     assert table
     assert [(step, curve[step]) for step, _ in table] == table
+
+
+def test_the_precisions_in_the_readme_and_the_tutorial_are_those_of_the_results():
+    readme = (ROOT / "README.md").read_text()
+    table = re.findall(r"^\| `cifar10_train.py` \|.*\| ([\d,]+) \|.*\| (\S+) \|$", readme, re.M)
+    curve = read_curve("tutorial")
+    assert [(curve[int(steps.replace(",", ""))], steps) for steps, _ in table] == [
+        (precision, steps) for steps, precision in table
+    ]
+    assert [steps for steps, _ in table] == ["10,000", "40,000"]
+    assert f"reaches {100 * float(curve[40000]):.1f}% after 40,000 steps" in TUTORIAL
+    spread = re.search(r"\S+ ± \S+", readme)[0]
+    assert spread in (ROOT / "docs" / "results.md").read_text()
