@@ -2,6 +2,7 @@
 
 import ast
 import csv
+import functools
 import pathlib
 import re
 import subprocess
@@ -75,8 +76,11 @@ def test_unknown_flags_are_found():
 
 def find_wrong_excerpts(page):
     """Returns the excerpts that are not in the file that the comment before them names."""
-    pattern = r"^<!-- excerpt: (\S+) -->\n```python\n(.*?)^```$"
-    excerpts = re.findall(pattern, page.read_text(), re.DOTALL | re.MULTILINE)
+    excerpts = [
+        (block.comment.removeprefix("excerpt: "), block.text)
+        for block in pages.read_blocks(page.read_text())
+        if block.language == "python" and block.comment
+    ]
     return [text for name, text in excerpts if text not in (ROOT / name).read_text()]
 
 
@@ -91,6 +95,7 @@ def test_wrong_excerpts_are_found(tmp_path):
     assert find_wrong_excerpts(page) == ["def inferrence(images):\n"]
 
 
+@functools.cache
 def defined_names():
     """Returns the names that each module of the sources defines, at any level, by module."""
     names = {}
@@ -104,6 +109,7 @@ def defined_names():
     return names
 
 
+@functools.cache
 def used_words():
     """Returns all words of the files of the project, except those of the pages and this file."""
     paths = [*SOURCES, *ROOT.glob("*.t*ml"), *ROOT.glob("requirements*.txt"), ROOT / ".ci" / "run"]
@@ -133,10 +139,8 @@ def find_unknown_names(text):
             if quoted.endswith(OUTPUTS):
                 known = known or set(re.findall(r"\w+", quoted)) <= words
         elif module in names and re.fullmatch(r"[\w.]+", rest):
-            known = (
-                set(rest.split(".")) <= names[module] | words
-                and rest.split(".")[0] in (names[module])
-            )
+            first, *others = rest.split(".")
+            known = first in names[module] and set(others) <= names[module] | words
         elif re.fullmatch(r"[A-Za-z_]\w*[^\W_](\(\))?", quoted):
             known = module in words
         else:
