@@ -16,19 +16,12 @@ import re
 from absl import flags
 
 import cifar10_input
-from support import (
-    checkpoints,
-    command_line,
-    dataset,
-    download,
-    fast_nn,
-    resuming,
-    session,
-    summaries,
-    synthetic,
-)
-from support.errors import DataError, UserError
-from support.tensorflow_v1 import GPUS, computes_in_16_bits, tf, with_loss_scaling
+from support.base import command_line
+from support.base.errors import DataError, UserError
+from support.data import dataset, download, synthetic
+from support.data.settings import TrainingSettings
+from support.ops import fast_nn, graph_notes, summaries
+from support.ops.tensorflow_v1 import GPUS, computes_in_16_bits, tf, with_loss_scaling
 
 FLAGS = flags.FLAGS
 
@@ -164,7 +157,7 @@ def find_data_folder():
 
 
 def find_class_names():
-    """Returns the names of the dataset's classes; see `support.dataset.read_class_names`."""
+    """Returns the names of the dataset's classes; see `support.data.dataset.read_class_names`."""
     return dataset.read_class_names(find_data_folder(), _edited_num_classes())
 
 
@@ -251,8 +244,8 @@ def _edited_num_classes():
 
 
 def training_settings(class_names=None):
-    """Returns the `checkpoints.TrainingSettings`; the class names are the dataset's if None."""
-    return checkpoints.TrainingSettings(
+    """Returns the `TrainingSettings`; the class names are the dataset's if None."""
+    return TrainingSettings(
         class_names=class_names or find_class_names(),
         examples_per_epoch=num_examples_per_epoch(),
         crop_size=crop_size(),
@@ -486,7 +479,7 @@ def loss(logits, labels, scope=None):
     )
     tf.add_to_collection("losses", tf.reduce_mean(cross_entropy, name="cross_entropy"))
     total_loss = tf.add_n(tf.get_collection("losses", scope), name="total_loss")
-    session.check_finite(total_loss)
+    graph_notes.check_finite(total_loss)
     return total_loss
 
 
@@ -551,7 +544,7 @@ def decayed_learning_rate(global_step, examples_per_step, examples_per_epoch=Non
     num_batches_per_epoch = examples_per_epoch / examples_per_step
     num_epochs_per_decay = setting("num_epochs_per_decay")
     decay_steps = max(1, int(num_batches_per_epoch * num_epochs_per_decay))
-    if offset := resuming.examples_offset(examples_per_step):  # count images instead of steps
+    if offset := graph_notes.examples_offset(examples_per_step):  # count images instead of steps
         global_step = tf.cast(global_step, tf.int64) * examples_per_step + offset
         decay_steps = max(examples_per_step, examples_per_epoch * num_epochs_per_decay)
     learning_rate = tf.train.exponential_decay(
@@ -563,7 +556,7 @@ def decayed_learning_rate(global_step, examples_per_step, examples_per_epoch=Non
         name="learning_rate",
     )
     summaries.scalar("learning_rate", learning_rate)
-    session.record_learning_rate(learning_rate)
+    graph_notes.record_learning_rate(learning_rate)
     return learning_rate
 
 
@@ -667,7 +660,7 @@ def _summarize_gradients(optimizer, gradients):
         if scales_loss:  # an overflow is not an error here, but would be one in a histogram
             gradient = tf.where_v2(tf.is_finite(gradient), gradient, 0.0)
         else:
-            session.check_finite(gradient, tag)
+            graph_notes.check_finite(gradient, tag)
         summaries.histogram(tag, gradient)
 
 

@@ -17,15 +17,18 @@ import numpy as np
 from absl import flags
 
 import cifar10
-from support import charts, checkpoints, command_line, dataset, files, progress, streams, summaries
-from support.errors import CheckpointError, UserError, first_line
-from support.tensorflow_v1 import (
+from support.base import command_line, files, progress, streams
+from support.base.errors import CheckpointError, UserError, first_line
+from support.data import dataset
+from support.ops import summaries
+from support.ops.tensorflow_v1 import (
     is_nonfinite_histogram,
     out_of_memory_explained,
     session_config,
     tf,
     warn_of_unusable_gpus,
 )
+from support.run import charts, checkpoints
 
 FLAGS = flags.FLAGS
 

@@ -2,8 +2,9 @@
 
     string_input_producer -> FixedLengthRecordReader -> decode -> distort -> shuffle_batch
 
-The input runs on the CPU. By default, the threads work on blocks of records (`support.fast_input`);
-with `--fast_ops=false` they work on one image at a time, as in the functions below.
+The input runs on the CPU. By default, the threads work on blocks of records
+(`support.ops.fast_input`); with `--fast_ops=false` they work on one image at a time, as in the
+functions below.
 """
 
 import contextlib
@@ -14,9 +15,11 @@ from typing import NamedTuple
 
 from absl import flags
 
-from support import command_line, dataset, fast_input, resuming, session, summaries
-from support.errors import UserError
-from support.tensorflow_v1 import tf
+from support.base import command_line
+from support.base.errors import UserError
+from support.data import dataset
+from support.ops import fast_input, graph_notes, summaries
+from support.ops.tensorflow_v1 import tf
 
 # Edit these for your own dataset. Unless you do, the numbers of classes and examples come from
 # `batches.meta.txt` and the sizes of the record files.
@@ -251,7 +254,7 @@ def _generate_image_and_label_batch(
             **arguments,
         )
         queue = tf.get_collection(tf.GraphKeys.QUEUE_RUNNERS)[-1].queue
-        session.watch_queue(queue.size(), min_queue_examples)
+        graph_notes.watch_queue(queue.size(), min_queue_examples)
         fraction = tf.cast(queue.size() - min_queue_examples, tf.float32) / spare
         summaries.scalar("queue/fraction_full", tf.maximum(fraction, 0.0))
     else:
@@ -272,7 +275,7 @@ def _input_pipeline(name):
 
     The tags of those summaries contain the capacity of the queue and thus depend on the batch size.
     """
-    with tf.device("/cpu:0"), tf.name_scope(name) as scope, resuming.input_seed():
+    with tf.device("/cpu:0"), tf.name_scope(name) as scope, graph_notes.input_seed():
         yield
     collected = tf.get_collection_ref(tf.GraphKeys.SUMMARIES)
     collected[:] = [summary for summary in collected if not summary.op.name.startswith(scope)]

@@ -11,16 +11,17 @@ from absl import flags
 
 import cifar10
 import cifar10_train  # defines the flags of training
-from support import command_line, session
+from support.base import command_line
+from support.base.errors import UserError
 from support.cluster import task
-from support.errors import UserError
-from support.tensorflow_v1 import (
+from support.ops.tensorflow_v1 import (
     GPUS,
     session_config,
     tf,
     warn_of_unusable_gpus,
     warn_of_unused_gpus,
 )
+from support.run import training_run
 
 FLAGS = flags.FLAGS
 
@@ -28,7 +29,7 @@ command_line.forget_flags_of(__file__)
 flags.DEFINE_integer(
     "num_gpus", 1, "Number of towers, one per GPU.", lower_bound=1, upper_bound=1024
 )
-for name in [*session.Options._fields, "seed", "log_device_placement"]:
+for name in [*training_run.Options._fields, "seed", "log_device_placement"]:
     flags.declare_key_flag(name)
 
 
@@ -125,7 +126,7 @@ def train():
     """Trains up to --max_steps, resuming from the newest checkpoint in --train_dir if any."""
     options = cifar10_train.training_options()
     settings = cifar10.training_settings()
-    if not session.has_steps_left(options, settings):
+    if not training_run.has_steps_left(options, settings):
         return
     if FLAGS.num_gpus > len(GPUS):
         tf.logging.warning(
@@ -135,9 +136,9 @@ def train():
             "them" if GPUS else "the CPU",
         )
     warn_of_unused_gpus(FLAGS.num_gpus)
-    with session.training_graph(FLAGS.seed, train_dir=options.train_dir):
+    with training_run.training_graph(FLAGS.seed, train_dir=options.train_dir):
         train_op, loss = build_training(FLAGS.num_gpus, FLAGS.batch_size)
-        with session.training_session(
+        with training_run.training_session(
             loss,
             FLAGS.batch_size * FLAGS.num_gpus,
             options,

@@ -25,14 +25,16 @@ from absl import app, flags
 import cifar10
 import cifar10_eval  # defines --checkpoint_dir and --use_moving_averages
 import cifar10_input
-from support import checkpoints, command_line, dataset, files, image_files
-from support.errors import CheckpointError, UserError, first_line
-from support.tensorflow_v1 import (
+from support.base import command_line, files
+from support.base.errors import CheckpointError, UserError, first_line
+from support.data import dataset, image_files
+from support.ops.tensorflow_v1 import (
     out_of_memory_explained,
     session_config,
     tf,
     warn_of_unusable_gpus,
 )
+from support.run import checkpoints
 
 FLAGS = flags.FLAGS
 

@@ -14,14 +14,15 @@ import os
 from absl import flags
 
 import cifar10
-from support import command_line, session
+from support.base import command_line
 from support.cluster import server, task, training
-from support.tensorflow_v1 import (
+from support.ops.tensorflow_v1 import (
     session_config,
     tf,
     warn_of_unusable_gpus,
     warn_of_unused_gpus,
 )
+from support.run import training_run
 
 FLAGS = flags.FLAGS
 _MAX_INT = 2**31 - 1
@@ -106,8 +107,10 @@ CLUSTER_FLAGS = ("Flags for several machines (TF_CONFIG)", ["cluster_timeout_sec
 
 
 def training_options():
-    """Returns the `session.Options` with the values of the flags of the same names."""
-    return session.Options(**{name: FLAGS[name].value for name in session.Options._fields})
+    """Returns the `training_run.Options` with the values of the flags of the same names."""
+    return training_run.Options(
+        **{name: FLAGS[name].value for name in training_run.Options._fields}
+    )
 
 
 def train(worker=None):
@@ -118,11 +121,11 @@ def train(worker=None):
     """
     options = training_options()
     settings = cifar10.training_settings()
-    if not session.has_steps_left(options, settings, worker):
+    if not training_run.has_steps_left(options, settings, worker):
         return
     if worker is None:
         warn_of_unused_gpus(1)
-    with session.training_graph(FLAGS.seed, worker, options.train_dir):
+    with training_run.training_graph(FLAGS.seed, worker, options.train_dir):
         with tf.device("/cpu:0"):
             global_step = tf.train.get_or_create_global_step()
         images, labels = cifar10.distorted_inputs(shard=worker and worker.shard)
@@ -130,7 +133,7 @@ def train(worker=None):
         loss = cifar10.loss(logits, labels)
         train_op = cifar10.train(loss, global_step, worker=worker)
 
-        with session.training_session(
+        with training_run.training_session(
             loss,
             FLAGS.batch_size * (worker.count if worker else 1),
             options,

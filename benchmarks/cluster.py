@@ -24,8 +24,9 @@ import time
 import compare
 from absl import flags
 
-from support import command_line, synthetic
-from support.errors import UserError
+from support.base import command_line
+from support.base.errors import UserError
+from support.data import synthetic
 
 FLAGS = flags.FLAGS
 

@@ -31,9 +31,10 @@ from absl import flags  # noqa: E402
 from contender import MATRIX_SIZE  # noqa: E402
 
 import cifar10_input  # noqa: E402
-from support import command_line, dataset, synthetic  # noqa: E402
-from support.errors import UserError  # noqa: E402
-from support.tensorflow_v1 import find_bfloat16_support, find_processor_name, tf  # noqa: E402
+from support.base import command_line  # noqa: E402
+from support.base.errors import UserError  # noqa: E402
+from support.data import dataset, synthetic  # noqa: E402
+from support.ops.tensorflow_v1 import find_bfloat16_support, find_processor_name, tf  # noqa: E402
 
 FLAGS = flags.FLAGS
 

@@ -17,9 +17,9 @@ from absl import flags
 from absl.testing import flagsaver
 
 import cifar10
-from support import command_line
-from support.session import training_graph
-from support.tensorflow_v1 import session_config, tf
+from support.base import command_line
+from support.ops.tensorflow_v1 import session_config, tf
+from support.run.training_run import training_graph
 
 FLAGS = flags.FLAGS
 

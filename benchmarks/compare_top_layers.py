@@ -15,7 +15,7 @@ import compare
 import turns
 from absl import flags
 
-from support import command_line
+from support.base import command_line
 
 FLAGS = flags.FLAGS
 

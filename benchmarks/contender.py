@@ -16,8 +16,9 @@ from absl import flags
 
 import cifar10
 import cifar10_input
-from support import command_line, fast_input
-from support.tensorflow_v1 import session_config, tf
+from support.base import command_line
+from support.ops import fast_input
+from support.ops.tensorflow_v1 import session_config, tf
 
 FLAGS = flags.FLAGS
 

@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import textwrap
 import threading
 
 import numpy as np
@@ -15,7 +16,7 @@ import pytest
 from absl import flags
 from absl.testing import flagsaver
 
-from support import dataset, synthetic
+from support.data import dataset, synthetic
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -102,7 +103,7 @@ def standardized_centers(records, size=24):
 @contextlib.contextmanager
 def running_queues():
     """Yields a session on the default graph with its queue threads running."""
-    from support.tensorflow_v1 import session_config, tf
+    from support.ops.tensorflow_v1 import session_config, tf
 
     with tf.Session(config=session_config()) as session:
         session.run([tf.global_variables_initializer(), tf.local_variables_initializer()])
@@ -117,7 +118,7 @@ def running_queues():
 
 def all_batches(session, fetches):
     """Runs `fetches` until the input ends; returns the list of results."""
-    from support.tensorflow_v1 import tf
+    from support.ops.tensorflow_v1 import tf
 
     results = []
     with contextlib.suppress(tf.errors.OutOfRangeError):
@@ -142,11 +143,11 @@ RAW, AVERAGED = 14, 12  # seeds of the variables and of their moving averages
 def save_checkpoint(checkpoint_dir, step, settings=None):
     """Saves a checkpoint whose variables differ from their moving averages; returns its path.
 
-    Without `settings`, a `checkpoints.TrainingSettings`, the checkpoint records none, like those of
+    Without `settings`, a `TrainingSettings`, the checkpoint records none, like those of
     the original tutorial.
     """
-    from support import checkpoints
-    from support.tensorflow_v1 import tf
+    from support.ops.tensorflow_v1 import tf
+    from support.run import checkpoints
 
     checkpoint_dir = pathlib.Path(checkpoint_dir)
     checkpoint_dir.mkdir(exist_ok=True)
@@ -231,6 +232,58 @@ def lost_stream(kind="pipe"):
         yield stream
 
 
+@pytest.fixture
+def write_script(tmp_path):
+    """Writes a Python file into a folder of its own, and returns its path."""
+
+    def write(code, name="script.py"):
+        path = tmp_path / name
+        path.write_text(textwrap.dedent(code).lstrip())
+        return path
+
+    return write
+
+
+def file_environment():
+    """Returns the environment for scripts outside the project's folder, with buffered output."""
+    return {**script_environment(), "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": ""}
+
+
+def run_file(path, *arguments):
+    """Runs a script; returns its exit code, its stdout and its stderr."""
+    process = subprocess.run(
+        [sys.executable, path, *arguments],
+        env=file_environment(),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    return process.returncode, process.stdout, process.stderr
+
+
+@contextlib.contextmanager
+def running_file(path, *arguments):
+    """Starts a script, waits for its first line, and yields the `subprocess.Popen`."""
+    with subprocess.Popen(
+        [sys.executable, path, *arguments],
+        env=file_environment(),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        timer = threading.Timer(60, process.kill)
+        timer.start()
+        try:
+            assert process.stdout.readline() == "ready\n"
+            yield process
+        finally:
+            timer.cancel()
+            process.kill()
+
+
 def messages(stderr):
     """Returns the lines of a script's stderr, without TensorFlow's own start-up notices."""
     return [line for line in stderr.splitlines() if not START_UP_NOTICES.fullmatch(line)]
@@ -247,7 +300,7 @@ def flags_are_restored(tmp_path):
 @pytest.fixture
 def graph():
     """A new default graph with a fixed seed."""
-    from support.tensorflow_v1 import tf
+    from support.ops.tensorflow_v1 import tf
 
     with tf.Graph().as_default() as graph:
         tf.set_random_seed(1)

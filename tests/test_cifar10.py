@@ -13,10 +13,11 @@ from conftest import write_dataset
 
 import cifar10
 import cifar10_input
-from support import dataset, resuming, tensorflow_v1
-from support.checkpoints import TrainingSettings
-from support.errors import DataError, UserError
-from support.tensorflow_v1 import tf
+from support.base.errors import DataError, UserError
+from support.data import dataset
+from support.data.settings import TrainingSettings
+from support.ops import graph_notes, tensorflow_v1
+from support.ops.tensorflow_v1 import tf
 
 pytestmark = pytest.mark.usefixtures("graph")
 
@@ -290,7 +291,7 @@ def test_conv2_is_convolved_directly_where_it_is_computed_in_16_bits(
 
 @pytest.mark.parametrize(("fast_ops", "gpus", "count"), [(True, [], 0), (False, [], 2)])
 def test_the_fast_model_has_no_lrn_operations_on_a_cpu(monkeypatch, fast_ops, gpus, count):
-    monkeypatch.setattr("support.tensorflow_v1.GPUS", gpus)
+    monkeypatch.setattr("support.ops.tensorflow_v1.GPUS", gpus)
     FLAGS.fast_ops = fast_ops
     cifar10.inference(tf.zeros([2, 24, 24, 3]))
     lrn = [op for op in tf.get_default_graph().get_operations() if op.type == "LRN"]
@@ -427,7 +428,7 @@ def test_after_a_change_of_the_images_per_step_the_schedule_counts_the_images_se
 ):
     FLAGS.num_epochs_per_decay = 0.04  # 2,000 of 50,000 images
     seen = 61 * 64
-    resuming.record(61, TrainingSettings(examples_per_step=64))
+    graph_notes.record(61, TrainingSettings(examples_per_step=64))
     global_step = tf.placeholder(tf.int32, [])
     rate = cifar10.decayed_learning_rate(global_step, examples_per_step)
     with tf.Session() as session:
@@ -442,7 +443,7 @@ def test_after_a_change_of_the_images_per_step_the_schedule_counts_the_images_se
 def test_more_images_than_a_step_counter_of_32_bits_can_hold_are_counted():
     FLAGS.num_epochs_per_decay = 20000.0  # 1e9 images
     FLAGS.learning_rate_decay_factor = 0.5
-    resuming.record(10**6, TrainingSettings(examples_per_step=1))
+    graph_notes.record(10**6, TrainingSettings(examples_per_step=1))
     global_step = tf.placeholder(tf.int32, [])
     rate = cifar10.decayed_learning_rate(global_step, 10**5)
     with tf.Session() as session:
@@ -458,7 +459,7 @@ def test_without_a_change_the_graph_is_the_same_as_for_a_new_run(resumed):
     for is_resumed in (False, resumed):
         with tf.Graph().as_default() as graph:
             if is_resumed:
-                resuming.record(7, TrainingSettings(examples_per_step=128))
+                graph_notes.record(7, TrainingSettings(examples_per_step=128))
             cifar10.decayed_learning_rate(tf.train.get_or_create_global_step(), 128)
             operations.append(list(graph.as_graph_def().node))
     assert operations[0] == operations[1]

@@ -17,9 +17,9 @@ from conftest import ROOT, lost_stream, make_records, run_script
 from PIL import Image
 
 import cifar10_convert
-from support import dataset
-from support.errors import DataError, UserError
-from support.image_files import read_image
+from support.base.errors import DataError, UserError
+from support.data import conversion, dataset
+from support.data.image_files import read_image
 
 FLAGS = cifar10_convert.FLAGS
 
@@ -152,7 +152,7 @@ class Source:
 
 
 def test_the_records_of_the_classes_are_well_mixed(tmp_path, monkeypatch):
-    monkeypatch.setattr(cifar10_convert, "BUCKET_BYTES", 20000)  # six records
+    monkeypatch.setattr(conversion, "BUCKET_BYTES", 20000)  # six records
     source = Source({"a": 600, "b": 600})
     cifar10_convert.convert(source, Source({"a": 5, "b": 5}), str(tmp_path / "out"))
     files = read_records(tmp_path / "out", eval_data=False)
@@ -171,7 +171,7 @@ def test_sorting_in_buckets_bounds_memory_and_does_not_change_the_files(
 ):
     source = Source({"a": 50, "b": 60})
     cifar10_convert.convert(source, Source({"a": 9, "b": 9}), str(tmp_path / "default"))
-    monkeypatch.setattr(cifar10_convert, "BUCKET_BYTES", bucket_bytes)
+    monkeypatch.setattr(conversion, "BUCKET_BYTES", bucket_bytes)
     largest = 0
     fromfile = np.fromfile
 

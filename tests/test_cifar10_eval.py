@@ -26,10 +26,11 @@ from conftest import (
 import cifar10
 import cifar10_eval
 import cifar10_input
-from support import checkpoints, dataset
-from support.checkpoints import TrainingSettings
-from support.errors import CheckpointError, DataError, UserError
-from support.tensorflow_v1 import session_config, tf
+from support.base.errors import CheckpointError, DataError, UserError
+from support.data import dataset
+from support.data.settings import TrainingSettings
+from support.ops.tensorflow_v1 import session_config, tf
+from support.run import checkpoints
 
 FLAGS = cifar10_eval.FLAGS
 

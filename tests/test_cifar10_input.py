@@ -20,9 +20,9 @@ from conftest import (
 from PIL import Image
 
 import cifar10_input
-from support import dataset
-from support.errors import UserError
-from support.tensorflow_v1 import tf
+from support.base.errors import UserError
+from support.data import dataset
+from support.ops.tensorflow_v1 import tf
 
 pytestmark = pytest.mark.usefixtures("graph")
 

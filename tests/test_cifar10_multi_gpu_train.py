@@ -10,9 +10,11 @@ from conftest import write_dataset
 import cifar10
 import cifar10_multi_gpu_train
 import cifar10_train
-from support import checkpoints, dataset, session
-from support.errors import UserError
-from support.tensorflow_v1 import session_config, tf
+from support.base.errors import UserError
+from support.data import dataset
+from support.data.settings import TrainingSettings
+from support.ops.tensorflow_v1 import session_config, tf
+from support.run import training_run
 
 pytestmark = pytest.mark.usefixtures("graph")
 
@@ -208,8 +210,8 @@ def test_each_tower_has_its_own_batch(fixed_batch):
 
 
 def run_training(train_op, loss, options):
-    settings = checkpoints.TrainingSettings(dataset.CLASS_NAMES, 50000)
-    with session.training_session(loss, 8, options, settings) as sess:
+    settings = TrainingSettings(dataset.CLASS_NAMES, 50000)
+    with training_run.training_session(loss, 8, options, settings) as sess:
         while not sess.should_stop():
             sess.run(train_op)
 
@@ -242,7 +244,7 @@ def test_a_nan_in_any_tower_stops_training(tmp_path, monkeypatch, corrupt, name,
     monkeypatch.setattr(cifar10, "inference", corrupt_inference)
     train_op, loss = cifar10_multi_gpu_train.build_training(2, 4)
     tf.get_collection_ref(tf.GraphKeys.SUMMARIES).clear()  # a histogram would find the NaN as well
-    options = session.Options(train_dir=str(tmp_path / "train"), max_steps=5)
+    options = training_run.Options(train_dir=str(tmp_path / "train"), max_steps=5)
     message = f"{name.format(bad_tower)} is nan at step 0, where the learning rate is 0.1;"
     with pytest.raises(UserError, match=f"^{message}"):
         run_training(train_op, loss, options)

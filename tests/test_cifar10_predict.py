@@ -32,10 +32,12 @@ from PIL import Image
 
 import cifar10
 import cifar10_predict
-from support import checkpoints, dataset, files
-from support.checkpoints import TrainingSettings
-from support.errors import UserError
-from support.tensorflow_v1 import tf
+from support.base import files
+from support.base.errors import UserError
+from support.data import dataset
+from support.data.settings import TrainingSettings
+from support.ops.tensorflow_v1 import tf
+from support.run import checkpoints
 
 FLAGS = cifar10_predict.FLAGS
 

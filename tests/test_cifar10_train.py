@@ -18,16 +18,18 @@ from conftest import ROOT, write_dataset
 import cifar10
 import cifar10_multi_gpu_train
 import cifar10_train
-from support import dataset, session, tensorflow_v1
-from support.checkpoints import read_settings
-from support.errors import Interrupted, UserError
-from support.tensorflow_v1 import (
+from support.base.errors import Interrupted, UserError
+from support.data import dataset
+from support.ops import tensorflow_v1
+from support.ops.tensorflow_v1 import (
     GPUS,
     computes_in_16_bits,
     find_bfloat16_support,
     session_config,
     tf,
 )
+from support.run import training_run
+from support.run.checkpoints import read_settings
 
 FLAGS = cifar10_train.FLAGS
 
@@ -120,13 +122,13 @@ def test_the_training_session_gets_the_flags(tmp_path, monkeypatch, trainer, exa
         calls.append((loss, examples_per_step, options, settings, config, named))
         yield types.SimpleNamespace(should_stop=lambda: True)
 
-    monkeypatch.setattr(session, "training_session", training_session)
+    monkeypatch.setattr(training_run, "training_session", training_session)
     trainer.train()
     ((loss, examples, options, settings, config, named),) = calls
     assert loss.shape == []
     assert loss.graph.seed == 99
     assert examples == examples_per_step
-    assert options == session.Options(
+    assert options == training_run.Options(
         train_dir=str(tmp_path / "train"),
         max_steps=17,
         log_frequency=3,
@@ -176,7 +178,7 @@ def test_gpus_that_stay_unused_are_reported(tmp_path, monkeypatch, trainer, gpus
     monkeypatch.setattr(tensorflow_v1, "GPUS", ["a GPU"] * gpus)
     monkeypatch.setattr(cifar10_multi_gpu_train, "GPUS", ["a GPU"] * gpus)
     monkeypatch.setattr(tf.logging, "warning", lambda text, *values: warnings.append(text % values))
-    monkeypatch.setattr(session, "training_graph", stop)
+    monkeypatch.setattr(training_run, "training_graph", stop)
     with pytest.raises(Stop):
         trainer.train()
     assert warnings == [line] * (line is not None)

@@ -29,9 +29,10 @@ import cifar10_input
 import cifar10_multi_gpu_train
 import cifar10_predict  # noqa: F401
 import cifar10_train
-from support import dataset, fast_input
-from support.errors import DataError, UserError
-from support.tensorflow_v1 import session_config, tf
+from support.base.errors import DataError, UserError
+from support.data import dataset
+from support.ops import fast_input
+from support.ops.tensorflow_v1 import session_config, tf
 
 pytestmark = pytest.mark.usefixtures("graph")
 
@@ -757,7 +758,7 @@ def test_tf_app_runs_the_main_function_of_a_script(data_folder, tmp_path, monkey
 def test_a_fork_that_disables_the_behavior_of_tensorflow_2_trains():
     code = """
 import cifar10
-from support.tensorflow_v1 import tf
+from support.ops.tensorflow_v1 import tf
 tf.disable_v2_behavior()
 global_step = tf.train.get_or_create_global_step()
 loss = cifar10.loss(cifar10.inference(tf.zeros([2, 24, 24, 3])), tf.constant([0, 1]))

@@ -18,9 +18,7 @@ import cifar10_eval  # noqa: F401
 import cifar10_multi_gpu_train  # noqa: F401
 import cifar10_predict  # noqa: F401
 
-SOURCES = [
-    path for folder in ("", "support", "support/cluster") for path in (ROOT / folder).glob("*.py")
-]
+SOURCES = [*ROOT.glob("*.py"), *(ROOT / "support").rglob("*.py")]
 # Flags of programs that are not part of this project.
 OTHER_FLAGS = {"logdir", "logdir_spec", "help", "helpfull", "version"}
 
@@ -135,7 +133,8 @@ def find_unknown_names(text):
     for quoted in re.findall(r"`([^`\n]+)`", text):
         module, _, rest = quoted.removesuffix("()").partition(".")
         if re.fullmatch(rf"(\.?\w+/)*[\w.-]+\.{SUFFIXES}|{FOLDERS}/[\w/]*", quoted):
-            known = (ROOT / quoted).exists() or any(ROOT.glob(f"*/{quoted}"))
+            places = (ROOT / quoted, *ROOT.glob(f"*/{quoted}"), *ROOT.glob(f"support/*/{quoted}"))
+            known = any(place.exists() for place in places)
             if quoted.endswith(OUTPUTS):
                 known = known or set(re.findall(r"\w+", quoted)) <= words
         elif module in names and re.fullmatch(r"[\w.]+", rest):

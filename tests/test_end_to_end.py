@@ -28,7 +28,7 @@ from conftest import (
 )
 from PIL import Image
 
-from support import dataset
+from support.data import dataset
 
 TRAINERS = ("cifar10_train.py", "cifar10_multi_gpu_train.py")
 COMMANDS = (*TRAINERS, "cifar10_eval.py", "cifar10_predict.py", "cifar10_convert.py")

@@ -25,8 +25,8 @@ from conftest import (
 )
 
 import cifar10_eval
-from support import dataset
-from support.tensorflow_v1 import tf
+from support.data import dataset
+from support.ops.tensorflow_v1 import tf
 
 pytestmark = pytest.mark.slow
 

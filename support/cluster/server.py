@@ -5,9 +5,9 @@ import socket
 import sys
 import time
 
+from support.base.errors import UserError, first_line
 from support.cluster.task import split_address
-from support.errors import UserError, first_line
-from support.tensorflow_v1 import tf
+from support.ops.tensorflow_v1 import tf
 
 POLL_INTERVAL = 0.3  # seconds between two attempts to reach the other tasks
 NOTICE_DELAY = 5.0  # seconds to wait for other tasks before a message names them

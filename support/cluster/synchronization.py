@@ -3,7 +3,7 @@
 import threading
 import types
 
-from support.tensorflow_v1 import tf
+from support.ops.tensorflow_v1 import tf
 
 
 class ChiefStatus:

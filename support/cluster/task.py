@@ -5,7 +5,7 @@ import os
 import re
 from typing import NamedTuple
 
-from support.errors import UserError
+from support.base.errors import UserError
 
 TASK_TYPES = ("ps", "chief", "worker", "evaluator")
 

@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 
-from support import checkpoints
+from support.base.errors import Interrupted, UserError
 from support.cluster.server import (
     NOTICE_DELAY,
     POLL_INTERVAL,
@@ -22,8 +22,8 @@ from support.cluster.server import (
     wait_for_peers,
 )
 from support.cluster.synchronization import ChiefStatus, SynchronizationHook, SynchronizedStep
-from support.errors import Interrupted, UserError
-from support.tensorflow_v1 import tf
+from support.data.settings import find_mismatch, format_settings, parse_settings
+from support.ops.tensorflow_v1 import tf
 
 CHIEF_HAS_FAILED = "the chief has failed; see its output for the reason"
 LOST_AFTER = 3  # failed checks in a row, a second apart, before a parameter server counts as lost
@@ -159,7 +159,7 @@ def run_worker(task, server, train, settings, timeout, shard_data=False):
       server: the `tf.train.Server` from `start_server`.
       train: function of a `Worker` that trains up to the last step. On the chief it also restores
         and saves, and returns at once if there is nothing left to train.
-      settings: the `checkpoints.TrainingSettings`. They must be those of the chief.
+      settings: the `TrainingSettings`. They must be those of the chief.
       timeout: seconds that another task may be missing.
       shard_data: bool; whether each worker reads its own part of the records.
 
@@ -174,7 +174,7 @@ def run_worker(task, server, train, settings, timeout, shard_data=False):
     worker = Worker(task, server.target, statuses[0], timeout, shard_data)
     try:
         if task.is_chief:
-            statuses[0].write_settings(checkpoints.format_settings(settings))
+            statuses[0].write_settings(format_settings(settings))
             _train_as_chief(worker, train, statuses)
         elif _wait_for_chief(task, statuses[0], timeout):
             _check_settings(task, statuses[0], settings)
@@ -219,8 +219,8 @@ def _wait_for_chief(task, status, timeout):
 
 def _check_settings(task, status, settings):
     """Raises UserError unless the chief trains the same model on the same classes and batches."""
-    chief_settings = checkpoints.parse_settings(status.read_settings())
-    mismatch = checkpoints.find_mismatch(chief_settings, settings)
+    chief_settings = parse_settings(status.read_settings())
+    mismatch = find_mismatch(chief_settings, settings)
     counts = [each.examples_per_step for each in (chief_settings, settings)]
     if mismatch is None and counts[0] != counts[1]:  # the schedule counts the chief's
         mismatch = f"{counts[0]} images per step", str(counts[1])

@@ -1,0 +1,1 @@
+"""What every script needs, without TensorFlow: flags, errors, signals, streams, files, progress."""

@@ -1,0 +1,196 @@
+"""Locks, and files and folders that appear only when they are complete."""
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import pathlib
+import shutil
+import socket
+import sys
+import time
+
+import filelock
+
+from support.base.errors import DataError, UserError
+
+# How flock fails on file systems that have no locks: NFS without a lock daemon, Lustre mounted
+# without `flock`, FUSE and others. 524 is the Linux kernel's own ENOTSUPP, which some pass on.
+_NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EBADF, errno.EINVAL, 524}
+_without_locks = set()  # (device, error number) of the warnings that this process has printed
+
+
+class LockedError(UserError):
+    """Another process holds the lock; the message describes that process."""
+
+
+@contextlib.contextmanager
+def lock(path, on_wait=None):
+    """Holds a lock that the operating system releases when the process ends, however it ends.
+
+    On a file system without locks, it warns once and holds none.
+
+    Args:
+      path: the lock file. It describes the holder and is removed when the lock is released. A file
+        left behind by a killed process does not lock anything.
+      on_wait: function that is called once, with a description of the holder, before waiting for a
+        lock that is held by another process.
+
+    Raises:
+      LockedError: another process holds the lock, and `on_wait` is None.
+      OSError: the file cannot be created or locked.
+    """
+    file_lock = filelock.FileLock(path, on_acquired=_write_holder)
+    try:
+        try:
+            file_lock.acquire(blocking=False)
+        except filelock.Timeout:
+            holder = _read_holder(path)
+            if on_wait is None:
+                raise LockedError(holder) from None
+            on_wait(holder)
+            file_lock.acquire()
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        _warn_of_missing_locks(path, error)
+    try:
+        yield
+    finally:
+        # This is safe: a waiting process that locks the removed file opens the path again.
+        with contextlib.suppress(OSError):  # the folder may have become read-only
+            pathlib.Path(path).unlink(missing_ok=True)
+        file_lock.release()
+
+
+def _warn_of_missing_locks(path, error):
+    """Reports on stderr that a lock file cannot be locked, once for each file system and reason."""
+    folder = os.path.dirname(path) or "."
+    cause = os.stat(folder).st_dev, error.errno
+    if cause not in _without_locks:
+        _without_locks.add(cause)
+        print(
+            f"Warning: the file system of {folder} does not support locks ({error.strerror}); make "
+            "sure that no two processes write to the same folder",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+def _write_holder(descriptor):
+    script = os.path.basename(sys.argv[0])
+    start = time.strftime("%Y-%m-%d %H:%M:%S")
+    os.ftruncate(descriptor, 0)
+    os.write(
+        descriptor,
+        f"process {os.getpid()} on {socket.gethostname()} ({script}, since {start})\n".encode(),
+    )
+
+
+def _read_holder(path):
+    with contextlib.suppress(FileNotFoundError):
+        if holder := pathlib.Path(path).read_text().strip():
+            return holder
+    return "another process"
+
+
+@contextlib.contextmanager
+def prepare_folder(folder, flag="--data_dir"):
+    """Lets only one process at a time create `folder`, in the `with` block. Others wait.
+
+    The parent of `folder` is created if needed.
+
+    Args:
+      folder: path.
+      flag: string; the flag that the user can set to choose another folder.
+
+    Raises:
+      DataError: the parent cannot be created or locked, or the block raises OSError.
+    """
+
+    def report_wait(holder):
+        print(f"Waiting for {holder} to finish preparing {folder}", file=sys.stderr, flush=True)
+
+    parent, name = os.path.split(folder)
+    try:
+        os.makedirs(parent or ".", exist_ok=True)
+        with lock(os.path.join(parent, f".{name}.lock"), on_wait=report_wait):
+            yield
+    except OSError as error:
+        raise DataError(
+            f"cannot write the dataset to {parent or '.'}: {error}; choose another folder with "
+            f"{flag}"
+        ) from error
+
+
+@contextlib.contextmanager
+def atomic_folder(folder):
+    """Creates `folder` with all of its files, or not at all.
+
+    Yields the path of a hidden staging folder, `.NAME.part`. It is renamed to `folder` if the
+    `with` block succeeds, and deleted if it fails. Use it within `prepare_folder`, because all
+    processes share the staging folder.
+    """
+    parent, name = os.path.split(folder)
+    staging = os.path.join(parent, f".{name}.part")
+    shutil.rmtree(staging, ignore_errors=True)  # left behind by a killed process
+    os.mkdir(staging)
+    try:
+        yield staging
+        os.rename(staging, folder)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def check_new_folder(flag, folder):
+    """Raises UserError if `folder`, the value of `flag`, exists and is not an empty folder."""
+    try:
+        is_new = not os.path.lexists(folder) or (os.path.isdir(folder) and not os.listdir(folder))
+    except OSError as error:
+        raise UserError(f"{flag}={folder} cannot be read ({error.strerror})") from error
+    if not is_new:
+        raise UserError(f"{flag}={folder} already exists; choose a new folder")
+
+
+def hash_file(path):
+    """Returns the SHA-256 of a file's content in hexadecimal. Raises OSError."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def append_json_line(path, value):
+    """Appends a dict, plus the `time` in seconds since 1970, as one line to a JSON Lines file.
+
+    Raises:
+      UserError: the file cannot be written.
+    """
+    line = json.dumps({"time": time.time(), **value}) + "\n"
+    with _writing(path), open(path, "a") as file:
+        file.write(line)
+
+
+def write_json_atomically(path, value):
+    """Writes `value` as JSON. If that fails or is killed, the previous file stays intact.
+
+    Objects that JSON cannot represent, for example enumerations, are written as strings.
+
+    Raises:
+      UserError: the file cannot be written.
+    """
+    text = json.dumps(value, indent=2, default=str) + "\n"
+    part = pathlib.Path(f"{path}.part")
+    with _writing(path):
+        try:
+            part.write_text(text)
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _writing(path):
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from error

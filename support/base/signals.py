@@ -1,0 +1,109 @@
+"""Signals that stop a script: SIGINT, SIGTERM and SIGHUP."""
+
+import contextlib
+import gc
+import os
+import signal
+import socket
+import sys
+import threading
+
+_REQUESTS = (signal.SIGINT, signal.SIGTERM)
+# SIGHUP: the terminal goes away, for example with its ssh connection.
+_STOP_SIGNALS = (*_REQUESTS, signal.SIGHUP)
+
+_runs_script = False  # whether the process does nothing but run a script, so that it may be ended
+
+
+@contextlib.contextmanager
+def running_script():
+    """Lets signals end the process in the context, unless a notebook or a prompt called `run`."""
+    global _runs_script
+    before = _runs_script
+    _runs_script = not hasattr(sys, "ps1")  # the prompt of Python, IPython and Jupyter
+    if _runs_script:
+        # The objects that imports have created stay alive. The garbage collector need not traverse
+        # them again and again: that would take half a second of every script.
+        gc.freeze()
+    try:
+        yield
+    finally:
+        _runs_script = before
+
+
+class StopSignals:
+    """A context in which the first SIGINT, SIGTERM or SIGHUP calls a function.
+
+    A second SIGINT or SIGTERM ends a script at once. SIGHUP does not count for that: when a
+    terminal goes away, the shell, the kernel and the session manager can each send SIGHUP or
+    SIGTERM. In a process that does more than run a script, for example a notebook's kernel, the
+    second signal raises KeyboardInterrupt instead.
+
+    Python runs signal handlers only in the main thread and only between two of its instructions,
+    but a call into TensorFlow can take minutes. So a thread is notified of the signals as well.
+
+    A signal that is ignored, as in `nohup` or a shell's background job, stays ignored. Outside the
+    main thread, where Python allows no signal handlers, the context has no effect.
+
+    Args:
+      on_first_signal: function of the signal's number, called in the main thread.
+
+    Attributes:
+      signal_number: int; the number of the first signal, or None.
+    """
+
+    def __init__(self, on_first_signal):
+        self.signal_number = None
+        self._on_first_signal = on_first_signal
+        self._is_first = True
+
+    def __enter__(self):
+        self._previous = {}
+        if threading.current_thread() is not threading.main_thread():
+            return self
+        self._receiver, self._sender = socket.socketpair()
+        self._sender.setblocking(False)
+        self._wakeup_fd = signal.set_wakeup_fd(self._sender.fileno(), warn_on_full_buffer=False)
+        self._thread = threading.Thread(target=self._receive, daemon=True)
+        self._thread.start()
+        for number in _STOP_SIGNALS:
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                self._previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *exception):
+        if threading.current_thread() is not threading.main_thread():
+            return
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(self._wakeup_fd)
+        self._sender.close()  # ends the thread
+        self._thread.join()
+        self._receiver.close()
+
+    def _handle(self, number, frame):
+        if self._is_first:
+            self._is_first = False
+            self._on_first_signal(number)
+        elif number in _REQUESTS and not _runs_script:
+            raise KeyboardInterrupt
+
+    def _receive(self):
+        requests = 0
+        while received := self._receiver.recv(1):
+            number = received[0]
+            if number in _STOP_SIGNALS:
+                requests += number in _REQUESTS
+                if requests > 1 and _runs_script:
+                    os._exit(128 + number)
+                self.signal_number = self.signal_number or number
+
+
+class DeferredSignals(StopSignals):
+    """A context in which the first SIGINT, SIGTERM or SIGHUP interrupts nothing.
+
+    The program polls `signal_number`. For a second signal, see the base class.
+    """
+
+    def __init__(self):
+        super().__init__(lambda number: None)

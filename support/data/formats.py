@@ -1,0 +1,305 @@
+"""The versions of CIFAR-10 and CIFAR-100 that the scripts cannot read directly.
+
+These are the Python version of CIFAR-10, which Keras and torchvision download, and the binary and
+the Python version of CIFAR-100. See https://www.cs.toronto.edu/~kriz/cifar.html.
+"""
+
+import contextlib
+import io
+import os
+import pickle
+import shlex
+import tarfile
+import zlib
+from typing import NamedTuple
+
+import numpy as np
+
+from support.base import files
+from support.base.errors import DataError
+from support.data import dataset
+
+
+class Version(NamedTuple):
+    """A version of CIFAR-10 or CIFAR-100.
+
+    Attributes:
+      title: string; what it is, for messages.
+      flag: string; the flag of cifar10_convert.py that converts it.
+      folder: string; the folder in its archive.
+      archive: string; the name of its archive.
+      train_files: tuple of strings.
+      test_file: string.
+      name_files: tuple of strings; the files with the class names.
+    """
+
+    title: str
+    flag: str
+    folder: str
+    archive: str
+    train_files: tuple
+    test_file: str
+    name_files: tuple
+
+
+VERSIONS = (
+    Version(
+        "the Python version of CIFAR-10",
+        "cifar10_python",
+        "cifar-10-batches-py",
+        "cifar-10-python.tar.gz",
+        tuple(name.removesuffix(".bin") for name in dataset.TRAIN_FILES),
+        "test_batch",
+        ("batches.meta",),
+    ),
+    Version(
+        "the binary version of CIFAR-100",
+        "cifar100",
+        "cifar-100-binary",
+        "cifar-100-binary.tar.gz",
+        ("train.bin",),
+        "test.bin",
+        ("fine_label_names.txt", "coarse_label_names.txt"),
+    ),
+    Version(
+        "the Python version of CIFAR-100",
+        "cifar100",
+        "cifar-100-python",
+        "cifar-100-python.tar.gz",
+        ("train",),
+        "test",
+        ("meta",),
+    ),
+)
+
+# By the kind of labels. CIFAR-10 has only one kind.
+LABEL_KINDS = {"": "labels", "fine": "fine_labels", "coarse": "coarse_labels"}
+NAME_LISTS = {"": "label_names", "fine": "fine_label_names", "coarse": "coarse_label_names"}
+DEFAULT_NAMES = {
+    "": dataset.CLASS_NAMES,
+    "fine": tuple(f"class {label}" for label in range(100)),
+    "coarse": tuple(f"class {label}" for label in range(20)),
+}
+CIFAR_100_LABELS = ("coarse", "fine")  # the first two bytes of a record
+IMAGE_SHAPE = (32, 32, 3)  # height, width, depth
+
+
+def find_version(path, versions=VERSIONS):
+    """Finds a version of CIFAR-10 or CIFAR-100 in a folder or an archive.
+
+    Args:
+      path: path of an archive; of a folder with the files; or of a folder with the archive or the
+        folder, as torchvision and Keras (in `~/.keras/datasets`) keep them.
+      versions: iterable of `Version`s to look for.
+
+    Returns:
+      (`Version`, path of the folder or archive), or None.
+    """
+    for version in versions:
+        if os.path.basename(path) in archive_names(version) and os.path.isfile(path):
+            return version, path
+        folders = ("", version.folder, os.path.join(f"{version.folder}-target", version.folder))
+        for folder in folders:
+            candidate = os.path.join(path, folder) if folder else path
+            names = (*version.train_files, version.test_file)
+            if all(os.path.isfile(os.path.join(candidate, name)) for name in (names[0], names[-1])):
+                return version, candidate
+        for name in archive_names(version):
+            if os.path.isfile(candidate := os.path.join(path, name)):
+                return version, candidate
+    return None
+
+
+def archive_names(version):
+    """Returns the names of an archive: the original one, and those that Keras gives it."""
+    return version.archive, f"{version.folder}.tar.gz", f"{version.folder}-target_archive"
+
+
+def suggest_conversion(version, path, data_dir):
+    """Returns the command that converts a version so that the scripts find it in `data_dir`."""
+    labels = " --cifar100_labels=fine" if version.flag == "cifar100" else ""
+    output = os.path.join(data_dir, dataset.EXTRACTED_FOLDER)
+    return (
+        f"python cifar10_convert.py --{version.flag}={shlex.quote(os.fspath(path))}{labels} "
+        f"--output={shlex.quote(output)}"
+    )
+
+
+def convert(path, flag, output, label_kind=""):
+    """Writes the images of a version as a dataset, in their original order.
+
+    Args:
+      path: see `find_version`; an archive may have any name.
+      flag: string; the flag of the versions to look for, "cifar10_python" or "cifar100".
+      output: path of the folder to create.
+      label_kind: string; "fine" or "coarse" for CIFAR-100.
+
+    Returns:
+      (train_count, test_count, class_names): int, int, tuple of strings.
+
+    Raises:
+      DataError: the files are missing, damaged, or have other contents; or the folder cannot be
+        written.
+      UserError: the folder exists and is not empty.
+    """
+    layout = (dataset.HEIGHT, dataset.WIDTH, dataset.DEPTH)
+    if layout != IMAGE_SHAPE:
+        raise DataError(
+            f"the images of --{flag} are {IMAGE_SHAPE}, but the constants in "
+            f"support/data/dataset.py are {layout} (height, width, depth)"
+        )
+    version, path = _require_version(path, flag)
+    class_names = DEFAULT_NAMES[label_kind]
+    records = {}
+    for name, content in _read_files(version, path):
+        if name in version.name_files:
+            class_names = _parse_class_names(content, name, path, label_kind) or class_names
+        else:
+            records[name] = _parse_records(content, name, path, label_kind)
+    train_files = version.train_files[: sum(name in records for name in version.train_files) or 1]
+    for name in (*train_files, version.test_file):
+        if name not in records:
+            raise DataError(f"{path} has no file {name}")
+        if not len(records[name]):
+            raise DataError(f"{path}: {name} has no images")
+        if (largest := records[name][:, 0].max()) >= len(class_names):
+            raise DataError(f"{path}: {name} has label {largest}, but {len(class_names)} classes")
+    train = [records[name] for name in train_files]
+    if len(version.train_files) == 1:
+        train = np.array_split(train[0], min(len(dataset.TRAIN_FILES), len(train[0])))
+    test = records[version.test_file]
+    with files.prepare_folder(output, "--output"), files.atomic_folder(output) as staging:
+        files.check_new_folder("--output", output)  # another process may have just created it
+        for name, part in zip(dataset.TRAIN_FILES, train, strict=False):
+            part.tofile(os.path.join(staging, name))
+        test.tofile(os.path.join(staging, dataset.TEST_FILES[0]))
+        dataset.write_class_names(staging, class_names)
+        dataset.check_records(staging)
+    return sum(map(len, train)), len(test), class_names
+
+
+def _require_version(path, flag):
+    """Returns the `Version` and the path of the folder or archive; see `convert`."""
+    versions = [version for version in VERSIONS if version.flag == flag]
+    if found := find_version(path, versions):
+        return found
+    if os.path.isfile(path):
+        with _errors_explained(path), tarfile.open(path) as archive:
+            names = {os.path.basename(name) for name in archive.getnames()}
+        for version in versions:
+            if version.test_file in names:
+                return version, path
+    expected = " or ".join(f"{version.folder} or {version.archive}" for version in versions)
+    raise DataError(f"--{flag}={path} is not, and does not contain, {expected}")
+
+
+def _read_files(version, path):
+    """Yields (name, content) for each file of a version in a folder or an archive: string, bytes.
+
+    Files that are missing are skipped.
+    """
+    names = (*version.name_files, *version.train_files, version.test_file)
+    if os.path.isdir(path):
+        for name in names:
+            file_path = os.path.join(path, name)
+            if os.path.isfile(file_path):
+                with _errors_explained(file_path), open(file_path, "rb") as file:
+                    yield name, file.read()
+        return
+    with _errors_explained(path), tarfile.open(path) as archive:
+        for member in archive:
+            name = os.path.basename(member.name)
+            if name in names and member.isfile():
+                yield name, archive.extractfile(member).read()
+
+
+@contextlib.contextmanager
+def _errors_explained(path):
+    """Turns the errors of a file that is unreadable or not a valid archive into DataError."""
+    try:
+        yield
+    except (OSError, EOFError, tarfile.TarError, zlib.error) as error:
+        raise DataError(f"{path} cannot be read ({error})") from error
+
+
+def _parse_class_names(content, name, path, label_kind):
+    """Returns the class names of one kind that a file lists; None if it lists another kind."""
+    if name.endswith(".txt"):
+        listed = tuple(filter(None, map(str.strip, _decode(content).splitlines())))
+        return listed if name == f"{NAME_LISTS[label_kind]}.txt" else None
+    listed = _unpickle(content, name, path).get(NAME_LISTS[label_kind])
+    if not isinstance(listed, list):
+        raise DataError(f"{path}: {name} has no list {NAME_LISTS[label_kind]}")
+    return tuple(map(_decode, listed))
+
+
+def _parse_records(content, name, path, label_kind):
+    """Returns the images of a file as records: uint8 [n, RECORD_BYTES]."""
+    if name.endswith(".bin"):
+        record_bytes = len(CIFAR_100_LABELS) + dataset.IMAGE_BYTES
+        if len(content) % record_bytes:
+            raise DataError(f"{path}: {name} does not consist of records of {record_bytes} bytes")
+        records = np.frombuffer(content, np.uint8).reshape(-1, record_bytes)
+        labels = records[:, CIFAR_100_LABELS.index(label_kind)]
+        images = records[:, len(CIFAR_100_LABELS) :]
+        return np.column_stack([labels, images])
+    batch = _unpickle(content, name, path)
+    images, labels = batch.get("data"), batch.get(LABEL_KINDS[label_kind])
+    if isinstance(labels, np.ndarray):
+        labels = labels.tolist()
+    if not isinstance(labels, list) or not all(label in range(256) for label in labels):
+        raise DataError(f"{path}: {name} has no valid {LABEL_KINDS[label_kind]}")
+    shape = (len(labels), dataset.IMAGE_BYTES)
+    if not isinstance(images, np.ndarray) or (images.dtype, images.shape) != (np.uint8, shape):
+        raise DataError(
+            f"{path}: {name} has no array of data, uint8 {list(shape)}, for its {len(labels)} "
+            f"{LABEL_KINDS[label_kind]}"
+        )
+    return np.column_stack([np.array(labels, np.uint8), images])
+
+
+# NumPy's own functions that pickles of arrays call, from protocol 5 on and before.
+_RECONSTRUCT = np.empty(0).__reduce__()[0]
+_FROM_BUFFER = np.empty(0).__reduce_ex__(5)[0]
+
+
+def _encode(text, encoding):
+    """Replaces `codecs.encode`, which Python 3's pickles of protocol 2 call to create bytes."""
+    return text.encode("latin1")
+
+
+_ADMITTED = {
+    ("numpy.core.multiarray", "_reconstruct"): _RECONSTRUCT,
+    ("numpy.core.numeric", "_frombuffer"): _FROM_BUFFER,
+    ("numpy", "ndarray"): np.ndarray,
+    ("numpy", "dtype"): np.dtype,
+    ("_codecs", "encode"): _encode,
+}
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    """Loads arrays and plain values only: any other pickle could run any code."""
+
+    def find_class(self, module, name):
+        """Returns the object of that name. Raises UnpicklingError if it is not admitted."""
+        key = (module.replace("numpy._core", "numpy.core"), name)  # NumPy 2 has renamed `core`
+        if key not in _ADMITTED:
+            raise pickle.UnpicklingError(f"it refers to {module}.{name}")
+        return _ADMITTED[key]
+
+
+def _unpickle(content, name, path):
+    """Returns the dict in a pickle, with strings as keys."""
+    try:
+        # Python 2 wrote the files. Its strings are bytes.
+        loaded = _ArrayUnpickler(io.BytesIO(content), encoding="bytes").load()
+    except Exception as error:  # loading a damaged pickle can raise any error
+        reason = str(error) or type(error).__name__
+        raise DataError(f"{path}: {name} cannot be read ({reason})") from error
+    if not isinstance(loaded, dict):
+        raise DataError(f"{path}: {name} is not a pickled dict")
+    return {_decode(key): value for key, value in loaded.items()}
+
+
+def _decode(text):
+    return text.decode(errors="replace") if isinstance(text, bytes) else str(text)

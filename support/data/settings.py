@@ -1,0 +1,117 @@
+"""What a model was trained on: the settings that accompany each checkpoint."""
+
+import json
+from typing import NamedTuple
+
+from support.data import dataset
+
+
+class TrainingSettings(NamedTuple):
+    """What a model was trained on, and what restoring it depends on.
+
+    The defaults describe a checkpoint without settings, as the original tutorial wrote it.
+
+    Attributes:
+      class_names: tuple of strings; None if unknown.
+      examples_per_epoch: int; None if unknown.
+      crop_size: int; pixels.
+      top_layers: string; a value of the flag.
+      random_flip: bool.
+      examples_per_step: int; images that one step consumed, over all towers or workers; None if
+        unknown.
+      examples_offset: int; images that the run had seen, minus `examples_per_step` for each step.
+        Not 0 after a change of the batch size or of the number of towers or workers.
+    """
+
+    class_names: tuple | None = None
+    examples_per_epoch: int | None = None
+    crop_size: int = dataset.IMAGE_SIZE
+    top_layers: str = "full"
+    random_flip: bool = True
+    examples_per_step: int | None = None
+    examples_offset: int = 0
+
+    def examples_seen(self, step):
+        """Returns the number of images that the run has seen at a step; None if unknown."""
+        if self.examples_per_step is None:
+            return None
+        return step * self.examples_per_step + self.examples_offset
+
+
+def format_settings(settings):
+    """Returns `TrainingSettings` as a string for `parse_settings`."""
+    return json.dumps(settings._asdict())
+
+
+def parse_settings(text):
+    """Returns the `TrainingSettings` in a string. Raises ValueError or TypeError if invalid."""
+    settings = TrainingSettings(**json.loads(text))
+    kinds = list, int, int, str, bool, int, int
+    for (name, value), kind in zip(settings._asdict().items(), kinds, strict=True):
+        is_unknown = name == "examples_per_step" and value is None
+        if type(value) is not kind and not is_unknown:
+            raise ValueError(f"{name} is {value!r}")
+    names = settings.class_names
+    if not (names and all(isinstance(name, str) for name in names)):
+        raise ValueError(f"class_names is {names!r}")
+    return settings._replace(class_names=tuple(names))
+
+
+def find_mismatch(trained, wanted):
+    """Finds the first setting that prevents a checkpoint from being used.
+
+    Args:
+      trained: `TrainingSettings` of the checkpoint; None if unknown.
+      wanted: `TrainingSettings` of the program.
+
+    Returns:
+      (string, string): descriptions of the setting in `trained` and in `wanted`; None if they
+      match.
+    """
+    if trained is None:
+        return None
+    if trained.class_names not in (None, wanted.class_names):
+        return tuple(
+            dataset.describe_classes(names) for names in (trained.class_names, wanted.class_names)
+        )
+    for name in ("top_layers", "crop_size"):
+        values = getattr(trained, name), getattr(wanted, name)
+        if values[0] != values[1]:
+            return tuple(f"--{name}={value}" for value in values)
+    return None
+
+
+def explain_mismatch(checkpoint, trained, wanted, folder_flag):
+    """Returns a sentence that says why a checkpoint cannot be used; an empty string if it can.
+
+    `folder_flag` is the flag that names the checkpoint's folder. For `trained` and `wanted`, see
+    `find_mismatch`.
+    """
+    mismatch = find_mismatch(trained, wanted)
+    if mismatch is None:
+        return ""
+    has, requested = mismatch
+    cure = f"use {has}" if has.startswith("--") else "use the dataset that it was trained on"
+    return (
+        f"{checkpoint} was trained with {has}, not with {requested}; {cure}, or choose another "
+        f"folder with {folder_flag}"
+    )
+
+
+def find_changes(trained, wanted):
+    """Returns descriptions of the changed settings with which training can resume: list of strings.
+
+    For `trained` and `wanted`, see `find_mismatch`.
+    """
+    changes = []
+    if trained is None:
+        return changes
+    if trained.examples_per_epoch not in (None, wanted.examples_per_epoch):
+        changes.append(
+            f"an epoch now has {wanted.examples_per_epoch} images instead of "
+            f"{trained.examples_per_epoch}"
+        )
+    if trained.random_flip != wanted.random_flip:
+        now, before = (str(value).lower() for value in (wanted.random_flip, trained.random_flip))
+        changes.append(f"--random_flip is now {now} instead of {before}")
+    return changes

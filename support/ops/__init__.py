@@ -1,0 +1,1 @@
+"""TensorFlow: its import, faster operations, and summaries."""

@@ -1,0 +1,204 @@
+"""TensorFlow 1 graph mode on TensorFlow 2: the project's only import of TensorFlow.
+
+The other modules write `from support.ops.tensorflow_v1 import tf`; `tf` is `tensorflow.compat.v1`.
+
+Importing this module has five effects:
+
+- TF_CPP_MIN_LOG_LEVEL becomes 2 unless it is set: TensorFlow's C++ code then logs errors only.
+  Otherwise, each queue thread would warn that it was canceled whenever a session ends. This has no
+  effect if TensorFlow was imported before.
+- On x86, TF_ENABLE_ONEDNN_OPTS becomes 1 unless it is set: TensorFlow then uses oneDNN's kernels.
+  By itself, it does so only on processors with certain AVX512 or AMX instructions. This has no
+  effect if TensorFlow was imported before, either.
+- Eager execution is turned off.
+- TensorFlow's Python logger has the level WARNING unless it has a level of its own. It no longer
+  advises you to replace queues with tf.data, unless it logs INFO messages.
+- TensorFlow looks for GPUs, but does not allocate their memory.
+"""
+
+import contextlib
+import functools
+import gc
+import logging
+import os
+import platform
+import re
+import signal
+
+from support.base.errors import UserError, first_line
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+if platform.machine() == "x86_64":
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
+
+# The import creates half a million objects that stay alive. The garbage collector would traverse
+# them again and again; without it, the import takes 1.4 seconds instead of 1.9.
+_collects_garbage = gc.isenabled()
+gc.disable()
+try:
+    import tensorflow.compat.v1 as tf
+except KeyboardInterrupt:  # in the first seconds of a script, when nothing has begun
+    raise SystemExit(128 + signal.SIGINT) from None
+finally:
+    if _collects_garbage:
+        gc.enable()
+
+# Sessions, queues and readers exist in graph mode only. TensorFlow 2's resource variables stay
+# enabled: control dependencies determine the order of their reads and writes.
+tf.disable_eager_execution()
+
+GPUS = tf.config.list_physical_devices("GPU")
+USES_ONEDNN = os.environ.get("TF_ENABLE_ONEDNN_OPTS") == "1"
+
+
+def _is_not_deprecation_advice(record):
+    is_advice = "is deprecated and will be removed" in str(record.msg)
+    return not is_advice or tf.get_logger().isEnabledFor(logging.INFO)
+
+
+# Without a level of its own, the logger would have that of the root logger, which absl sets to INFO
+# in `tf.app.run`.
+if tf.get_logger().level == logging.NOTSET:
+    tf.get_logger().setLevel(logging.WARNING)
+tf.get_logger().addFilter(_is_not_deprecation_advice)
+
+
+def session_config(use_fp16=False, log_device_placement=False):
+    """Returns the `tf.ConfigProto` of all sessions in the project.
+
+    GPU memory grows on demand, so evaluation and training can share a GPU. An operation whose
+    device does not exist runs on one that does.
+
+    Args:
+      use_fp16: bool; let TensorFlow rewrite the graph to compute in float16 on GPUs or in bfloat16
+        on CPUs. Variables and checkpoints stay float32.
+      log_device_placement: bool; print the device of every operation.
+    """
+    config = tf.ConfigProto(allow_soft_placement=True, log_device_placement=log_device_placement)
+    config.gpu_options.allow_growth = True
+    if use_fp16:
+        options = config.graph_options.rewrite_options
+        if GPUS:
+            options.auto_mixed_precision = options.ON
+        else:
+            options.auto_mixed_precision_onednn_bfloat16 = options.ON
+            _warn_of_slow_bfloat16()
+    return config
+
+
+@functools.cache  # warn once
+def _warn_of_slow_bfloat16():
+    support = find_bfloat16_support()
+    if support == "emulated":
+        tf.logging.warning(
+            "--use_fp16: this processor has no bfloat16 instructions, so they are emulated; "
+            "training can take three times as long as in float32."
+        )
+    elif support == "none":
+        tf.logging.warning(
+            "--use_fp16 has no effect: on this processor, TensorFlow computes in float32."
+        )
+
+
+def find_bfloat16_support(cpuinfo="/proc/cpuinfo"):
+    """Returns how TensorFlow computes in bfloat16 on this processor.
+
+    Source: `IsDataTypeSupportedByOneDNNOnThisCPU` in TensorFlow, which requires AVX512F or
+    AVX-NE-CONVERT.
+
+    Args:
+      cpuinfo: path of Linux's description of the processor.
+
+    Returns:
+      "native" if the processor has bfloat16 instructions or is unknown; "emulated" if it has only
+      AVX512; "none" if TensorFlow computes in float32 although 16 bits were requested.
+    """
+    if platform.machine() == "x86_64" and not USES_ONEDNN:
+        return "none"
+    try:
+        with open(cpuinfo) as file:
+            words = set(file.read().split())
+    except OSError:  # not Linux
+        return "native"
+    # Names on x86 and on Arm.
+    if not words.isdisjoint({"amx_bf16", "avx512_bf16", "avx_ne_convert", "bf16"}):
+        return "native"
+    return "emulated" if "avx512f" in words else "none"
+
+
+def computes_in_16_bits(use_fp16):
+    """Returns whether a session with `session_config(use_fp16)` computes in 16 bits."""
+    return use_fp16 and bool(GPUS or find_bfloat16_support() != "none")
+
+
+def with_loss_scaling(optimizer):
+    """Adds dynamic loss scaling to an optimizer: in float16, many gradients would become 0.
+
+    The loss is multiplied by a large factor, and the gradients are divided by it. If a gradient
+    overflows, the step only halves the factor; 2,000 steps without an overflow double it.
+    """
+
+    def make_local(next_creator, **arguments):
+        return next_creator(**{**arguments, "collections": [tf.GraphKeys.LOCAL_VARIABLES]})
+
+    # Local variables are not saved, so checkpoints do not depend on the precision.
+    with tf.device("/cpu:0"), tf.variable_creator_scope(make_local):
+        scale = tf.mixed_precision.DynamicLossScale()
+    return tf.mixed_precision.MixedPrecisionLossScaleOptimizer(optimizer, scale)
+
+
+def warn_of_unusable_gpus(device="/dev/nvidia0"):
+    """Warns if there is an NVIDIA GPU that TensorFlow cannot use.
+
+    TensorFlow's own message about it is only a warning, which TF_CPP_MIN_LOG_LEVEL=2 hides.
+    """
+    is_hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    if os.path.exists(device) and not GPUS and not is_hidden:
+        tf.logging.warning(
+            "This machine has an NVIDIA GPU, but TensorFlow cannot use it. To see why, set "
+            "TF_CPP_MIN_LOG_LEVEL=0; the CUDA libraries come with tensorflow[and-cuda]."
+        )
+
+
+def warn_of_unused_gpus(num_used):
+    """Warns if TensorFlow finds more GPUs than the number that training uses."""
+    if num_used < len(GPUS):
+        tf.logging.warning(
+            "%d of %d GPUs %s used; to use all, run cifar10_multi_gpu_train.py --num_gpus=%d",
+            num_used,
+            len(GPUS),
+            "is" if num_used == 1 else "are",
+            len(GPUS),
+        )
+
+
+@contextlib.contextmanager
+def out_of_memory_explained():
+    """Turns TensorFlow's error for a tensor that does not fit into memory into `UserError`."""
+    try:
+        yield
+    except tf.errors.OpError as error:
+        # If CUDA itself has no memory left, the error is an InternalError or an UnknownError.
+        is_cuda = re.search("CUDA_ERROR_OUT_OF_MEMORY|failed to allocate memory", str(error))
+        if not isinstance(error, tf.errors.ResourceExhaustedError) and not is_cuda:
+            raise
+        raise UserError(
+            f"out of memory ({first_line(error)}); use a smaller --batch_size, or set "
+            "CUDA_VISIBLE_DEVICES=-1 to compute on the CPU"
+        ) from error
+
+
+def find_processor_name(cpuinfo="/proc/cpuinfo"):
+    """Returns the processor's name according to Linux, or what Python knows on other systems."""
+    try:
+        with open(cpuinfo) as file:
+            names = re.findall(r"^model name\s*: (.*)", file.read(), re.MULTILINE)
+    except OSError:  # not Linux
+        names = []
+    return names[0] if names else platform.processor()
+
+
+def is_nonfinite_histogram(error):
+    """Returns whether an exception comes from a histogram summary of an infinity or a NaN."""
+    match = re.search(r"(Nan|Infinity) in (summary )?histogram for", str(error), re.IGNORECASE)
+    return isinstance(error, tf.errors.InvalidArgumentError) and match is not None

@@ -1,0 +1,157 @@
+"""Convolution with 5 x 5 filters by Winograd's algorithm, in the form of Cook and Toom.
+
+A tile of 4 x 4 outputs depends on 8 x 8 inputs. After a linear transform of the inputs and of the
+filter, it takes 64 products instead of 400 for each pair of channels, and a linear transform of
+these products gives the outputs. With F(m, r) as in the paper, this is F(4 x 4, 5 x 5).
+
+Source: "Fast Algorithms for Convolutional Neural Networks", https://arxiv.org/abs/1509.09308.
+
+The inputs are in the order [width, height, batch, channels]. Then each one-dimensional transform,
+with the tiling and the padding, is one matrix product, and all products of the channels are one
+batched matrix product; no data is copied between them. All operations are linear in the inputs and
+in the filters, so `tf.gradients` derives the backward pass, also in the transformed domain.
+"""
+
+import fractions
+import functools
+
+import numpy as np
+
+from support.ops.tensorflow_v1 import tf
+
+FILTER_SIZE = 5
+TILE_SIZE = 4  # outputs per tile and dimension
+# The maximum number of images that are transformed together. The gradient of the filters is a sum
+# over the images, in which the rounding errors of the transforms grow with the length of the sum.
+# A batch of 128 becomes blocks of 25 and 26 images. With blocks of 32, the rows of the matrices
+# would be a multiple of 4096 bytes apart and compete for the same cache lines: 10 % slower.
+BLOCK_SIZE = 31
+NUM_POINTS = TILE_SIZE + FILTER_SIZE - 1  # inputs per tile, products per tile
+
+# The points at which the polynomials are evaluated, and infinity. Small numbers and powers of 2
+# have small rounding errors: the relative error of the outputs is 2e-6 to 4e-6.
+_POINTS = [
+    fractions.Fraction(*point) for point in ((0,), (1,), (-1,), (2,), (-2,), (1, 2), (-1, 2))
+]
+
+
+def conv2d(images, filters):
+    """Convolves with stride 1 and zero padding, as `tf.nn.conv2d` with padding SAME.
+
+    Args:
+      images: float32 [batch, height, width, m]; only the batch size may be unknown.
+      filters: float32 [5, 5, m, channels].
+
+    Returns:
+      float32 [batch, height, width, channels].
+    """
+    batch = images.shape.as_list()[0]
+    num_tile_columns = -(-images.shape.as_list()[2] // TILE_SIZE)
+    filters = _transform_filters(filters, num_tile_columns)
+    if batch is None or batch <= BLOCK_SIZE:
+        return _convolve(images, filters)
+    num_blocks = -(-batch // BLOCK_SIZE)
+    sizes = [batch * (i + 1) // num_blocks - batch * i // num_blocks for i in range(num_blocks)]
+    return tf.concat([_convolve(block, filters) for block in tf.split(images, sizes)], axis=0)
+
+
+def _convolve(images, filters):
+    """Convolves with transformed filters, float32 [8 * tile columns * 8, m, channels]."""
+    batch = tf.shape(images)[0]
+    height, width, depth = images.shape.as_list()[1:]
+    channels = filters.shape.as_list()[2]
+    rows_in, rows_out = _transforms(height)  # [8 * tiles, height], [height, 8 * tiles]
+    columns_in, columns_out = _transforms(width)
+    num_rows, num_columns = len(rows_in), len(columns_in)
+
+    data = tf.reshape(tf.transpose(images, [2, 1, 0, 3]), [width, -1])
+    data = tf.reshape(columns_in @ data, [num_columns, height, -1])
+    # Copies of the constant are faster than broadcasting it.
+    data = tf.matmul(np.tile(rows_in, [num_columns, 1, 1]), data)
+    # [8 * tile columns * 8, tile rows * batch, m]
+    data = tf.reshape(data, [num_columns * NUM_POINTS, num_rows // NUM_POINTS * batch, depth])
+    products = tf.reshape(tf.matmul(data, filters), [num_columns, num_rows, -1])
+    results = tf.matmul(np.tile(rows_out, [num_columns, 1, 1]), products)
+    results = columns_out @ tf.reshape(results, [num_columns, -1])
+    results = tf.reshape(results, [width, height, batch, channels])
+    return tf.transpose(results, [2, 1, 0, 3])
+
+
+def _transform_filters(filters, num_tile_columns):
+    """Transforms float32 [5, 5, m, c] to [8 * num_tile_columns * 8, m, c], alike in all tiles."""
+    depth, channels = filters.shape.as_list()[2:]
+    _, of_filter, _ = _matrices()
+    # Columns first, as in the transformed data: [8, 8, 5, 5] for (column, row, y, x).
+    both = np.einsum("ry,cx->cryx", of_filter, of_filter).reshape(NUM_POINTS**2, FILTER_SIZE**2)
+    transformed = both.astype(np.float32) @ tf.reshape(filters, [FILTER_SIZE**2, -1])
+    transformed = tf.reshape(transformed, [NUM_POINTS, 1, NUM_POINTS, depth, channels])
+    tiled = tf.tile(transformed, [1, num_tile_columns, 1, 1, 1])
+    return tf.reshape(tiled, [-1, depth, channels])
+
+
+@functools.cache
+def _transforms(size):
+    """Returns the one-dimensional transforms of all tiles in a row or a column of an image.
+
+    They include the division into tiles and the padding. Values are in the order (point, tile).
+
+    Returns:
+      of_data: float32 [8 * tiles, size].
+      of_products: float32 [size, 8 * tiles].
+    """
+    num_tiles = -(-size // TILE_SIZE)
+    data_matrix, _, product_matrix = _matrices()
+    of_data = np.zeros([NUM_POINTS, num_tiles, size], np.float32)
+    of_products = np.zeros([size, NUM_POINTS, num_tiles], np.float32)
+    for tile in range(num_tiles):
+        for i in range(NUM_POINTS):
+            position = TILE_SIZE * tile - FILTER_SIZE // 2 + i
+            if 0 <= position < size:
+                of_data[:, tile, position] = data_matrix[:, i]
+        for i in range(min(TILE_SIZE, size - TILE_SIZE * tile)):
+            of_products[TILE_SIZE * tile + i, :, tile] = product_matrix[i]
+    return of_data.reshape(-1, size), of_products.reshape(size, -1)
+
+
+@functools.cache
+def _matrices():
+    """Returns the matrices of F(4, 5), exact up to their rounding to float64.
+
+    With data d of 8 values and a filter g of 5, the 4 outputs are
+    `product_matrix @ ((filter_matrix @ g) * (data_matrix @ d))`.
+
+    Returns:
+      data_matrix: [8, 8].
+      filter_matrix: [8, 5].
+      product_matrix: [4, 8].
+    """
+
+    def evaluate(degree):
+        """Evaluates a polynomial with that many coefficients at all points: [8, degree]."""
+        finite = [[point**power for power in range(degree)] for point in _POINTS]
+        return np.array([*finite, [0] * (degree - 1) + [1]])
+
+    # Multiplying polynomials is evaluating, multiplying values, and interpolating. A convolution is
+    # the transpose of that in the data.
+    data_matrix = _invert(evaluate(NUM_POINTS)).T
+    # Rows of at most 1 keep the rounding errors smallest.
+    scale = np.abs(data_matrix).max(axis=1, keepdims=True)
+    return (
+        (data_matrix / scale).astype(np.float64),
+        (evaluate(FILTER_SIZE) * scale).astype(np.float64),
+        evaluate(TILE_SIZE).T.astype(np.float64),
+    )
+
+
+def _invert(matrix):
+    """Inverts a matrix of fractions exactly."""
+    size = len(matrix)
+    rows = np.concatenate([matrix, np.eye(size, dtype=int)], axis=1) + fractions.Fraction()
+    for column in range(size):
+        pivot = column + np.flatnonzero(rows[column:, column])[0]
+        rows[[column, pivot]] = rows[[pivot, column]]
+        rows[column] /= rows[column, column]
+        for other in range(size):
+            if other != column:
+                rows[other] -= rows[other, column] * rows[column]
+    return rows[:, size:]

@@ -1,0 +1,1 @@
+"""A run and its files: the training session, checkpoints, charts."""

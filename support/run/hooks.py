@@ -1,0 +1,331 @@
+"""The hooks of the training session: progress, checkpoints, summaries, and when to stop."""
+
+import math
+import os
+import threading
+import time
+
+from support.base import files
+from support.base.errors import UserError
+from support.base.progress import show_progress, timestamp
+from support.ops import graph_notes, summaries
+from support.ops.tensorflow_v1 import tf
+from support.run import checkpoints
+
+METRICS_FILE = "metrics.jsonl"
+
+
+# Seconds after a signal before the running step's input is closed.
+STEP_GRACE = 12.0
+
+
+class ProgressHook(tf.train.SessionRunHook):
+    """Prints the progress of training, and stops training at a value that is not finite.
+
+    Args:
+      loss: float32 [].
+      examples_per_step: int; images that one step consumes, over all towers or workers.
+      options: `Options`. The first step of a run always has a line, and its speed includes the time
+        to fill the queue.
+      worker: `support.cluster.training.Worker`, or None.
+
+    Attributes:
+      step: int; the step that is being trained.
+      is_in_step: bool; whether a step is running.
+      has_trained: bool; whether this run has finished a step.
+    """
+
+    def __init__(self, loss, examples_per_step, options, worker):
+        self._loss = loss
+        self._examples_per_step = examples_per_step
+        self._log_frequency = options.log_frequency
+        self._metrics_path = None
+        if worker is None or worker.is_chief:
+            self._metrics_path = os.path.join(options.train_dir, METRICS_FILE)
+        self._is_alone = worker is None
+        self._global_step = tf.train.get_or_create_global_step()
+        self._must_be_finite = tf.get_collection(graph_notes.MUST_BE_FINITE) or [loss]
+        self._learning_rate = []
+        if worker is None or worker.is_chief:  # the chief's rate applies to all workers
+            self._learning_rate = tf.get_collection(graph_notes.LEARNING_RATE)
+        self._last_learning_rate = []
+
+    def after_create_session(self, session, coord):
+        # From here on, the hook counts the steps itself: if the global step were fetched together
+        # with the update, its value could be the one from before or after the update.
+        self.step = int(session.run(self._global_step))
+        self._first_step_since_line = self.step
+        self._start_time = time.monotonic()
+        self._is_line_due = True
+        self.has_trained = self.is_in_step = False
+
+    def before_run(self, run_context):
+        self.is_in_step = True
+        return tf.train.SessionRunArgs([self._loss, self._must_be_finite, self._learning_rate])
+
+    def after_run(self, run_context, run_values):
+        loss, must_be_finite, self._last_learning_rate = run_values.results
+        self.has_trained, self.is_in_step = True, False
+        for tensor, value in zip(self._must_be_finite, must_be_finite, strict=True):
+            if not math.isfinite(value):  # NanTensorHook would ignore infinity
+                name = tensor.op.name.removeprefix(graph_notes.FINITE_SCOPE)
+                raise self.nonfinite_error(name, f"is {value}")
+        if self._is_line_due or self.step % self._log_frequency == 0:
+            self._print_line(loss)
+        if self._is_alone:
+            self.step += 1
+        else:  # other workers count in the global step, too
+            self.step = int(run_context.session.run(self._global_step))
+
+    def nonfinite_error(self, name, problem, step=None):
+        """Returns the UserError for a non-finite tensor at a step, the current one if None."""
+        step = self.step if step is None else step
+        rates = [f", where the learning rate is {rate:g}" for rate in self._last_learning_rate]
+        return UserError(
+            f"{name} {problem} at step {step}{''.join(rates)}; the step is not saved: run the same "
+            "command again to resume from the checkpoint before it; if it happens again, use a "
+            "smaller --initial_learning_rate"
+        )
+
+    def _print_line(self, loss):
+        now = time.monotonic()
+        steps = max(1, self.step + 1 - self._first_step_since_line)
+        sec_per_batch = (now - self._start_time) / steps
+        examples_per_sec = self._examples_per_step / sec_per_batch
+        print(
+            f"{timestamp()}: step {self.step}, "
+            f"loss = {loss:.2f} ({examples_per_sec:.1f} examples/sec; "
+            f"{sec_per_batch:.3f} sec/batch)",
+            flush=True,
+        )
+        metrics = {
+            "step": self.step,
+            "loss": float(loss),
+            "examples_per_sec": examples_per_sec,
+            "sec_per_batch": sec_per_batch,
+        }
+        for rate in self._last_learning_rate:
+            metrics["learning_rate"] = float(rate)
+        if self._metrics_path is not None:
+            files.append_json_line(self._metrics_path, metrics)
+        self._start_time = now
+        self._first_step_since_line = self.step + 1
+        self._is_line_due = False
+
+
+class CheckpointHook(tf.train.SessionRunHook):
+    """Saves a checkpoint at step 0, at the intervals given by the options, and at the last step.
+
+    The step from which a run is resumed is not saved again: its checkpoint records what it was
+    trained with, and the settings may have changed. Variables that are not finite are not saved.
+
+    Args:
+      progress: `ProgressHook`, which must run before this one.
+      saver: a `tf.train.Saver` of all variables.
+      options: `Options`.
+      is_resumed: bool; whether the session restores a checkpoint.
+    """
+
+    def __init__(self, progress, saver, options, is_resumed):
+        self._progress = progress
+        self._saver = saver
+        self._options = options
+        self._is_resumed = is_resumed
+        self._timer = tf.train.SecondOrStepTimer(
+            every_secs=None if options.save_checkpoint_steps else options.save_checkpoint_secs,
+            every_steps=options.save_checkpoint_steps,
+        )
+        self._global_step = tf.train.get_or_create_global_step()
+        self._variables = [v for v in tf.global_variables() if v.dtype.base_dtype.is_floating]
+        with tf.name_scope(graph_notes.FINITE_SCOPE):
+            self._sums = [tf.reduce_sum(variable) for variable in self._variables]
+
+    def after_create_session(self, session, coord):
+        self._saved_step = None
+        self._timer.update_last_triggered_step(self._progress.step)
+        if self._is_resumed:
+            self._saved_step = self._progress.step
+            self._check_variables(session, self._saved_step)
+        else:
+            self._save(session)
+
+    def after_run(self, run_context, run_values):
+        if self._timer.should_trigger_for_step(self._progress.step):
+            self._timer.update_last_triggered_step(self._progress.step)
+            self._save(run_context.session)
+
+    def end(self, session):
+        self._save(session)
+
+    def _save(self, session):
+        step = int(session.run(self._global_step))
+        if step != self._saved_step:
+            self._check_variables(session, step)
+            checkpoints.save(
+                session,
+                self._saver,
+                self._options.train_dir,
+                step,
+                self._options.max_checkpoints_to_keep,
+            )
+            self._saved_step = step
+
+    def _check_variables(self, session, step):
+        for variable, value in zip(self._variables, session.run(self._sums), strict=True):
+            if math.isfinite(value):
+                continue
+            name = variable.op.name
+            if not self._progress.has_trained:
+                raise UserError(
+                    f"{name} is not finite in the checkpoint of step {step}; choose another folder "
+                    "with --train_dir, or move that checkpoint and the file `checkpoint` away to "
+                    "resume from an older one"
+                )
+            raise self._progress.nonfinite_error(name, "is not finite after the update", step - 1)
+
+
+class SummaryHook(tf.train.SessionRunHook):
+    """Writes the graph, and its summaries and the throughput, for TensorBoard.
+
+    It fetches the summaries in the step that they describe, and records them under its number.
+    Histograms and images have an interval of their own, because they are much larger than scalars.
+
+    Args:
+      progress: `ProgressHook`, which must run before this one.
+      writer: `summaries.Writer`.
+      examples_per_step: int.
+      options: `Options`. The first step of a run has all summaries.
+    """
+
+    def __init__(self, progress, writer, examples_per_step, options):
+        self._progress = progress
+        self._writer = writer
+        self._examples_per_step = examples_per_step
+        self._scalar_steps = options.save_summaries_steps
+        self._histogram_steps = options.save_histograms_steps
+        self._scalars, self._histograms = summaries.merge_collected()
+
+    def after_create_session(self, session, coord):
+        self._writer.add_graph(session.graph)
+        self._writer.add_restart(self._progress.step)  # a killed run may have gone further
+        self._previous = None
+
+    def before_run(self, run_context):
+        self._step = self._progress.step
+        self._has_scalars = self._is_due(self._scalar_steps)
+        due = [self._scalars] if self._has_scalars else []
+        if self._scalar_steps > 0 and self._is_due(self._histogram_steps):
+            due.append(self._histograms)
+        return tf.train.SessionRunArgs([merged for merged in due if merged is not None])
+
+    def _is_due(self, every_steps):
+        return every_steps > 0 and (self._previous is None or self._step % every_steps == 0)
+
+    def after_run(self, run_context, run_values):
+        summary = tf.Summary.FromString(b"".join(run_values.results))
+        if self._has_scalars:
+            now = time.monotonic()
+            if self._previous is not None:  # the first step has no throughput yet
+                since, since_step = self._previous
+                steps_per_sec = (self._step - since_step) / (now - since)
+                summary.value.add(
+                    tag="examples_per_sec", simple_value=steps_per_sec * self._examples_per_step
+                )
+            self._previous = now, self._step
+        if summary.value:
+            self._writer.add_summary(summary, self._step)
+
+
+class FillingHook(tf.train.SessionRunHook):
+    """Shows how full the training queue is, until the first step has its batch."""
+
+    def __init__(self):
+        self._level = tf.get_collection(graph_notes.QUEUE_LEVEL)[-2:]
+        self._has_batch = threading.Event()
+        self._thread = None
+
+    def after_create_session(self, session, coord):
+        if self._level:
+            self._thread = threading.Thread(target=self._show, args=(session, coord), daemon=True)
+            coord.register_thread(self._thread)
+            self._thread.start()
+
+    def after_run(self, run_context, run_values):
+        if self._thread is not None:  # removes the bar before the first line of progress
+            self._has_batch.set()
+            self._thread.join()
+            self._thread = None
+
+    def _show(self, session, coord):
+        _, minimum = session.run(self._level)
+        with show_progress("Filling queue", int(minimum), " images") as bar:
+            while not self._has_batch.wait(0.1) and not coord.should_stop():
+                examples, _ = session.run(self._level)
+                bar.update(min(examples, minimum) - bar.n)
+
+
+class StopHook(tf.train.SessionRunHook):
+    """Stops training at its last step, at a signal, or when the input has become unusable.
+
+    A signal lets the running step finish, and `CheckpointHook` then saves it. But a step can
+    wait for images for minutes. A thread therefore closes the input: at once during the first step,
+    when there is nothing to save yet, and otherwise after STEP_GRACE.
+
+    Args:
+      progress: `ProgressHook`.
+      max_steps: int.
+      signals: `DeferredSignals`.
+      check_input: called once a second; raises `UserError` when the input is unusable.
+      worker: `support.cluster.training.Worker`, whose peers are checked as well; or None.
+    """
+
+    def __init__(self, progress, max_steps, signals, check_input, worker):
+        self._progress = progress
+        self._max_steps = max_steps
+        self._signals = signals
+        self._check_input = check_input
+        self._worker = worker
+
+    def after_create_session(self, session, coord):
+        self._session = session
+        thread = threading.Thread(target=self._watch, args=(coord,), daemon=True)
+        coord.register_thread(thread)
+        thread.start()
+        if self._progress.step >= self._max_steps:
+            coord.request_stop()
+
+    def after_run(self, run_context, run_values):
+        if self._signals.signal_number is not None or self._progress.step >= self._max_steps:
+            run_context.request_stop()
+
+    def _watch(self, coord):
+        next_check, deadline = 0.0, None
+        while not coord.wait_for_stop(0.1):
+            now = time.monotonic()
+            if self._signals.signal_number is not None:
+                if deadline is None:
+                    deadline = now + (STEP_GRACE if self._progress.has_trained else 0.0)
+                if now >= deadline:
+                    self._stop(coord)
+            elif now >= next_check:
+                try:
+                    self._check_input()
+                    if self._worker is not None:
+                        self._worker.check_peers()
+                except UserError as error:
+                    self._stop(coord, error)
+                next_check = now + 1.0
+
+        # Something else stopped training, for example an input thread that failed. A step that
+        # waits for other workers does not notice.
+        deadline = time.monotonic() + 5.0
+        while self._worker is not None and self._progress.is_in_step:
+            time.sleep(0.1)
+            if time.monotonic() >= deadline:
+                self._worker.release(self._session)
+                return
+
+    def _stop(self, coord, error=None):
+        coord.request_stop(error)
+        if self._worker is not None:
+            self._worker.release(self._session)

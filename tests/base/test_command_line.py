@@ -1,0 +1,870 @@
+"""Tests of how a script runs: flags, help, errors in one line, signals and exit codes."""
+
+import json
+import os
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+
+import pytest
+from absl import flags
+from conftest import (
+    ROOT,
+    file_environment,
+    messages,
+    run_file,
+    run_script,
+    running_file,
+)
+
+import cifar10_convert  # noqa: F401, for its flags
+import cifar10_predict  # noqa: F401
+import cifar10_train  # noqa: F401
+from support.base.command_line import FLAGS, PathFlag
+
+COMMANDS = (
+    "cifar10_train.py",
+    "cifar10_multi_gpu_train.py",
+    "cifar10_eval.py",
+    "cifar10_predict.py",
+    "cifar10_convert.py",
+)
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+# --- How a script ends.
+
+
+FAILS = """
+    from support.base import command_line
+    from support.base.errors import CheckpointError, DataError, Interrupted, UserError
+
+    def main(argv):
+        {statement}
+
+    if __name__ == "__main__":
+        command_line.run(main)
+    """
+
+
+def test_main_gets_the_script_and_its_arguments_without_the_flags(write_script):
+    path = write_script("""
+        from absl import flags
+        from support.base import command_line
+
+        flags.DEFINE_integer("size", 3, "A size.")
+
+        def main(argv):
+            print(argv, flags.FLAGS.size)
+
+        command_line.run(main, takes_arguments=True)
+        """)
+    code, output, errors = run_file(path, "a", "--size=4", "b", "--", "--size=5")
+    assert (code, errors) == (0, "")
+    assert output == f"{[str(path), 'a', 'b', '--size=5']} 4\n"
+
+
+@pytest.mark.parametrize("kind", ["UserError", "DataError", "CheckpointError"])
+def test_an_error_that_the_user_can_fix_is_one_line_with_exit_code_1(write_script, kind):
+    path = write_script(
+        FAILS.format(statement=f"raise {kind}('the disk is full; free some space')")
+    )
+    assert run_file(path) == (1, "", "script.py: error: the disk is full; free some space\n")
+
+
+@pytest.mark.parametrize(
+    ("statement", "error"),
+    [
+        ("1 / 0", "ZeroDivisionError"),
+        ("open('/nonexistent/file')", "FileNotFoundError"),
+        ("raise BrokenPipeError('a socket')", "BrokenPipeError: a socket"),
+        ("raise OSError(28, 'No space left on device')", "OSError: [Errno 28] No space left"),
+    ],
+)
+def test_a_bug_has_a_traceback(write_script, statement, error):
+    code, output, errors = run_file(write_script(FAILS.format(statement=statement)))
+    assert (code, output) == (1, "")
+    assert "Traceback" in errors
+    assert error in errors
+
+
+@pytest.mark.parametrize(
+    "statement",
+    ["while True: print('line', flush=True)", "print('line\\n' * 1_000_000)"],
+    ids=["while it runs", "at its end"],
+)
+def test_a_reader_of_stdout_that_exits_early_ends_the_script_silently(write_script, statement):
+    path = write_script(FAILS.format(statement=statement))
+    command = f"{sys.executable} {path} | head -1 > /dev/null; exit ${{PIPESTATUS[0]}}"
+    process = subprocess.run(
+        ["bash", "-c", command],
+        env=file_environment(),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (process.returncode, process.stdout, process.stderr) == (1, "", "")
+
+
+SLEEPS = """
+    import sys, time
+    from support.base import command_line
+
+    def main(argv):
+        try:
+            print("ready", flush=True)
+            time.sleep(60)
+        finally:
+            if argv[1:]:
+                print("cleans up", flush=True)
+                time.sleep(float(argv[2]))
+                print("cleaned up", flush=True)
+
+    command_line.run(main, takes_arguments=True)
+    """
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
+)
+def test_a_signal_ends_a_script_with_its_exit_code_and_one_line(write_script, number, code):
+    with running_file(write_script(SLEEPS)) as process:
+        process.send_signal(number)
+        output, errors = process.communicate(timeout=30)
+    assert (process.returncode, output) == (code, "")
+    assert errors == (
+        f"script.py: stopped by {number.name}: nothing was lost; run the same command again\n"
+    )
+
+
+def test_the_line_after_a_signal_says_what_was_saved_if_the_script_does(write_script):
+    statement = f"raise Interrupted({signal.SIGTERM.value}, 'step 5 is saved')"
+    path = write_script(FAILS.format(statement=statement))
+    assert run_file(path) == (143, "", "script.py: stopped by SIGTERM: step 5 is saved\n")
+
+
+def test_a_lost_terminal_does_not_interrupt_the_cleanup_by_repeating_its_signal(write_script):
+    with running_file(write_script(SLEEPS), "cleans up", "1") as process:
+        process.send_signal(signal.SIGHUP)
+        assert process.stdout.readline() == "cleans up\n"
+        process.send_signal(signal.SIGHUP)
+        output, errors = process.communicate(timeout=30)
+    assert (process.returncode, output) == (129, "cleaned up\n")
+    assert errors == (
+        "script.py: stopped by SIGHUP: nothing was lost; run the same command again\n"
+    )
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_signal_ends_a_script_that_cleans_up(write_script, number):
+    with running_file(write_script(SLEEPS), "cleans up", "60") as process:
+        process.send_signal(number)
+        assert process.stdout.readline() == "cleans up\n"
+        process.send_signal(number)
+        assert process.wait(timeout=5) == 128 + number
+        assert process.stderr.read() == ""
+
+
+def test_a_second_signal_ends_a_script_during_an_uninterruptible_call(write_script):
+    path = write_script("""
+        import hashlib, threading
+        from support.base import command_line
+
+        def main(argv):
+            threading.Timer(0.5, print, ["ready"], {"flush": True}).start()
+            hashlib.pbkdf2_hmac("sha256", b"password", b"salt", 2**31 - 1)  # takes an hour
+
+        command_line.run(main)
+        """)
+    with running_file(path) as process:
+        process.send_signal(signal.SIGTERM)
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(timeout=0.5)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=5) == 130
+        assert process.stderr.read() == ""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_a_signal_that_a_script_starts_with_ignored_stays_ignored(write_script, number):
+    path = write_script(f"""
+        import os, signal, time
+        from support.base import command_line
+
+        def main(argv):
+            os.kill(os.getpid(), {number.value})
+            time.sleep(0.2)
+            print("still running")
+
+        signal.signal({number.value}, signal.SIG_IGN)
+        command_line.run(main)
+        """)
+    assert run_file(path) == (0, "still running\n", "")
+
+
+def test_a_running_script_does_not_collect_what_its_imports_created(write_script):
+    statement = "import gc; print(gc.isenabled(), gc.get_freeze_count() > 1000)"
+    assert run_file(write_script(FAILS.format(statement=statement))) == (0, "True True\n", "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([], ["a warning"]),
+        (["--verbosity=0"], ["an info", "a warning"]),
+        (["--verbosity=-2"], []),
+    ],
+)
+def test_messages_of_tensorflow_are_printed_once_from_the_given_level(
+    write_script, arguments, expected
+):
+    path = write_script("""
+        import logging
+        from support.base import command_line
+
+        logger = logging.getLogger("tensorflow")
+        logger.addHandler(logging.StreamHandler())
+
+        def main(argv):
+            logger.info("an info")
+            logger.warning("a warning")
+
+        command_line.run(main)
+        """)
+    code, output, errors = run_file(path, *arguments)
+    assert (code, output, errors.splitlines()) == (0, "", expected)
+
+
+# --- Flags.
+
+
+USES_FLAGS = '''
+    """Does something."""
+
+    import json, sys
+    from absl import flags
+    from support.base import command_line
+    {imports}
+
+    flags.DEFINE_integer("own", 3, "A number of the script.", upper_bound=2**31 - 1)
+    flags.DEFINE_integer("timeout", 600, "Seconds to wait.")
+    flags.DEFINE_boolean("verbose", False, "Print more.")
+    flags.DEFINE_string("name", None, "A name." + " Some text." * 20)
+    command_line.check_flags(["own", "common"], lambda value: value != 13, "it must not be 13")
+    {more}
+    LAST = ("Flags for several machines", ["timeout"])
+
+    def main(argv):
+        print(json.dumps(command_line.flag_values(LAST)))
+
+    command_line.run(main, last_flags=LAST)
+    '''
+
+
+@pytest.fixture
+def script(write_script):
+    """A script that uses two other modules with flags; one of them is a script as well."""
+    write_script(
+        """
+        from absl import flags
+
+        flags.DEFINE_integer("common", 5, "A number that all scripts use.")
+        """,
+        "common.py",
+    )
+    write_script(
+        """
+        from absl import flags
+        import common
+
+        flags.DEFINE_integer("shared", 7, "A number of the other script that this one uses.")
+        flags.DEFINE_integer("foreign", 9, "A number of the other script only.")
+        """,
+        "other.py",
+    )
+    code = USES_FLAGS.format(imports="import other", more='flags.declare_key_flag("shared")')
+    return write_script(code)
+
+
+DEFAULTS = {"own": 3, "verbose": False, "name": None, "shared": 7, "common": 5, "timeout": 600}
+
+
+def test_help_shows_the_flags_of_the_script_first_and_those_for_clusters_last(script):
+    code, output, errors = run_file(script, "--help")
+    assert (code, errors) == (0, "")
+    assert output.startswith("Does something.\n")
+    assert re.findall(r"^\S.*:$", output, re.MULTILINE) == [
+        "Flags:",
+        "Flags of common:",
+        "Flags for several machines:",
+    ]
+    names = re.findall(r"^    --(?:\[no\])?(\w+)$", output, re.MULTILINE)
+    assert set(names[:4]) == {"own", "verbose", "name", "shared"}
+    assert names[4:] == ["common", "timeout"]
+
+
+def test_help_shows_each_flag_with_its_text_and_default_but_no_bound(script):
+    _, output, _ = run_file(script, "--help")
+    assert "    --own\n        A number of the script. (default: 3)\n" in output
+    assert "    --[no]verbose\n        Print more. (default: false)\n" in output
+    assert re.search(
+        r"    --name\n        A name.*\n(        .*\n)*        .*\(default: none\)\n", output
+    )
+    assert max(map(len, output.splitlines())) <= 100
+    assert "2147483647" not in output
+
+
+@pytest.mark.parametrize("option", ["-h", "-help", "--helpshort"])
+def test_every_way_to_ask_for_help_gives_the_same_help(script, option):
+    assert run_file(script, option) == run_file(script, "--help")
+
+
+def test_the_full_help_also_lists_the_flags_of_libraries(script):
+    assert "verbosity" not in run_file(script, "--help")[1]
+    code, output, errors = run_file(script, "--helpfull")
+    assert (code, errors) == (0, "")
+    assert "--verbosity" in output
+    assert "--own" in output
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="Linux has this device")
+def test_help_that_cannot_be_written_is_a_one_line_error(script):
+    with open("/dev/full", "w") as full:
+        process = subprocess.run(
+            [sys.executable, script, "--help"],
+            env=file_environment(),
+            stdin=subprocess.DEVNULL,
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+    assert process.returncode == 1
+    assert re.fullmatch(r"\S+: error: cannot write to standard output: .*\n", process.stderr)
+
+
+@pytest.mark.parametrize("option", ["--help", "--helpfull"])
+def test_help_for_a_reader_that_exits_early_is_not_an_error(script, option):
+    command = f"{sys.executable} {script} {option} | head -1; exit ${{PIPESTATUS[0]}}"
+    process = subprocess.run(
+        ["bash", "-c", command],
+        env=file_environment(),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (process.returncode, process.stderr) == (0, "")
+
+
+def test_the_recorded_flags_are_those_of_the_help(script):
+    code, output, errors = run_file(script, "--own=4", "--verbose", "--timeout=5")
+    assert (code, errors) == (0, "")
+    assert json.loads(output) == DEFAULTS | {"own": 4, "verbose": True, "timeout": 5}
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("--unknown=1", "Unknown command line flag 'unknown'"),
+        ("--foreign=1", "Unknown command line flag 'foreign'"),
+        ("--own=none", "--own=none"),
+        ("--own=13", "it must not be 13"),
+        ("--common=13", "it must not be 13"),
+        ("stray", "this argument is not a flag: 'stray'"),
+    ],
+)
+def test_a_mistake_on_the_command_line_gives_a_usage_message(script, argument, message):
+    code, output, errors = run_file(script, argument)
+    assert (code, output) == (1, "")
+    assert message in errors
+    assert "--help" in errors.splitlines()[-1]
+    assert "2147483647" not in errors
+    assert "Traceback" not in errors
+
+
+def test_flags_have_their_defaults_where_no_command_line_is_parsed(write_script):
+    path = write_script("""
+        import sys
+        sys.argv = ["notebook", "--batch_size=3", "--unknown", "argument"]
+        from absl import flags
+        from support.base import command_line
+
+        flags.DEFINE_integer("batch_size", 128, "Images.")
+        print(flags.FLAGS.batch_size)
+        """)
+    assert run_file(path) == (0, "128\n", "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [([], [1.0, 2.0]), (["--rate=1"], [1.0, 1.0]), (["--rate=3"], [3, 3])],
+)
+def test_a_flag_that_is_given_wins_over_a_constant_that_is_edited(
+    write_script, arguments, expected
+):
+    path = write_script("""
+        from absl import flags
+        from support.base import command_line
+
+        RATE = 1.0
+        flags.DEFINE_float("rate", RATE, "A rate.")
+
+        def main(argv):
+            global RATE
+            rates = [command_line.flag_or_constant("rate", RATE)]
+            RATE = 2.0
+            rates.append(command_line.flag_or_constant("rate", RATE))
+            print(rates)
+
+        command_line.run(main)
+        """)
+    code, output, errors = run_file(path, *arguments)
+    assert (code, errors) == (0, "")
+    assert json.loads(output) == expected
+
+
+PATHS = {
+    "~": "/home/me",
+    "~/data": "/home/me/data",
+    "~root": "/root",
+    "data/~": "data/~",
+    "a~b": "a~b",
+    "./~": "./~",
+    "/tmp/x[1]*?": "/tmp/x[1]*?",
+    "run:1/x": "run:1/x",
+    "./gs://bucket": "./gs://bucket",
+    "": "",
+}
+NOT_LOCAL = (
+    "gs://bucket/x",
+    "S3://bucket/x",
+    "hdfs:///x",
+    "file:///tmp/x",
+    "https://example.org/x",
+    "ram://x",
+    "gs:/bucket/x",  # from pathlib.Path("gs://bucket/x")
+)
+
+
+@pytest.fixture
+def path_flag(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    flags.DEFINE_flag(PathFlag("some_path", "/tmp/default", "A folder."))
+    flags.DEFINE_flag(PathFlag("source", None, "A source.", url_schemes=("http", "file")))
+
+
+@pytest.mark.usefixtures("path_flag")
+@pytest.mark.parametrize("text", PATHS)
+def test_a_home_folder_in_a_path_flag_is_expanded_however_the_flag_is_set(text):
+    FLAGS.some_path = text
+    assert FLAGS.some_path == PATHS[text]
+    FLAGS["some_path"].parse(f"{text}/" if text else text)
+    assert FLAGS.some_path == (f"{PATHS[text]}/" if text else "")
+    FLAGS["some_path"].unparse()
+    FLAGS.set_default("some_path", text)
+    assert FLAGS.some_path == PATHS[text]
+
+
+@pytest.mark.usefixtures("path_flag")
+def test_a_path_flag_accepts_path_objects_and_none():
+    FLAGS.some_path = pathlib.Path("/tmp/x")
+    assert FLAGS.some_path == "/tmp/x"
+    FLAGS.some_path = None
+    assert FLAGS.some_path is None
+
+
+@pytest.mark.usefixtures("path_flag")
+@pytest.mark.parametrize("text", NOT_LOCAL)
+def test_a_path_flag_refuses_what_is_not_a_local_path_however_it_is_set(text):
+    message = re.escape(f"flag --some_path={text}: ") + "only local paths .*; write ./"
+    with pytest.raises(flags.IllegalFlagValueError, match=message):
+        FLAGS.some_path = text
+    with pytest.raises(flags.IllegalFlagValueError, match=message):
+        FLAGS["some_path"].parse(text)
+    assert FLAGS.some_path == "/tmp/default"
+
+
+@pytest.mark.usefixtures("path_flag")
+def test_a_path_flag_refuses_the_home_folder_of_an_unknown_user():
+    with pytest.raises(flags.IllegalFlagValueError, match="no home folder for ~nobody_"):
+        FLAGS.some_path = "~nobody_has_this_name/x"
+
+
+@pytest.mark.usefixtures("path_flag")
+def test_a_path_flag_refuses_bytes_that_are_not_utf_8():
+    with pytest.raises(flags.IllegalFlagValueError, match="a path in UTF-8") as error:
+        FLAGS.some_path = os.fsdecode(b"/tmp/\xff")
+    str(error.value).encode("ascii")
+
+
+@pytest.mark.usefixtures("path_flag")
+@pytest.mark.parametrize(
+    ("encoding", "path"),
+    [
+        ("latin-1", "/tmp/k\xe4se"),  # TensorFlow would open its UTF-8
+        ("ascii", "/tmp/k\udcc3\udca4se"),
+        ("ascii", "/tmp/\u732b"),
+    ],
+)
+def test_a_path_that_tensorflow_would_take_for_another_one_is_refused(monkeypatch, encoding, path):
+    monkeypatch.setattr(os, "fsencode", lambda path: path.encode(encoding, "surrogateescape"))
+    with pytest.raises(flags.IllegalFlagValueError, match="a locale that uses UTF-8"):
+        FLAGS.some_path = path
+    flags.DEFINE_flag(PathFlag("images", None, "Not for TensorFlow.", is_for_tensorflow=False))
+    FLAGS.images = path
+    assert FLAGS.images == path
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="macOS has no such file names")
+@pytest.mark.usefixtures("path_flag")
+def test_a_relative_path_below_a_folder_that_is_not_in_utf_8_is_refused(tmp_path, monkeypatch):
+    folder = os.path.join(os.fsencode(tmp_path), b"\xff")
+    os.mkdir(folder)
+    monkeypatch.chdir(os.fsdecode(folder))
+    with pytest.raises(flags.IllegalFlagValueError, match="a path in UTF-8"):
+        FLAGS.some_path = "train"
+
+
+@pytest.mark.usefixtures("path_flag")
+def test_a_path_flag_can_accept_urls_with_some_schemes():
+    for url in ("http://example.org/~me/x", "file:///tmp/~x", "HTTP://example.org"):
+        FLAGS.source = url
+        assert FLAGS.source == url
+    FLAGS.source = "~/x.tar.gz"
+    assert FLAGS.source == "/home/me/x.tar.gz"
+    with pytest.raises(flags.IllegalFlagValueError, match="only local paths and http://, file://"):
+        FLAGS.source = "gs://bucket/x.tar.gz"
+
+
+@pytest.mark.parametrize(
+    ("module", "names"),
+    [
+        ("cifar10", ["data_dir", "data_url"]),
+        ("cifar10_train", ["train_dir"]),
+        ("cifar10_eval", ["eval_dir", "checkpoint_dir"]),
+        ("cifar10_predict", ["export_dir"]),
+        ("cifar10_convert", ["pictures", "svhn", "cifar10_python", "cifar100", "output"]),
+    ],
+)
+def test_every_flag_for_a_path_expands_home_folders_and_refuses_other_file_systems(
+    monkeypatch, module, names
+):
+    monkeypatch.setenv("HOME", "/home/me")
+    for name in names:
+        setattr(FLAGS, name, "~/x")
+        assert getattr(FLAGS, name) == "/home/me/x"
+        with pytest.raises(flags.IllegalFlagValueError, match="only local paths"):
+            setattr(FLAGS, name, "gs://bucket/x")
+    # All other flags that hold text are known here, so that a new one is not forgotten.
+    ours = FLAGS.flags_by_module_dict()[module]
+    texts = {flag.name for flag in ours if flag.flag_type() == "string"}
+    assert texts - {"top_layers", "eval_data"} == set(names)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("script", "flag"),
+    [
+        ("cifar10_train.py", "--data_dir=gs://bucket/x"),
+        ("cifar10_train.py", "--train_dir=s3://bucket/x"),
+        ("cifar10_eval.py", "--eval_dir=hdfs://host/x"),
+        ("cifar10_predict.py", "--export_dir=gs://bucket/x"),
+        ("cifar10_convert.py", "--output=file:///tmp/x"),
+    ],
+)
+def test_another_file_system_is_refused_before_anything_is_made(tmp_path, script, flag):
+    process = subprocess.run(
+        [sys.executable, ROOT / script, flag],
+        cwd=tmp_path,
+        env=file_environment(),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert (process.returncode, process.stdout) == (1, "")
+    (line,) = [line for line in messages(process.stderr) if flag in line]
+    assert "only local paths" in line
+    assert "Traceback" not in process.stderr
+    assert os.listdir(tmp_path) == []
+
+
+# --- The project's own scripts.
+
+
+@pytest.mark.parametrize("script", COMMANDS)
+def test_the_help_of_each_command_shows_its_own_flags_first_and_no_bounds(script):
+    process = run_script(script, "--help")
+    assert messages(process.stderr) == []
+    headings = re.findall(r"^Flags.*:$", process.stdout, re.MULTILINE)
+    assert headings[0] == "Flags:"
+    is_last = headings[-1] == "Flags for several machines (TF_CONFIG):"
+    assert is_last is (script == "cifar10_train.py")
+    assert not re.search(r"2147483647|in the range|a number >", process.stdout)
+
+
+@pytest.mark.parametrize(
+    ("script", "flag"),
+    [
+        ("cifar10_predict.py", "--eval_dir=x"),
+        ("cifar10_multi_gpu_train.py", "--shard_data"),
+        ("cifar10_convert.py", "--batch_size=3"),
+    ],
+)
+def test_each_command_refuses_flags_of_other_commands(script, flag):
+    process = run_script(script, flag, check=False)
+    name = flag.partition("=")[0].lstrip("-")
+    assert (process.returncode, process.stdout) == (1, "")
+    assert f"Unknown command line flag '{name}'" in process.stderr
+
+
+# --- Several runs in one process, as in a notebook.
+
+
+RUNS = """
+    import contextlib, os, runpy, signal, sys, time
+
+    def run_file(*arguments):
+        sys.argv = [str(argument) for argument in arguments]
+        try:
+            runpy.run_path(sys.argv[0], run_name="__main__")
+        except SystemExit as end:
+            print("exit code", end.code, flush=True)
+
+    {statements}
+    """
+
+
+@pytest.fixture
+def run_in_a_notebook(write_script):
+    """Runs statements that call `run_file`, which does what IPython's `%run` does."""
+
+    def run_statements(*statements):
+        return run_file(
+            write_script(RUNS.format(statements="\n    ".join(statements)), "notebook.py")
+        )
+
+    return run_statements
+
+
+def write_rate_script(write_script, name="rate.py", more=""):
+    return write_script(
+        f"""
+        import sys
+        from absl import flags
+        from support.base import command_line
+        {more}
+
+        command_line.forget_flags_of(__file__)
+        flags.DEFINE_float("rate", 0.1, "A rate.")
+        flags.DEFINE_boolean("quiet", False, "Whether to be quiet.")
+
+        def main(argv):
+            rate = flags.FLAGS["rate"]
+            print(rate.value, rate.present, rate.using_default_value, flags.FLAGS.quiet)
+            flags.FLAGS.rate = 7.0
+
+        if __name__ == "__main__":
+            command_line.run(main)
+        """,
+        name,
+    )
+
+
+def test_a_run_begins_with_its_own_command_line_and_the_defaults(write_script, run_in_a_notebook):
+    path = write_rate_script(write_script)
+    code, output, errors = run_in_a_notebook(
+        "import rate",
+        "sys.argv = ['rate.py', '--rate=0.5', '--quiet']",
+        "for arguments in (['--rate=0.5', '--quiet'], [], ['--rate=x'], ['--quiet'], []):",
+        "    sys.argv = ['rate.py', *arguments]",
+        "    with contextlib.suppress(SystemExit):",
+        "        rate.command_line.run(rate.main)",
+        "print(rate.flags.FLAGS.rate, rate.flags.FLAGS.quiet)",
+    )
+    assert (code, output.splitlines()) == (
+        0,
+        ["0.5 1 False True", "0.1 0 True False", "0.1 0 True True", "0.1 0 True False"]
+        + ["0.1 False"],
+    )
+    assert "rate=x" in errors
+    assert path.exists()
+
+
+def test_a_run_keeps_the_values_that_its_caller_has_set(write_script, run_in_a_notebook):
+    write_rate_script(write_script)
+    assert run_in_a_notebook(
+        "import rate",
+        "rate.flags.FLAGS.rate = 3.0",
+        "for arguments in (['--quiet'], ['--rate=4'], []):",
+        "    sys.argv = ['rate.py', *arguments]",
+        "    with contextlib.suppress(SystemExit):",
+        "        rate.command_line.run(rate.main)",
+        "print(rate.flags.FLAGS.rate, rate.flags.FLAGS['rate'].using_default_value)",
+    ) == (0, "3.0 0 False True\n4.0 1 False False\n3.0 0 False False\n3.0 False\n", "")
+
+
+def test_a_script_can_be_run_again_imported_and_run_again(write_script, run_in_a_notebook):
+    path = write_rate_script(write_script)
+    write_rate_script(write_script, "twin.py", more="import rate  # and redefines its flags")
+    code, output, errors = run_in_a_notebook(
+        f"run_file({str(path)!r}, '--rate=0.5')",
+        f"run_file({str(path)!r})",
+        f"os.chdir({str(path.parent)!r})",
+        "run_file('rate.py', '--rate=0.25')",
+        "os.mkdir('other')",
+        "os.chdir('other')",
+        "import rate",
+        "run_file('../rate.py')",
+        f"run_file({str(path)!r}, '--rate=2')",
+        "import importlib",
+        "importlib.reload(rate)",
+        f"run_file({str(path)!r})",
+    )
+    assert (code, errors) == (0, "")
+    assert [float(line.split()[0]) for line in output.splitlines()[::2]] == [
+        0.5, 0.1, 0.25, 0.1, 2.0, 0.1,
+    ]  # fmt: skip
+    assert output.splitlines()[1::2] == ["exit code 0"] * 6
+
+
+def test_two_files_that_define_the_same_flag_are_still_an_error(write_script, run_in_a_notebook):
+    write_rate_script(write_script)
+    path = write_rate_script(write_script, "twin.py", more="import rate")
+    _, _, errors = run_in_a_notebook(f"run_file({str(path)!r})")
+    assert "DuplicateFlagError" in errors
+
+
+def test_a_run_gives_back_the_settings_of_tensorflows_logger(write_script, run_in_a_notebook):
+    statement = "logger = logging.getLogger('tensorflow'); print(logger.level, logger.propagate)"
+    path = write_script(FAILS.format(statement=f"import logging; {statement}"), "logs.py")
+    code, output, errors = run_in_a_notebook(
+        "import logging",
+        "logger = logging.getLogger('tensorflow')",
+        "logger.setLevel(logging.INFO)",
+        f"run_file({str(path)!r})",
+        "print(logger.level, logger.propagate)",
+    )
+    assert (code, output, errors) == (0, "30 False\nexit code 0\n20 True\n", "")
+
+
+def test_flags_of_scripts_that_ran_before_are_unknown(write_script, run_in_a_notebook):
+    rate = write_rate_script(write_script)
+    other = write_script(FAILS.format(statement="print('runs')"), "other.py")
+    code, output, errors = run_in_a_notebook(
+        f"run_file({str(rate)!r})",
+        f"run_file({str(other)!r}, '--rate=1')",
+        f"run_file({str(other)!r}, '--help')",
+        f"run_file({str(other)!r})",
+    )
+    assert code == 0
+    assert "--rate" not in output
+    assert "other.py: error: Unknown command line flag 'rate'" in errors
+    assert output.splitlines()[-2:] == ["runs", "exit code 0"]
+
+
+WORK = """
+    import sys, time
+    from support.base import command_line
+    from support.base.errors import Interrupted
+    from support.base.signals import DeferredSignals
+
+    def main(argv):
+        with DeferredSignals() as signals:
+            print("signal number", signals.signal_number, flush=True)
+            while signals.signal_number is None:
+                time.sleep(0.01)
+        raise Interrupted(signals.signal_number, "it is saved")
+
+    if __name__ == "__main__":
+        command_line.run(main)
+    """
+
+
+def test_a_run_that_was_interrupted_leaves_nothing_behind(write_script, run_in_a_notebook):
+    path = write_script(WORK, "work.py")
+    code, output, errors = run_in_a_notebook(
+        "import threading",
+        "from support.base.signals import DeferredSignals",
+        "def interrupt(): os.kill(os.getpid(), signal.SIGINT)",
+        "def state():",
+        "    wakeup_fd = signal.set_wakeup_fd(-1)",
+        "    signal.set_wakeup_fd(wakeup_fd)",
+        "    return (",
+        "        signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM),",
+        "        signal.getsignal(signal.SIGHUP), wakeup_fd, threading.active_count(),",
+        "        sys.stdout, sys.stderr, sys.stdout.errors,",
+        "    )",
+        "before = state()",
+        "for _ in range(2):  # the second run does not remember the signal of the first",
+        "    threading.Timer(0.5, interrupt).start()",
+        f"    run_file({str(path)!r})",
+        "    time.sleep(0.1)  # the timer has ended",
+        "    assert state() == before",
+        "try:  # two interrupts of other work do not end the process",
+        "    with DeferredSignals():",
+        "        interrupt()",
+        "        time.sleep(0.2)",
+        "        interrupt()",
+        "        time.sleep(10)",
+        "except KeyboardInterrupt:",
+        "    print('interrupted')",
+    )
+    assert (code, output.splitlines()) == (
+        0,
+        ["signal number None", "exit code 130"] * 2 + ["interrupted"],
+    )
+    assert errors == "work.py: stopped by SIGINT: it is saved\n" * 2
+
+
+@pytest.mark.parametrize("deferred", [True, False])
+def test_a_second_interrupt_of_a_run_does_not_end_a_notebook(
+    write_script, run_in_a_notebook, deferred
+):
+    context = "DeferredSignals()" if deferred else "contextlib.nullcontext()"
+    path = write_script(
+        f"""
+        import contextlib, os, signal, time
+        from support.base import command_line
+        from support.base.signals import DeferredSignals
+
+        def main(argv):
+            with {context}:
+                try:
+                    os.kill(os.getpid(), signal.SIGINT)
+                    time.sleep(0.2)
+                finally:
+                    os.kill(os.getpid(), signal.SIGINT)
+                    time.sleep(0.2)
+
+        command_line.run(main)
+        """
+    )
+    code, output, _ = run_in_a_notebook(
+        "sys.ps1 = 'In : '  # as IPython and Jupyter set it",
+        "try:",
+        f"    run_file({str(path)!r})",
+        "except KeyboardInterrupt:",
+        "    print('interrupted')",
+    )
+    assert (code, output) == (0, "interrupted\n")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("order", [COMMANDS, COMMANDS[::-1]], ids=["forward", "backward"])
+def test_every_command_can_be_run_twice_in_one_process(run_in_a_notebook, order):
+    code, output, errors = run_in_a_notebook(
+        f"for name in {order!r} * 2:",
+        f"    run_file({str(ROOT)!r} + '/' + name, '--helpfull')",
+    )
+    assert (code, messages(errors)) == (0, [])
+    assert output.count("exit code 0\n") == 2 * len(order)

@@ -1,0 +1,395 @@
+"""Tests of locks between processes and of files and folders that appear only when complete."""
+
+import contextlib
+import enum
+import errno
+import fcntl
+import json
+import os
+import re
+import select
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+from conftest import ROOT
+
+from support.base import files
+from support.base.errors import DataError, UserError
+
+HOLD = """
+import os, subprocess, sys, time
+from support.base import files
+path, ending = sys.argv[1:]
+with files.lock(path, on_wait=lambda _: print("waits", flush=True)):
+    if ending == "leaves a child":
+        subprocess.Popen(["sleep", "60"], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    if ending != "leaves a fork" or os.fork() == 0:
+        print("held", flush=True)
+    if ending == "exits":
+        os._exit(1)
+    time.sleep(60)
+"""
+
+
+@contextlib.contextmanager
+def holder(path, ending="sleeps"):
+    """Yields a process that locks `path`, and kills it and its children at the end."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, path, ending],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    with process:
+        try:
+            yield process
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, 9)
+
+
+def find_ready(processes, timeout):
+    """Returns the processes that have written a line, as soon as there is one."""
+    ready, _, _ = select.select([process.stdout for process in processes], [], [], timeout)
+    return [process for process in processes if process.stdout in ready]
+
+
+def is_locked(path):
+    try:
+        with files.lock(path):
+            return False
+    except files.LockedError:
+        return True
+
+
+def test_a_second_process_fails_at_once_and_names_the_holder(tmp_path):
+    path = tmp_path / "a.lock"
+    with holder(path) as process:
+        assert process.stdout.readline() == "held\n"
+        start = time.monotonic()
+        with (
+            pytest.raises(files.LockedError, match=rf"^process {process.pid} on .* since 20.*\)$"),
+            files.lock(path),
+        ):
+            pass
+        assert time.monotonic() - start < 1
+
+
+@pytest.mark.parametrize("ending", ["sleeps", "exits", "leaves a child", "leaves a fork"])
+def test_a_lock_ends_with_its_process(tmp_path, ending):
+    path = tmp_path / "a.lock"
+    with holder(path, ending) as process:
+        assert process.stdout.readline() == "held\n"
+        process.kill()  # not its children
+        process.wait()
+        assert path.read_text().startswith(f"process {process.pid} on ")
+        with files.lock(path):
+            assert path.read_text().startswith(f"process {os.getpid()} on ")
+
+
+def test_the_lock_file_is_removed_when_the_lock_is_released(tmp_path):
+    with pytest.raises(ZeroDivisionError), files.lock(tmp_path / "a.lock"):
+        1 / 0  # noqa: B018
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_lock_whose_file_has_been_removed_can_still_be_released(tmp_path):
+    with files.lock(tmp_path / "a.lock"):
+        (tmp_path / "a.lock").unlink()
+    assert not is_locked(tmp_path / "a.lock")
+
+
+def test_waiting_processes_get_the_lock_one_after_the_other(tmp_path):
+    path = tmp_path / "a.lock"
+    with contextlib.ExitStack() as stack:
+        with files.lock(path):
+            processes = [stack.enter_context(holder(path)) for _ in range(2)]
+            for process in processes:
+                assert process.stdout.readline() == "waits\n"
+        # The file that both have waited for is gone. Either may be the first to lock a new one.
+        while processes:
+            (first,) = find_ready(processes, timeout=30)
+            assert first.stdout.readline() == "held\n"
+            with pytest.raises(files.LockedError, match=f"process {first.pid} "), files.lock(path):
+                pass
+            processes.remove(first)
+            assert find_ready(processes, timeout=0.2) == []
+            first.kill()
+
+
+def test_a_waiting_process_is_told_once_who_holds_the_lock(tmp_path):
+    path = tmp_path / "a.lock"
+    holders = []
+    with holder(path) as process:
+        assert process.stdout.readline() == "held\n"
+        killer = threading.Timer(0.3, process.kill)
+        killer.start()
+        with files.lock(path, on_wait=holders.append):
+            killer.join()
+    assert len(holders) == 1
+    assert holders[0].startswith(f"process {process.pid} on ")
+
+
+def test_a_lock_excludes_other_threads_of_the_same_process(tmp_path):
+    path = tmp_path / "a.lock"
+    is_held, may_end = threading.Event(), threading.Event()
+
+    def hold():
+        with files.lock(path):
+            is_held.set()
+            may_end.wait()
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    try:
+        assert is_held.wait(timeout=30)
+        with pytest.raises(files.LockedError, match=f"process {os.getpid()} "), files.lock(path):
+            pass
+    finally:
+        may_end.set()
+        thread.join()
+    assert not is_locked(path)
+
+
+@pytest.fixture
+def fail_to_lock(monkeypatch):
+    """A function that makes flock fail with the given error number."""
+    monkeypatch.setattr(files, "_without_locks", set(), raising=False)
+
+    def fail_to_lock(number):
+        def fail(descriptor, operation):
+            raise OSError(number, os.strerror(number))
+
+        monkeypatch.setattr(fcntl, "flock", fail)
+
+    return fail_to_lock
+
+
+@pytest.mark.parametrize(
+    "number",
+    [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EBADF, errno.EINVAL, 524],
+)
+@pytest.mark.parametrize("on_wait", [None, print])
+def test_a_file_system_without_locks_costs_a_warning(
+    tmp_path, capsys, fail_to_lock, number, on_wait
+):
+    fail_to_lock(number)
+    with files.lock(tmp_path / "a.lock", on_wait), files.lock(tmp_path / "b.lock", on_wait):
+        pass
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert re.fullmatch(
+        rf"Warning: the file system of {tmp_path} does not support locks \(.+\); make sure that no "
+        r"two processes write to the same folder\n",
+        output.err,
+    )
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_folder_is_prepared_on_a_file_system_without_locks(tmp_path, capsys, fail_to_lock):
+    fail_to_lock(errno.ENOLCK)
+    folder = tmp_path / "folder"
+    with files.prepare_folder(folder), files.atomic_folder(folder):
+        pass
+    assert os.listdir(tmp_path) == ["folder"]
+    assert capsys.readouterr().err.count("does not support locks") == 1
+
+
+def test_a_lock_file_that_cannot_be_created_is_an_error(tmp_path, fail_to_lock):
+    fail_to_lock(errno.ENOLCK)
+    (tmp_path / "file").touch()
+    with pytest.raises(FileExistsError), files.lock(tmp_path / "file" / "a.lock"):
+        pass
+
+
+def test_another_error_of_the_lock_is_raised(tmp_path, capsys, fail_to_lock):
+    fail_to_lock(errno.EIO)
+    with pytest.raises(OSError, match=os.strerror(errno.EIO)), files.lock(tmp_path / "a.lock"):
+        pass
+    assert capsys.readouterr().err == ""
+
+
+@pytest.fixture
+def umask():
+    before = os.umask(0o027)
+    yield
+    os.umask(before)
+
+
+def find_modes(folder):
+    return {path.name: oct(path.stat().st_mode & 0o777) for path in folder.rglob("*")}
+
+
+@pytest.mark.usefixtures("umask")
+def test_files_and_folders_get_the_permissions_of_the_umask(tmp_path):
+    folder = tmp_path / "parent" / "folder"
+    with files.prepare_folder(folder):
+        assert find_modes(tmp_path) == {"parent": "0o750", ".folder.lock": "0o640"}
+        with files.atomic_folder(folder) as staging:
+            files.write_json_atomically(os.path.join(staging, "a.json"), 1)
+            files.append_json_line(os.path.join(staging, "b.json"), {})
+    assert find_modes(tmp_path) == {
+        "parent": "0o750",
+        "folder": "0o750",
+        "a.json": "0o640",
+        "b.json": "0o640",
+    }
+
+
+def test_one_process_prepares_a_folder_and_another_says_that_it_waits(tmp_path, capsys):
+    with holder(tmp_path / ".folder.lock") as process:
+        assert process.stdout.readline() == "held\n"
+        killer = threading.Timer(0.3, process.kill)
+        killer.start()
+        with files.prepare_folder(tmp_path / "folder"):
+            killer.join()
+    error = capsys.readouterr().err
+    assert error.startswith(f"Waiting for process {process.pid} on ")
+    assert error.endswith(f" to finish preparing {tmp_path}/folder\n")
+
+
+def test_a_folder_that_cannot_be_written_is_reported_with_its_flag(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    message = (
+        f"cannot write the dataset to {tmp_path}/file: .*; choose another folder with --output$"
+    )
+    with (
+        pytest.raises(DataError, match=message),
+        files.prepare_folder(tmp_path / "file" / "folder", "--output"),
+    ):
+        pass
+
+
+def test_a_folder_appears_only_when_it_is_complete(tmp_path):
+    folder = tmp_path / "folder"
+    with files.atomic_folder(folder) as staging:
+        assert staging == str(tmp_path / ".folder.part")
+        with open(os.path.join(staging, "a"), "w") as file:
+            file.write("whole")
+        assert not folder.exists()
+    assert (folder / "a").read_text() == "whole"
+    assert os.listdir(tmp_path) == ["folder"]
+
+
+def test_a_folder_whose_creation_fails_leaves_nothing_behind(tmp_path):
+    with (
+        pytest.raises(ZeroDivisionError),
+        files.atomic_folder(tmp_path / "folder") as staging,
+        open(os.path.join(staging, "a"), "w"),
+    ):
+        1 / 0  # noqa: B018
+    assert os.listdir(tmp_path) == []
+
+
+def test_leftovers_of_a_killed_process_are_deleted(tmp_path):
+    (tmp_path / ".folder.part").mkdir()
+    (tmp_path / ".folder.part" / "stale").write_text("half")
+    with files.atomic_folder(tmp_path / "folder") as staging:
+        open(os.path.join(staging, "a"), "w").close()
+    assert os.listdir(tmp_path / "folder") == ["a"]
+
+
+def test_a_new_folder_may_be_missing_or_empty(tmp_path):
+    files.check_new_folder("--output", tmp_path / "missing")
+    files.check_new_folder("--output", tmp_path)
+
+
+@pytest.mark.parametrize("name", ["file", "folder", "broken link"])
+def test_an_existing_file_or_folder_is_not_a_new_folder(tmp_path, name):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "a").write_text("mine")
+    (tmp_path / "broken link").symlink_to("missing")
+    message = f"^--output={tmp_path}/{name} already exists; choose a new folder$"
+    with pytest.raises(UserError, match=message):
+        files.check_new_folder("--output", tmp_path / name)
+
+
+def test_json_lines_are_appended_with_the_time(tmp_path):
+    start = time.time()
+    for step in range(2):
+        files.append_json_line(tmp_path / "a.json", {"step": step})
+    lines = [json.loads(line) for line in (tmp_path / "a.json").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [0, 1]
+    assert start <= lines[0]["time"] <= lines[1]["time"] <= time.time()
+
+
+def test_json_is_written_with_indentation(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text("something longer than the new value")
+    files.write_json_atomically(path, {"a": [1]})
+    assert path.read_text() == '{\n  "a": [\n    1\n  ]\n}\n'
+    assert os.listdir(tmp_path) == ["a.json"]
+
+
+def test_the_previous_json_stays_until_the_new_one_is_complete(tmp_path):
+    path = tmp_path / "a.json"
+    files.write_json_atomically(path, [1])
+    before = path.read_text()
+    with pytest.raises(TypeError):
+        files.write_json_atomically(path, [2, {(): 1}])  # fails after the 2
+    assert path.read_text() == before
+    assert os.listdir(tmp_path) == ["a.json"]
+    files.write_json_atomically(path, [3])
+    assert json.loads(path.read_text()) == [3]
+
+
+class Unit(enum.Enum):
+    STEPS = "steps"
+
+
+def test_values_that_json_cannot_represent_are_written_as_strings(tmp_path):
+    files.write_json_atomically(tmp_path / "a.json", {"unit": Unit.STEPS, "sizes": [{1}]})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"unit": "Unit.STEPS", "sizes": ["{1}"]}
+
+
+@pytest.mark.parametrize("write", [files.write_json_atomically, files.append_json_line])
+def test_a_json_file_that_cannot_be_written_is_a_one_line_error(tmp_path, write):
+    with pytest.raises(UserError, match=r"^cannot write .*/no/a\.json: No such file or directory$"):
+        write(str(tmp_path / "no" / "a.json"), {"a": 1})
+    (tmp_path / "a.json").mkdir()
+    (tmp_path / "a.json" / "file").write_text("in the way")
+    with pytest.raises(UserError, match=r"^cannot write .*/a\.json: "):
+        write(str(tmp_path / "a.json"), {"a": 1})
+    assert os.listdir(tmp_path) == ["a.json"]
+
+
+def test_a_lock_file_that_cannot_be_removed_hides_no_error(tmp_path, monkeypatch):
+    def refuse(path, missing_ok=False):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    def fail():
+        with files.lock(str(tmp_path / "lock")):
+            monkeypatch.setattr(files.pathlib.Path, "unlink", refuse)
+            raise UserError("the cause")
+
+    with pytest.raises(UserError, match="^the cause$"):
+        fail()
+    monkeypatch.undo()
+    with files.lock(str(tmp_path / "lock")):  # it was released
+        pass
+
+
+def test_the_hash_of_a_file_depends_on_its_whole_content(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"abc")  # the example of FIPS 180
+    assert files.hash_file(path) == (
+        "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    )
+    path.write_bytes(bytes(1 << 20))
+    zeros = files.hash_file(path)
+    path.write_bytes(bytes((1 << 20) - 1) + b"\x01")
+    assert files.hash_file(path) != zeros
+
+
+def test_a_folder_that_cannot_be_listed_is_refused(tmp_path, monkeypatch):
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", path)
+
+    monkeypatch.setattr(os, "listdir", refuse)
+    with pytest.raises(UserError, match=f"^--output={tmp_path} cannot be read .Permission denied"):
+        files.check_new_folder("--output", tmp_path)

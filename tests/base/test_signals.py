@@ -1,0 +1,196 @@
+"""Tests of the signals that stop a script: recorded, repeated, ignored."""
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+from conftest import ROOT, run_file, running_file
+
+from support.base.signals import DeferredSignals
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+WAITS = """
+    import hashlib, threading, time
+    from support.base.command_line import run
+    from support.base.signals import DeferredSignals
+
+    def report(signals):
+        while signals.signal_number is None:
+            time.sleep(0.01)
+        print("received", signals.signal_number, flush=True)
+
+    def main(argv):
+        with DeferredSignals() as signals:
+            threading.Thread(target=report, args=[signals], daemon=True).start()
+            print("ready", flush=True)
+            if argv[1] == "sleep":
+                time.sleep(60)
+            else:  # an uninterruptible call, which would take an hour
+                hashlib.pbkdf2_hmac("sha256", b"password", b"salt", 2**31 - 1)
+
+    run(main, takes_arguments=True)
+    """
+
+
+@pytest.mark.parametrize("call", ["sleep", "uninterruptible"])
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (signal.SIGINT, signal.SIGINT),
+        (signal.SIGTERM, signal.SIGTERM),
+        (signal.SIGTERM, signal.SIGINT),
+        (signal.SIGINT, signal.SIGTERM),
+    ],
+)
+def test_the_first_signal_is_recorded_and_a_second_one_ends_the_process_during_any_call(
+    write_script, call, first, second
+):
+    with running_file(write_script(WAITS), call) as process:
+        process.send_signal(first)
+        assert process.stdout.readline() == f"received {first.value}\n"
+        assert process.poll() is None
+        process.send_signal(second)
+        assert process.wait(timeout=5) == 128 + second
+        assert process.stderr.read() == ""
+
+
+@pytest.mark.parametrize("call", ["sleep", "uninterruptible"])
+def test_a_lost_terminal_may_send_its_signal_several_times_without_ending_the_process(
+    write_script, call
+):
+    with running_file(write_script(WAITS), call) as process:
+        process.send_signal(signal.SIGHUP)
+        assert process.stdout.readline() == f"received {signal.SIGHUP.value}\n"
+        # A shell and the kernel each send SIGHUP, and a session manager sends SIGTERM as well.
+        for number in (signal.SIGHUP, signal.SIGTERM, signal.SIGHUP):
+            process.send_signal(number)
+            time.sleep(0.1)
+            assert process.poll() is None
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=5) == 128 + signal.SIGTERM
+
+
+def test_signals_can_be_deferred_again_after_a_signal(write_script):
+    path = write_script("""
+        import os, signal, time
+        from support.base.signals import DeferredSignals
+
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            with DeferredSignals() as signals:
+                assert signals.signal_number is None
+                os.kill(os.getpid(), number)
+                while signals.signal_number is None:
+                    time.sleep(0.01)
+            print(signals.signal_number)
+        """)
+    assert run_file(path) == (0, "2\n15\n1\n", "")
+
+
+def test_other_signals_are_not_recorded(write_script):
+    path = write_script("""
+        import os, signal, time
+        from support.base.signals import DeferredSignals
+
+        signal.signal(signal.SIGUSR1, lambda number, frame: print("usr1"))
+        with DeferredSignals() as signals:
+            os.kill(os.getpid(), signal.SIGUSR1)
+            time.sleep(0.2)
+            print(signals.signal_number)
+        """)
+    assert run_file(path) == (0, "usr1\nNone\n", "")
+
+
+@pytest.mark.parametrize("ignored", STOP_SIGNALS)
+def test_ignored_signals_stay_ignored_while_others_are_deferred(write_script, ignored):
+    other = signal.SIGTERM if ignored == signal.SIGINT else signal.SIGINT
+    path = write_script(f"""
+        import os, signal, time
+        from support.base.signals import DeferredSignals
+
+        signal.signal({ignored.value}, signal.SIG_IGN)
+        with DeferredSignals() as signals:
+            for _ in range(3):
+                os.kill(os.getpid(), {ignored.value})
+                time.sleep(0.1)
+            print(signals.signal_number)
+            os.kill(os.getpid(), {other.value})
+            time.sleep(0.2)
+            print(signals.signal_number)
+        assert signal.getsignal({ignored.value}) is signal.SIG_IGN
+        """)
+    assert run_file(path) == (0, f"None\n{other.value}\n", "")
+
+
+def signal_state():
+    """Returns the signal handlers, the wakeup descriptor, the open files and the threads."""
+    wakeup_fd = signal.set_wakeup_fd(-1)
+    signal.set_wakeup_fd(wakeup_fd)
+    handlers = [signal.getsignal(number) for number in STOP_SIGNALS]
+    return handlers, wakeup_fd, os.listdir("/dev/fd"), threading.active_count()
+
+
+@pytest.fixture
+def wakeup_fd():
+    """The descriptor that another library, such as asyncio, has set for signals."""
+    receiver, sender = socket.socketpair()
+    with receiver, sender:
+        sender.setblocking(False)
+        previous = signal.set_wakeup_fd(sender.fileno())
+        yield sender.fileno()
+        signal.set_wakeup_fd(previous)
+
+
+@pytest.mark.parametrize("error", [None, ValueError])
+def test_deferring_signals_restores_handlers_descriptors_and_threads(wakeup_fd, error):
+    before = signal_state()
+    assert before[1] == wakeup_fd
+    with contextlib.suppress(ValueError), DeferredSignals():
+        assert signal_state()[0] != before[0]
+        assert signal_state()[1] != before[1]
+        if error is not None:
+            raise error
+    assert signal_state() == before
+
+
+def test_deferring_signals_has_no_effect_outside_the_main_thread():
+    before = [signal.getsignal(number) for number in STOP_SIGNALS]
+    results = []
+
+    def defer():
+        with DeferredSignals() as signals:
+            results.append([signal.getsignal(number) for number in STOP_SIGNALS])
+        results.append(signals.signal_number)
+
+    thread = threading.Thread(target=defer)
+    thread.start()
+    thread.join()
+    assert results == [before, None]
+
+
+def test_a_second_interrupt_does_not_end_a_process_that_runs_no_script():
+    code = """
+import os, signal, time
+from support.base.signals import DeferredSignals
+try:
+    with DeferredSignals() as signals:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.2)
+        assert signals.signal_number == signal.SIGINT
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(10)
+except KeyboardInterrupt:
+    print("interrupted")
+assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+"""
+    process = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False
+    )
+    assert (process.returncode, process.stdout, process.stderr) == (0, "interrupted\n", "")

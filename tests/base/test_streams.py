@@ -1,0 +1,167 @@
+"""Tests of stdout and stderr that are lost: pipes, terminals and disks that cannot be written."""
+
+import contextlib
+import errno
+import os
+import pathlib
+import subprocess
+import sys
+import textwrap
+
+import pytest
+from conftest import ROOT, lost_stream, script_environment
+
+from support.base import streams
+from support.base.progress import show_progress
+
+REASONS = {"pipe": errno.EPIPE, "terminal": errno.EIO, "disk": errno.ENOSPC}
+
+
+@pytest.fixture(params=REASONS)
+def reason(request):
+    """The kind of the stream that is lost."""
+    return request.param
+
+
+def test_work_continues_when_stdout_is_lost_and_one_line_says_so(monkeypatch, capsys, reason):
+    done = []
+    with lost_stream(reason) as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        with streams.dispensable():
+            for number in range(3):
+                print("a line", flush=True)
+                done.append(number)
+    assert done == [0, 1, 2]
+    assert capsys.readouterr().err == (
+        "Continuing without standard output, which can no longer be written "
+        f"({os.strerror(REASONS[reason])})\n"
+    )
+
+
+def test_work_continues_when_stderr_is_lost(monkeypatch, capsys, reason):
+    with lost_stream(reason) as stream:
+        monkeypatch.setattr(sys, "stderr", stream)
+        with streams.dispensable():
+            print("a message", file=sys.stderr, flush=True)
+            print("a line")
+    assert capsys.readouterr().out == "a line\n"
+
+
+def test_a_progress_bar_survives_the_loss_of_its_terminal(monkeypatch, reason):
+    with lost_stream(reason) as stream:
+        monkeypatch.setattr(sys, "stderr", stream)
+        monkeypatch.setattr(stream, "isatty", lambda: True, raising=False)
+        with streams.dispensable(), show_progress("Drawing", 1000, " images") as bar:
+            bar.refresh()
+            bar.write_line("house.png cannot be read")
+            bar.update(300)
+            bar.refresh()
+            assert bar.n == 300
+
+
+def test_what_is_printed_without_a_flush_is_lost_within_the_context(monkeypatch, capsys, reason):
+    with lost_stream(reason) as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        with streams.dispensable():
+            print("a line")
+        assert os.strerror(REASONS[reason]) in capsys.readouterr().err
+        stream.flush()  # as Python does when it exits
+
+
+def test_a_guarded_script_learns_once_that_its_stdout_is_lost(monkeypatch, capsys, reason):
+    with lost_stream(reason) as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        with streams.guarded() as stdout:
+            with pytest.raises(OSError, match=os.strerror(REASONS[reason])) as caught:
+                print("a line", flush=True)
+            assert caught.value is stdout.error
+            assert caught.value.errno == REASONS[reason]
+            print("another line", flush=True)
+    assert capsys.readouterr().err == ""
+
+
+def test_guarded_work_continues_where_its_output_is_dispensable(monkeypatch, capsys, reason):
+    with lost_stream(reason) as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        with streams.guarded():
+            with streams.dispensable():
+                print("a line", flush=True)
+            print("a line", flush=True)
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_guarded_script_continues_when_stderr_is_lost(monkeypatch, capsys, reason):
+    with lost_stream(reason) as stream:
+        monkeypatch.setattr(sys, "stderr", stream)
+        with streams.guarded():
+            print("a message", file=sys.stderr, flush=True)
+            print("a line")
+    assert capsys.readouterr().out == "a line\n"
+
+
+@pytest.mark.parametrize("context", [streams.dispensable, streams.guarded])
+@pytest.mark.parametrize("error", [None, ValueError])
+def test_each_context_returns_the_streams_as_they_were(capsys, context, error):
+    before = sys.stdout, sys.stderr, sys.stdout.errors
+    with contextlib.suppress(ValueError), context():
+        assert sys.stdout is not before[0]
+        assert sys.stderr is not before[1]
+        assert sys.stdout.fileno() == before[0].fileno()
+        if error is not None:
+            raise error
+    assert (sys.stdout, sys.stderr, sys.stdout.errors) == before
+
+
+def run(code, redirection="", **environment):
+    """Runs Python code with streams that a shell has redirected; returns exit code and output."""
+    process = subprocess.run(
+        ["bash", "-c", f'exec "$0" -c "$1" {redirection}', sys.executable, textwrap.dedent(code)],
+        cwd=ROOT,
+        env={**script_environment(), **environment},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        timeout=60,
+        check=False,
+    )
+    return process.returncode, process.stdout, process.stderr
+
+
+@pytest.mark.parametrize(
+    ("encoding", "expected"),
+    [
+        ("ascii", b"\\u732b K\\xe4se\n"),
+        ("latin-1", b"\\u732b K\xe4se\n"),
+        ("ascii:strict", b"\\u732b K\\xe4se\n"),
+        ("utf-8", "猫 Käse\n".encode()),
+    ],
+)
+def test_characters_that_stdout_cannot_encode_are_escaped(encoding, expected):
+    code = """
+        from support.base import streams
+
+        with streams.guarded():
+            print("\\u732b K\\xe4se")
+        """
+    assert run(code, PYTHONIOENCODING=encoding) == (0, expected, b"")
+
+
+@pytest.mark.parametrize("redirection", [">&-", "2>&-", "<&- >&- 2>&-"])
+def test_streams_that_are_closed_at_the_start_do_not_get_into_files(tmp_path, redirection):
+    path = str(tmp_path / "file")
+    code = f"""
+        import os, sys
+        from support.base import streams
+        from support.base.progress import show_progress
+
+        with streams.guarded(), streams.dispensable(), open({path!r}, "w") as file:
+            with show_progress("Drawing", 1000, " images") as bar:
+                bar.update(1)
+                bar.write_line("a message")
+            print("a line", flush=True)
+            print("a message", file=sys.stderr, flush=True)
+            for descriptor in (1, 2):  # as the C++ code of TensorFlow writes
+                os.write(descriptor, b"noise")
+            file.write("contents")
+        """
+    assert run(code, redirection)[0] == 0
+    assert pathlib.Path(path).read_text() == "contents"

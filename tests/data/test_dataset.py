@@ -1,0 +1,352 @@
+"""Tests of the class names and of the checks of record files."""
+
+import os
+import pathlib
+import tempfile
+import time
+
+import numpy as np
+import pytest
+from conftest import make_records, write_dataset
+
+from support.base.errors import DataError
+from support.data import dataset
+
+FILES = [*dataset.TRAIN_FILES, *dataset.TEST_FILES]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    write_dataset(tmp_path / dataset.EXTRACTED_FOLDER)
+    return tmp_path / dataset.EXTRACTED_FOLDER
+
+
+def test_a_record_is_a_label_byte_and_3072_pixel_bytes():
+    assert dataset.RECORD_BYTES == 1 + 3 * 32 * 32 == 3073
+
+
+def test_files_of_any_number_of_whole_records_are_accepted_and_counted(folder):
+    dataset.check_records(folder)
+    assert dataset.count_records(folder, eval_data=False) == 3 + 4 + 5 + 6 + 7
+    assert dataset.count_records(folder, eval_data=True) == 11
+
+
+def test_a_data_dir_that_holds_records_itself_is_the_folder(folder):
+    assert dataset.find_folder(folder) == str(folder)
+    # The subfolder takes precedence.
+    write_dataset(folder / dataset.EXTRACTED_FOLDER)
+    assert dataset.find_folder(folder) == str(folder / dataset.EXTRACTED_FOLDER)
+
+
+@pytest.mark.parametrize(
+    ("content", "names"),
+    [
+        ("\n".join("abcdefghij") + "\n\n", tuple("abcdefghij")),
+        ("\n hot dog \n\nno hot dog\nÄpfel", ("hot dog", "no hot dog", "Äpfel")),
+        ("\ufeffcat\r\ndog\r\n", ("cat", "dog")),  # as Windows editors write it
+    ],
+)
+def test_class_names_are_the_nonempty_lines_of_the_file(folder, content, names):
+    (folder / "batches.meta.txt").write_bytes(content.encode())
+    assert dataset.read_class_names(folder) == names
+
+
+def test_class_names_default_to_those_of_cifar_10(folder):
+    assert dataset.read_class_names(folder) == dataset.CLASS_NAMES
+    assert dataset.read_class_names(folder / "missing") == dataset.CLASS_NAMES
+
+
+@pytest.mark.parametrize(
+    ("num_classes", "names"),
+    [
+        (10, dataset.CLASS_NAMES),
+        (3, ("class 0", "class 1", "class 2")),
+        (12, tuple(f"class {label}" for label in range(12))),
+    ],
+)
+def test_class_names_follow_an_edited_number_of_classes_without_a_file(folder, num_classes, names):
+    assert dataset.read_class_names(folder, num_classes) == names
+
+
+def test_an_edited_number_of_classes_must_match_the_file(folder):
+    dataset.write_class_names(folder, ["cat", "dog", "emu"])
+    assert dataset.read_class_names(folder, 3) == ("cat", "dog", "emu")
+    message = (
+        r"batches.meta.txt lists 3 classes, but NUM_CLASSES is 20; set NUM_CLASSES to 3, or list "
+        r"20 names in the file$"
+    )
+    with pytest.raises(DataError, match=message):
+        dataset.read_class_names(folder, 20)
+    with pytest.raises(DataError, match=message):
+        dataset.check_records(folder, 20)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "lists 0 classes instead of 2 to 256; write one name per line, or delete the file"),
+        (b"one\n", "lists 1 classes"),
+        (b"".join(b"class %d\n" % n for n in range(257)), "lists 257 classes"),
+        (b"a\nb\n a\n", "lists 'a' twice"),
+        (b"a\n\xff\n", "cannot be read"),
+    ],
+)
+def test_invalid_class_names_are_refused(folder, content, message):
+    (folder / "batches.meta.txt").write_bytes(content)
+    with pytest.raises(DataError, match=f"batches.meta.txt {message}"):
+        dataset.check_records(folder)
+
+
+@pytest.mark.parametrize("count", [2, 256])
+def test_every_class_in_the_file_has_a_valid_label(folder, count):
+    names = [f"class {number}" for number in range(count)]
+    write_dataset(folder, train_counts=[300] * 5, class_names=names)
+    assert dataset.read_class_names(folder) == tuple(names)
+    dataset.check_records(folder)
+
+
+def write_labels(folder, train, test):
+    """Writes six files of black images with the labels `train`, each in the five training files."""
+    for name in FILES:
+        labels = np.array(test if name == "test_batch.bin" else train, np.uint8)
+        np.column_stack([labels, np.zeros([len(labels), 3072], np.uint8)]).tofile(folder / name)
+
+
+@pytest.mark.parametrize(
+    ("train", "test", "line"),
+    [
+        (range(4), range(4), None),
+        (range(4), [3, 1, 1, 3], "no test images of 2 classes (a, c)"),
+        ([0], range(4), "no training images of 3 classes (b, c, d)"),
+        (
+            [0, 1, 3],
+            [0],
+            "no training images of 1 class (c) and no test images of 3 classes (b, c, d)",
+        ),
+    ],
+)
+def test_classes_without_images_are_reported_in_one_line(folder, capsys, train, test, line):
+    dataset.write_class_names(folder, "abcd")
+    write_labels(folder, train, test)
+    dataset.check_records(folder)
+    output = capsys.readouterr()
+    assert output.err == (f"The dataset has {line}\n" if line else "")
+    assert output.out == ""
+
+
+@pytest.mark.parametrize(("num_names", "label"), [(10, 10), (10, 255), (2, 2), (255, 255)])
+def test_a_label_without_a_class_is_refused(folder, num_names, label):
+    names = [f"class {number}" for number in range(num_names)]
+    write_dataset(folder, class_names=names)
+    records = make_records(8, num_classes=num_names)
+    records[5, 0] = label
+    records.tofile(folder / "data_batch_4.bin")
+    message = rf"data_batch_4.bin has label {label} in record 5 \(counted from 0\), but labels must"
+    with pytest.raises(DataError, match=f"{message} be 0 to {num_names - 1}; "):
+        dataset.check_records(folder)
+
+
+def test_an_edited_number_of_classes_decides_which_labels_are_valid(folder):
+    dataset.check_records(folder, 11)
+    with pytest.raises(
+        DataError, match=r"data_batch_2.bin has label 3 in record 3 .*, but labels must be 0 to 2"
+    ):
+        dataset.check_records(folder, 3)
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if name != "data_batch_5.bin"])
+def test_a_missing_file_is_refused(folder, name):
+    (folder / name).unlink()
+    with pytest.raises(DataError, match=f"{name} is missing; replace the file, or move"):
+        dataset.check_records(folder)
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_the_last_training_files_may_be_missing(folder, capsys, count):
+    write_labels(folder, range(10), range(10))
+    for name in dataset.TRAIN_FILES[count:]:
+        (folder / name).unlink()
+    dataset.check_records(folder)
+    assert capsys.readouterr().err == f"Training files in {folder}: {count} of 5\n"
+    paths = dataset.record_files(folder, eval_data=False)
+    assert paths == [str(folder / name) for name in dataset.TRAIN_FILES[:count]]
+    assert dataset.count_records(folder, eval_data=False) == 10 * count
+    dataset.ChangeDetector(folder, eval_data=False).check()
+    assert dataset.find_folder(folder) == str(folder)
+
+
+def test_without_any_training_file_the_first_one_is_missing(folder):
+    for name in dataset.TRAIN_FILES:
+        (folder / name).unlink()
+    with pytest.raises(DataError, match=r"data_batch_1.bin is missing"):
+        dataset.check_records(folder)
+    assert len(dataset.record_files(folder, eval_data=False)) == 5
+
+
+def test_records_with_two_labels_are_recognized_as_those_of_cifar_100(folder):
+    (folder / FILES[1]).write_bytes(bytes(7 * 3074))
+    message = "data_batch_2.bin has records of 3074 bytes, .* cifar10_convert.py --cifar100="
+    with pytest.raises(DataError, match=message):
+        dataset.check_records(folder)
+
+
+def test_a_folder_in_place_of_a_file_is_refused(folder):
+    (folder / FILES[2]).unlink()
+    (folder / FILES[2]).mkdir()
+    with pytest.raises(DataError, match="data_batch_3.bin is not a file"):
+        dataset.check_records(folder)
+
+
+def test_an_empty_file_is_refused(folder):
+    (folder / FILES[0]).write_bytes(b"")
+    with pytest.raises(DataError, match="data_batch_1.bin is empty"):
+        dataset.check_records(folder)
+
+
+@pytest.mark.parametrize(("size", "record", "rest"), [(3072, 0, 3072), (2 * 3073 + 1, 2, 1)])
+def test_a_partial_last_record_is_refused(folder, size, record, rest):
+    (folder / "test_batch.bin").write_bytes(make_records(5).tobytes()[:size])
+    message = (
+        rf"test_batch.bin ends within record {record} \(counted from 0\), after {rest} of 3073"
+    )
+    with pytest.raises(DataError, match=message):
+        dataset.check_records(folder)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can change to another user")
+def test_a_file_without_read_permission_is_refused():
+    with tempfile.TemporaryDirectory() as name:  # unlike tmp_path, it can be opened to other users
+        folder = pathlib.Path(name) / dataset.EXTRACTED_FOLDER
+        write_dataset(folder)
+        os.chmod(name, 0o755)
+        os.chmod(folder / FILES[3], 0o600)
+        os.seteuid(65534)
+        try:
+            with pytest.raises(DataError, match="data_batch_4.bin cannot be read .Permission"):
+                dataset.check_records(folder)
+        finally:
+            os.seteuid(0)
+
+
+def test_the_error_is_one_line(folder):
+    (folder / FILES[0]).write_bytes(b"x")
+    with pytest.raises(DataError) as error:
+        dataset.check_records(folder)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "cure"),
+    [
+        (
+            dataset.EXTRACTED_FOLDER,
+            ", or move .*/cifar-10-batches-bin away and run the same command again to download "
+            "CIFAR-10",
+        ),
+        (
+            dataset.SYNTHETIC_FOLDER,
+            ", or move .*/cifar-10-synthetic-bin away and run the same command again to generate "
+            "the synthetic dataset",
+        ),
+        ("own", ""),
+    ],
+)
+def test_the_error_suggests_a_cure_that_fits_the_origin_of_the_dataset(tmp_path, name, cure):
+    write_dataset(tmp_path / name)
+    (tmp_path / name / "data_batch_2.bin").unlink()
+    with pytest.raises(DataError, match=f"data_batch_2.bin is missing; replace the file{cure}$"):
+        dataset.check_records(tmp_path / name)
+
+
+def test_sixty_thousand_records_are_checked_within_a_second(folder):
+    for name in FILES:
+        np.zeros([10000, 3073], np.uint8).tofile(folder / name)
+    start = time.monotonic()
+    dataset.check_records(folder)
+    assert time.monotonic() - start < 1
+
+
+@pytest.mark.parametrize(
+    ("count", "description"),
+    [
+        (1, "1 class (0)"),
+        (2, "2 classes (0, 1)"),
+        (12, "12 classes (0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11)"),
+        (13, "13 classes (0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, ...)"),
+    ],
+)
+def test_a_description_of_the_classes_lists_at_most_a_dozen(count, description):
+    assert dataset.describe_classes([str(number) for number in range(count)]) == description
+
+
+def test_a_change_to_a_file_in_use_is_detected(folder):
+    detector = dataset.ChangeDetector(folder, eval_data=False)
+    detector.check()
+    (folder / "test_batch.bin").unlink()  # not one of the training files
+    detector.check()
+    content = bytearray((folder / FILES[2]).read_bytes())
+    content[-1] ^= 1  # a single bit of the last pixel
+    (folder / FILES[2]).write_bytes(content)
+    set_other_time(folder / FILES[2])
+    with pytest.raises(DataError, match="data_batch_3.bin was modified after the script started"):
+        detector.check()
+    size = (folder / FILES[1]).stat().st_size
+    os.truncate(folder / FILES[1], size - 3073)
+    message = f"data_batch_2.bin has {size - 3073} bytes, but had {size} when the script started"
+    with pytest.raises(DataError, match=message):
+        detector.check()
+    (folder / FILES[1]).unlink()
+    with pytest.raises(DataError, match="data_batch_2.bin can no longer be read .No such file"):
+        detector.check()
+
+
+def set_other_time(path):
+    """Changes the time of modification, regardless of the resolution of the clock."""
+    os.utime(path, (0, 0))
+
+
+def test_a_file_that_was_touched_or_copied_without_a_change_of_its_content_is_accepted(
+    folder, monkeypatch
+):
+    detector = dataset.ChangeDetector(folder, eval_data=False)
+    set_other_time(folder / FILES[2])
+    content = (folder / FILES[1]).read_bytes()
+    (folder / FILES[1]).unlink()
+    (folder / FILES[1]).write_bytes(content)
+    set_other_time(folder / FILES[1])
+    detector.check()
+
+    def fail(path):
+        raise AssertionError(f"{path} was read again, although it has not changed since")
+
+    monkeypatch.setattr("builtins.open", fail)
+    detector.check()
+    monkeypatch.undo()
+    # The new time does not hide a later change.
+    (folder / FILES[2]).write_bytes(bytes((folder / FILES[2]).stat().st_size))
+    with pytest.raises(DataError, match="data_batch_3.bin was modified after the script started"):
+        detector.check()
+
+
+def test_a_touched_file_that_cannot_be_read_is_reported(folder, monkeypatch):
+    detector = dataset.ChangeDetector(folder, eval_data=False)
+    set_other_time(folder / FILES[2])
+
+    def forbid(path, *_):
+        raise PermissionError(13, "Permission denied", path)
+
+    monkeypatch.setattr("builtins.open", forbid)
+    with pytest.raises(DataError, match="data_batch_3.bin can no longer be read .Permission den"):
+        detector.check()
+
+
+def test_a_label_beyond_an_edited_number_of_classes_is_refused_with_both_cures(tmp_path):
+    write_dataset(tmp_path)
+    with pytest.raises(DataError, match=r"has label 3 .* replace the file, .*NUM_CLASSES.* is 3$"):
+        dataset.check_records(tmp_path, num_classes=3)
+
+
+def test_a_file_that_vanishes_before_it_can_be_watched_is_an_error(folder):
+    (folder / "data_batch_2.bin").unlink()
+    with pytest.raises(DataError, match=r"data_batch_2.bin cannot be read \(No such file or dir"):
+        dataset.ChangeDetector(folder, eval_data=False)

@@ -1,0 +1,392 @@
+"""Tests of CIFAR-10 for Python and of CIFAR-100: found, converted, and refused if they are unsafe.
+
+The original files are pickles that Python 2 wrote. `pickle_like_python_2` writes the same opcodes.
+"""
+
+import gzip
+import io
+import os
+import pickle
+import struct
+import tarfile
+
+import numpy as np
+import pytest
+from conftest import make_records
+
+from support.base.errors import DataError, UserError
+from support.data import dataset, formats
+
+FINE_NAMES = [f"fine {label}" for label in range(100)]
+COARSE_NAMES = [f"coarse {label}" for label in range(20)]
+COUNTS = (11, 12, 13, 14, 15)  # images of each training file
+FILES = [*dataset.TRAIN_FILES, *dataset.TEST_FILES]
+
+
+def pickle_like_python_2(value):
+    """Returns a pickle as cPickle of Python 2 writes it, with protocol 2 and without the memo."""
+
+    def write(value):
+        if isinstance(value, str):
+            text = value.encode()
+            return b"U" + bytes([len(text)]) + text
+        if isinstance(value, bytes):
+            return b"T" + struct.pack("<I", len(value)) + value
+        if isinstance(value, int):
+            return b"J" + struct.pack("<i", value)
+        if isinstance(value, list):
+            return b"](" + b"".join(map(write, value)) + b"e"
+        if isinstance(value, dict):
+            return b"}(" + b"".join(write(x) for item in value.items() for x in item) + b"u"
+        assert value.dtype == np.uint8
+        array = b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85U\x01b\x87R"
+        data_type = (
+            b"cnumpy\ndtype\nU\x02u1K\x00K\x01\x87R(K\x03U\x01|NNN" + 2 * write(-1) + b"K\x00tb"
+        )
+        shape = b"(" + b"".join(map(write, value.shape)) + b"t"
+        return array + b"(K\x01" + shape + data_type + b"\x89" + write(value.tobytes()) + b"tb"
+
+    return b"\x80\x02" + write(value) + b"."
+
+
+PICKLERS = {
+    "Python 2": pickle_like_python_2,
+    **{f"protocol {n}": lambda value, n=n: pickle.dumps(value, n) for n in (2, 3, 4, 5)},
+}
+
+
+def make_python_10(pickler=pickle_like_python_2):
+    """Returns the files of CIFAR-10 for Python by name, and their images as records by name."""
+    names = [*(f"data_batch_{n}" for n in range(1, 6)), "test_batch"]
+    records = {
+        name: make_records(count, seed)
+        for seed, (name, count) in enumerate(zip(names, (*COUNTS, 21), strict=True))
+    }
+    content = {
+        name: pickler(
+            {
+                "batch_label": f"the file {name}",
+                "labels": array[:, 0].tolist(),
+                "data": array[:, 1:],
+                "filenames": [f"{number}.png" for number in range(len(array))],
+            }
+        )
+        for name, array in records.items()
+    }
+    names = {"label_names": list(dataset.CLASS_NAMES), "num_vis": 3072}
+    return {**content, "batches.meta": pickler(names)}, records
+
+
+def make_100(kind="binary", pickler=pickle_like_python_2):
+    """Returns the files of CIFAR-100 by name, and [coarse, fine, pixels] of both splits."""
+    content, splits = {}, {}
+    for split, count in (("train", 203), ("test", 101)):
+        records = make_records(count, num_classes=100, seed=count)
+        coarse = records[:, :1] // 5
+        splits[split] = np.column_stack([coarse, records])
+        if kind == "binary":
+            content[f"{split}.bin"] = splits[split].tobytes()
+        else:
+            content[split] = pickler(
+                {
+                    "fine_labels": records[:, 0].tolist(),
+                    "coarse_labels": coarse[:, 0].tolist(),
+                    "data": records[:, 1:],
+                }
+            )
+    if kind == "binary":
+        content["fine_label_names.txt"] = "".join(f"{n}\n" for n in FINE_NAMES).encode()
+        content["coarse_label_names.txt"] = "".join(f"{n}\n" for n in COARSE_NAMES).encode()
+    else:
+        names = {"fine_label_names": FINE_NAMES, "coarse_label_names": COARSE_NAMES}
+        content["meta"] = pickler(names)
+    return content, splits
+
+
+def write_folder(folder, content):
+    folder.mkdir(parents=True)
+    for name, data in content.items():
+        (folder / name).write_bytes(data)
+    return folder
+
+
+def write_archive(path, folder, content):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w:gz") as archive:
+        for name, data in content.items():
+            member = tarfile.TarInfo(f"{folder}/{name}")
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+    return path
+
+
+def convert(path, output, flag="cifar10_python", label_kind=""):
+    return formats.convert(str(path), flag, str(output), label_kind)
+
+
+def check_python_10(output, records):
+    """Checks that the files are those of the binary version: the same records in the same order."""
+    for name, array in records.items():
+        assert (output / f"{name}.bin").read_bytes() == array.tobytes()
+    assert sorted(os.listdir(output)) == sorted([*FILES, "batches.meta.txt"])
+    assert dataset.read_class_names(output) == dataset.CLASS_NAMES
+
+
+@pytest.mark.parametrize("pickler", PICKLERS.values(), ids=PICKLERS)
+def test_cifar_10_for_python_becomes_the_files_of_the_binary_version(tmp_path, capsys, pickler):
+    content, records = make_python_10(pickler)
+    folder = write_folder(tmp_path / "cifar-10-batches-py", content)
+    result = convert(folder, tmp_path / "out")
+    assert result == (sum(COUNTS), 21, dataset.CLASS_NAMES)
+    check_python_10(tmp_path / "out", records)
+    dataset.check_records(tmp_path / "out")
+    assert capsys.readouterr().err == ""
+
+
+LAYOUTS_10 = {
+    "the folder itself": "",
+    "torchvision and Keras 2": "cifar-10-batches-py",
+    "Keras 3": "cifar-10-batches-py-target/cifar-10-batches-py",
+}
+ARCHIVES_10 = (
+    "cifar-10-python.tar.gz",
+    "cifar-10-batches-py.tar.gz",
+    "cifar-10-batches-py-target_archive",
+)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS_10.values(), ids=LAYOUTS_10)
+def test_a_folder_is_found_where_other_libraries_keep_it(tmp_path, layout):
+    content, records = make_python_10()
+    write_folder(tmp_path / "data" / layout, content)
+    version, path = formats.find_version(tmp_path / "data")
+    assert (version.flag, str(path)) == (
+        "cifar10_python",
+        str(tmp_path / "data" / layout).rstrip("/"),
+    )
+    convert(tmp_path / "data", tmp_path / "out")
+    check_python_10(tmp_path / "out", records)
+
+
+@pytest.mark.parametrize("name", ARCHIVES_10)
+def test_an_archive_is_found_and_converted(tmp_path, name):
+    content, records = make_python_10()
+    path = write_archive(tmp_path / "data" / name, "cifar-10-batches-py", content)
+    for given in (tmp_path / "data", path):
+        version, found = formats.find_version(given)
+        assert (version.flag, str(found)) == ("cifar10_python", str(path))
+    convert(tmp_path / "data", tmp_path / "out")
+    check_python_10(tmp_path / "out", records)
+
+
+def test_an_archive_with_another_name_is_converted(tmp_path):
+    content, records = make_python_10()
+    path = write_archive(tmp_path / "copy.tgz", "./some/folder", content)
+    assert formats.find_version(path) is None
+    convert(path, tmp_path / "out")
+    check_python_10(tmp_path / "out", records)
+
+
+@pytest.mark.parametrize("kind", ["binary", "python"])
+@pytest.mark.parametrize("place", ["folder", "parent", "archive", "other archive"])
+@pytest.mark.parametrize(
+    ("label_kind", "column", "names"), [("fine", 1, FINE_NAMES), ("coarse", 0, COARSE_NAMES)]
+)
+def test_cifar_100_is_converted_with_either_kind_of_labels(
+    tmp_path, kind, place, label_kind, column, names
+):
+    content, splits = make_100(kind)
+    path = tmp_path / "data" / f"cifar-100-{kind}"
+    if place in ("folder", "parent"):
+        write_folder(path, content)
+    else:
+        name = f"cifar-100-{kind}.tar.gz" if place == "archive" else "copy.tar.gz"
+        path = write_archive(tmp_path / "data" / name, f"cifar-100-{kind}", content)
+    path = path.parent if place == "parent" else path
+    result = convert(path, tmp_path / "out", "cifar100", label_kind)
+    assert result == (203, 101, tuple(names))
+    assert dataset.read_class_names(tmp_path / "out") == tuple(names)
+    train = b"".join((tmp_path / "out" / name).read_bytes() for name in dataset.TRAIN_FILES)
+    sizes = [(tmp_path / "out" / name).stat().st_size // 3073 for name in dataset.TRAIN_FILES]
+    assert sizes == [41, 41, 41, 40, 40]
+    for data, split in ((train, "train"), ((tmp_path / "out/test_batch.bin").read_bytes(), "test")):
+        expected = np.column_stack([splits[split][:, column], splits[split][:, 2:]])
+        assert data == expected.tobytes()
+
+
+def test_missing_names_of_classes_are_replaced(tmp_path):
+    content, _ = make_python_10()
+    del content["batches.meta"]
+    assert (
+        convert(write_folder(tmp_path / "a", content), tmp_path / "out")[2] == dataset.CLASS_NAMES
+    )
+    content, _ = make_100()
+    del content["coarse_label_names.txt"]
+    folder = write_folder(tmp_path / "b", content)
+    names = convert(folder, tmp_path / "out2", "cifar100", "coarse")[2]
+    assert names == tuple(f"class {label}" for label in range(20))
+
+
+def test_fewer_training_files_are_converted_if_none_is_left_out(tmp_path, capsys):
+    content, records = make_python_10()
+    del content["data_batch_4"], content["data_batch_5"]
+    result = convert(write_folder(tmp_path / "a", content), tmp_path / "out")
+    assert result[:2] == (sum(COUNTS[:3]), 21)
+    assert (tmp_path / "out/data_batch_3.bin").read_bytes() == records["data_batch_3"].tobytes()
+    assert not (tmp_path / "out/data_batch_4.bin").exists()
+    assert capsys.readouterr().err.count("\n") == 1  # see test_dataset.py
+    del content["data_batch_2"]
+    with pytest.raises(DataError, match="has no file data_batch_2"):
+        convert(write_folder(tmp_path / "b", content), tmp_path / "out2")
+
+
+class Malicious:
+    """An object whose pickle calls a function when it is loaded."""
+
+    def __init__(self, function, *arguments):
+        self._call = (function, arguments)
+
+    def __reduce__(self):
+        return self._call
+
+
+def run_code(path):
+    path.write_text("the pickle ran this")
+
+
+@pytest.mark.parametrize(
+    "make_pickle",
+    [
+        lambda path: pickle.dumps({"data": Malicious(os.mkdir, str(path))}),
+        lambda path: pickle.dumps({"data": Malicious(eval, f"open({str(path)!r}, 'w')")}),
+        lambda path: pickle.dumps({"data": Malicious(np.save, str(path), 0)}),
+        lambda path: pickle.dumps({"data": Malicious(np.memmap, str(path), "u1", "w+", 0, 9)}),
+        lambda path: pickle.dumps({"data": Malicious(run_code, path)}),
+        # Names with dots and submodules that begin like an admitted name.
+        lambda path: b"\x80\x04\x8c\x05numpy\x8c\x0endarray.tofile\x93.",
+        lambda path: b"\x80\x04\x8c\x07_codecs\x8c\x06decode\x93.",
+        lambda path: b"cnumpy\nload\n.",
+        lambda path: b"cos\nsystem\n(Vtouch " + str(path).encode() + b"\ntR.",
+    ],
+)
+@pytest.mark.parametrize("name", ["data_batch_2", "batches.meta"])
+def test_a_pickle_that_could_run_code_is_refused(tmp_path, make_pickle, name):
+    content, _ = make_python_10()
+    content[name] = make_pickle(tmp_path / "proof")
+    folder = write_folder(tmp_path / "cifar", content)
+    before = sorted(os.listdir(tmp_path))
+    with pytest.raises(DataError, match=rf"cifar: {name} cannot be read \(it refers to "):
+        convert(folder, tmp_path / "out")
+    assert sorted(os.listdir(tmp_path)) == before
+
+
+def test_an_array_that_is_built_from_an_admitted_function_of_codecs_has_no_other_encoding():
+    data = b"\x80\x02c_codecs\nencode\nX\x02\x00\x00\x00abX\x04\x00\x00\x00zlib\x86R."
+    assert formats._ArrayUnpickler(io.BytesIO(data)).load() == b"ab"
+
+
+def set_batch(**changes):
+    """Returns a function that changes the dict in a file of CIFAR-10 for Python."""
+
+    def change(content, records):
+        array = records["data_batch_2"]
+        batch = {"labels": array[:, 0].tolist(), "data": array[:, 1:], **changes}
+        content["data_batch_2"] = pickle.dumps({k: v for k, v in batch.items() if v is not None})
+
+    return change
+
+
+def set_content(**changes):
+    return lambda content, records: content.update(changes)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (set_batch(labels=None), "data_batch_2 has no valid labels"),
+        (set_batch(labels="abc"), "data_batch_2 has no valid labels"),
+        (set_batch(labels=[0.5] * 12), "data_batch_2 has no valid labels"),
+        (set_batch(labels=[300] * 12), "data_batch_2 has no valid labels"),
+        (set_batch(labels=[-1] * 12), "data_batch_2 has no valid labels"),
+        (set_batch(labels=[[1], [2, 3]]), "data_batch_2 has no valid labels"),
+        (set_batch(labels=[10] * 12), "data_batch_2 has label 10, but 10 classes"),
+        (set_batch(labels=[0] * 11), r"data_batch_2 has no array of data, uint8 \[11, 3072\]"),
+        (set_batch(data=None), "data_batch_2 has no array of data"),
+        (set_batch(data=[1, 2]), "data_batch_2 has no array of data"),
+        (set_batch(data=np.zeros([12, 3072])), "data_batch_2 has no array of data, uint8"),
+        (set_batch(data=np.zeros([0, 3072], np.uint8), labels=[]), "data_batch_2 has no images"),
+        (set_content(data_batch_2=pickle.dumps([1, 2])), "data_batch_2 is not a pickled dict"),
+        (set_content(data_batch_2=b""), "data_batch_2 cannot be read"),
+        (set_content(data_batch_2=b"\x80\x02}(U\x04data"), "data_batch_2 cannot be read"),
+        (set_content(**{"batches.meta": pickle.dumps({})}), "batches.meta has no list label_names"),
+    ],
+)
+def test_damaged_and_other_files_are_refused_without_output(tmp_path, change, message):
+    content, records = make_python_10()
+    change(content, records)
+    folder = write_folder(tmp_path / "cifar", content)
+    with pytest.raises(DataError, match=message) as error:
+        convert(folder, tmp_path / "out")
+    assert "\n" not in str(error.value)
+    assert os.listdir(tmp_path) == ["cifar"]
+
+
+@pytest.mark.parametrize("flag", ["cifar10_python", "cifar100"])
+def test_a_path_without_the_version_is_refused(tmp_path, flag):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text.tar.gz").write_text("not an archive")
+    write_archive(tmp_path / "other.tar.gz", "other", {"a": b"1"})
+    write_archive(tmp_path / "cut.tar.gz", "other", {"test": bytes(1 << 20)})
+    cut = (tmp_path / "cut.tar.gz").read_bytes()
+    (tmp_path / "cut.tar.gz").write_bytes(cut[: len(cut) // 2])
+    for name, message in (
+        ("gone", "is not, and does not contain, cifar-10"),
+        ("empty", "is not, and does not contain, cifar-10"),
+        ("other.tar.gz", "is not, and does not contain, cifar-10"),
+        ("text.tar.gz", "text.tar.gz cannot be read"),
+        ("cut.tar.gz", "cut.tar.gz cannot be read"),
+    ):
+        with pytest.raises(DataError, match=message):
+            convert(tmp_path / name, tmp_path / "out", flag, "fine")
+
+
+def test_an_archive_that_ends_early_is_refused(tmp_path):
+    content, _ = make_python_10()
+    path = write_archive(tmp_path / "cifar-10-python.tar.gz", "cifar-10-batches-py", content)
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) // 2])
+    with pytest.raises(DataError, match="cifar-10-python.tar.gz cannot be read"):
+        convert(path, tmp_path / "out")
+    path.write_bytes(gzip.compress(gzip.decompress(data)[:200000]))
+    with pytest.raises(DataError, match=r"cifar-10-python.tar.gz (cannot be read|has no file)"):
+        convert(path, tmp_path / "out")
+
+
+def test_records_of_another_size_are_refused(tmp_path):
+    content, _ = make_100()
+    content["train.bin"] += b"x"
+    with pytest.raises(DataError, match="train.bin does not consist of records of 3074 bytes"):
+        convert(write_folder(tmp_path / "a", content), tmp_path / "out", "cifar100", "fine")
+
+
+def test_another_record_layout_is_refused(tmp_path, monkeypatch):
+    content, _ = make_python_10()
+    folder = write_folder(tmp_path / "a", content)
+    monkeypatch.setattr(dataset, "DEPTH", 1)
+    with pytest.raises(DataError, match=r"are \(32, 32, 3\), but the constants .*\(32, 32, 1\)"):
+        convert(folder, tmp_path / "out")
+
+
+def test_an_existing_dataset_is_not_overwritten(tmp_path):
+    content, _ = make_python_10()
+    folder = write_folder(tmp_path / "a", content)
+    convert(folder, tmp_path / "out")
+    with pytest.raises(UserError, match="already exists"):
+        convert(folder, tmp_path / "out")
+
+
+def test_other_folders_are_not_mistaken_for_cifar(tmp_path):
+    for name in ("train", "test", "cifar-10-batches-py", "cifar-10-python.tar.gz"):
+        (tmp_path / name).mkdir()  # photos in folders, for example
+    assert formats.find_version(tmp_path) is None
+    assert formats.find_version(tmp_path / "gone") is None

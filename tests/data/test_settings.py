@@ -1,0 +1,85 @@
+"""Tests of the settings that accompany each checkpoint: their text, and how they are compared."""
+
+import json
+
+import pytest
+
+from support.data.settings import (
+    TrainingSettings,
+    explain_mismatch,
+    find_changes,
+    find_mismatch,
+    format_settings,
+    parse_settings,
+)
+
+OWN = TrainingSettings(("cat", "hot dog"), 123, 32, "local", False)
+
+
+def test_settings_survive_formatting_and_parsing():
+    assert parse_settings(format_settings(OWN)) == OWN
+
+
+def test_settings_that_were_saved_before_the_images_were_counted_can_be_read():
+    fields = ("class_names", "examples_per_epoch", "crop_size", "top_layers", "random_flip")
+    text = json.dumps({name: getattr(OWN, name) for name in fields})
+    settings = parse_settings(text)
+    assert settings == OWN
+    assert settings.examples_seen(7) is None
+
+
+def test_settings_give_the_number_of_images_seen_at_a_step():
+    assert OWN._replace(examples_per_step=64).examples_seen(61) == 3904
+    assert OWN._replace(examples_per_step=64, examples_offset=-4).examples_seen(61) == 3900
+
+
+@pytest.mark.parametrize(
+    ("trained", "expected"),
+    [
+        (OWN, None),
+        (None, None),
+        (OWN._replace(examples_per_epoch=7, random_flip=True), None),
+        (OWN._replace(class_names=None), None),
+        (
+            OWN._replace(class_names=("hot dog", "cat")),
+            ("2 classes (hot dog, cat)", "2 classes (cat, hot dog)"),
+        ),
+        (
+            OWN._replace(class_names=tuple("abcdefghijklmnop")),
+            ("16 classes (a, b, c, d, e, f, g, h, i, j, k, l, ...)", "2 classes (cat, hot dog)"),
+        ),
+        (OWN._replace(top_layers="full"), ("--top_layers=full", "--top_layers=local")),
+        (OWN._replace(crop_size=24), ("--crop_size=24", "--crop_size=32")),
+    ],
+)
+def test_a_mismatch_is_described_with_both_values(trained, expected):
+    assert find_mismatch(trained, OWN) == expected
+
+
+def test_the_explanation_of_a_mismatch_names_the_checkpoint_and_the_cure():
+    def explain(trained):
+        return explain_mismatch("model.ckpt-3", trained, OWN, "--train_dir")
+
+    assert explain(OWN) == explain(None) == ""
+    assert explain(OWN._replace(crop_size=24)) == (
+        "model.ckpt-3 was trained with --crop_size=24, not with --crop_size=32; use "
+        "--crop_size=24, or choose another folder with --train_dir"
+    )
+    assert explain(OWN._replace(class_names=("dog", "cat", "cow"))) == (
+        "model.ckpt-3 was trained with 3 classes (dog, cat, cow), not with 2 classes (cat, hot "
+        "dog); use the dataset that it was trained on, or choose another folder with --train_dir"
+    )
+
+
+@pytest.mark.parametrize(
+    ("trained", "expected"),
+    [
+        (None, []),
+        (OWN, []),
+        (OWN._replace(examples_per_epoch=None), []),
+        (OWN._replace(examples_per_epoch=7), ["an epoch now has 123 images instead of 7"]),
+        (OWN._replace(random_flip=True), ["--random_flip is now false instead of true"]),
+    ],
+)
+def test_settings_that_may_change_are_listed_with_both_values(trained, expected):
+    assert find_changes(trained, OWN) == expected

@@ -1,0 +1,86 @@
+"""Tests of the synthetic dataset."""
+
+import os
+import time
+
+import numpy as np
+import pytest
+from conftest import write_dataset
+
+from support.base.errors import DataError
+from support.data import dataset, synthetic
+
+FILES = [*dataset.TRAIN_FILES, *dataset.TEST_FILES]
+
+
+def read_records(data_dir, name):
+    path = data_dir / dataset.SYNTHETIC_FOLDER / name
+    return np.fromfile(path, np.uint8).reshape(-1, dataset.RECORD_BYTES)
+
+
+def test_the_dataset_is_generated_within_five_seconds_alongside_another_one(tmp_path):
+    write_dataset(tmp_path / dataset.EXTRACTED_FOLDER)
+    start = time.monotonic()
+    folder = synthetic.maybe_generate(tmp_path)
+    assert time.monotonic() - start < 5
+    dataset.check_records(folder)
+    assert sorted(os.listdir(tmp_path)) == [dataset.EXTRACTED_FOLDER, dataset.SYNTHETIC_FOLDER]
+    assert dataset.count_records(tmp_path / dataset.EXTRACTED_FOLDER, eval_data=True) == 11
+
+
+def test_an_existing_dataset_is_not_generated_again(synthetic_data_dir):
+    path = synthetic_data_dir / dataset.SYNTHETIC_FOLDER / "test_batch.bin"
+    before = path.stat().st_mtime_ns
+    synthetic.maybe_generate(synthetic_data_dir)
+    assert path.stat().st_mtime_ns == before
+
+
+def test_all_classes_are_equally_frequent_and_all_images_differ(synthetic_data_dir):
+    records = np.concatenate([read_records(synthetic_data_dir, name) for name in FILES])
+    counts = np.bincount(records[:, 0])
+    assert counts.tolist() == [len(records) // 10] * 10
+    assert len(np.unique(records[:, 1:], axis=0)) == len(records)
+
+
+def test_the_seed_determines_every_byte(tmp_path, monkeypatch):
+    monkeypatch.setattr(synthetic, "RECORDS_PER_FILE", 50)
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        synthetic.maybe_generate(tmp_path / name, seed)
+    for name in FILES:
+        a, b, c = (read_records(tmp_path / folder, name) for folder in "abc")
+        np.testing.assert_array_equal(a, b)
+        assert (a != c).any()
+
+
+def test_color_alone_does_not_identify_the_class(synthetic_data_dir):
+    # A classifier that picks the class with the nearest mean color beats chance, because each class
+    # has a typical color, but not by much, because these colors overlap.
+    train = read_records(synthetic_data_dir, FILES[0])
+    test = read_records(synthetic_data_dir, FILES[5])
+
+    def mean_colors(records):
+        return records[:, 1:].reshape(-1, 3, 1024).mean(axis=2)
+
+    class_colors = np.stack(
+        [mean_colors(train[train[:, 0] == label]).mean(axis=0) for label in range(10)]
+    )
+    distances = np.linalg.norm(mean_colors(test)[:, np.newaxis] - class_colors, axis=2)
+    assert (distances.argmin(axis=1) == test[:, 0]).mean() < 0.4
+
+
+def test_a_depth_of_1_gives_the_same_images_in_gray(monkeypatch):
+    monkeypatch.setattr(synthetic, "NOISE_STDDEV", 0.0)
+    color = synthetic._generate_records(60, np.random.default_rng(0))
+    monkeypatch.setattr(dataset, "DEPTH", 1)
+    monkeypatch.setattr(dataset, "RECORD_BYTES", 1 + 32 * 32)
+    gray = synthetic._generate_records(60, np.random.default_rng(0))
+    assert gray.shape == (60, 1025)
+    np.testing.assert_array_equal(gray[:, 0], color[:, 0])
+    brightness = color[:, 1:].reshape(60, 3, 1024).mean(axis=1)
+    np.testing.assert_allclose(gray[:, 1:], brightness, atol=1)
+
+
+def test_a_data_dir_that_cannot_be_created_is_refused(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(DataError, match="choose another folder with --data_dir"):
+        synthetic.maybe_generate(tmp_path / "file" / "data")

@@ -1,0 +1,255 @@
+"""Tests of the faster operations against those of tf.nn, and of the module's other names."""
+
+import inspect
+
+import numpy as np
+import pytest
+
+from support.ops import fast_nn, tensorflow_v1
+from support.ops.tensorflow_v1 import tf
+
+pytestmark = pytest.mark.usefixtures("graph")
+
+TUTORIAL = {"depth_radius": 4, "bias": 1.0, "alpha": 0.001 / 9.0, "beta": 0.75}
+
+
+def make_input(shape, scale):
+    """Returns images and an upstream gradient: float32 of the given shape, each."""
+    generator = np.random.default_rng(7)
+    images = generator.normal(0, scale, shape).astype(np.float32)
+    return images, generator.normal(0, 1, shape).astype(np.float32)
+
+
+def run(lrn, images, upstream, **parameters):
+    """Returns the result of a normalization and the gradient of its input."""
+    images = tf.constant(images)
+    result = lrn(images, **parameters)
+    gradient = tf.gradients(result, images, tf.constant(upstream))[0]
+    with tf.Session() as session:
+        return session.run([result, gradient])
+
+
+def compute_exactly(images, upstream, depth_radius, bias, alpha, beta):
+    """Returns what `run` returns, computed in float64."""
+    images, upstream = images.astype(np.float64), upstream.astype(np.float64)
+    channels = np.arange(images.shape[3])
+    is_near = np.abs(channels[:, np.newaxis] - channels) <= depth_radius
+    sums = bias + alpha * (images**2 @ is_near)
+    result = images / sums**beta
+    shared = 2 * alpha * beta * images * ((upstream * result / sums) @ is_near)
+    return result, upstream / sums**beta - shared
+
+
+def assert_close(found, expected):
+    """Checks a result and a gradient to 1e-6 of the largest value of each."""
+    for values, reference in zip(found, expected, strict=True):
+        np.testing.assert_allclose(values, reference, rtol=0, atol=1e-6 * np.abs(reference).max())
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 30.0, 1e4])
+@pytest.mark.parametrize(
+    "shape", [[128, 12, 12, 64], [3, 5, 7, 64], [1, 1, 1, 64], [2, 3, 3, 10]], ids=str
+)
+def test_the_result_and_its_gradient_equal_those_of_tf_nn(shape, scale):
+    batch = make_input(shape, scale)
+    assert_close(run(fast_nn.lrn, *batch, **TUTORIAL), run(tf.nn.lrn, *batch, **TUTORIAL))
+
+
+# With values of 1e8, tf.nn.lrn itself has an error of more than 1e-6.
+@pytest.mark.parametrize("scale", [0.0, 1e-3, 1.0, 30.0, 1e4, 1e8])
+@pytest.mark.parametrize("shape", [[128, 12, 12, 64], [2, 3, 3, 10]], ids=str)
+def test_the_result_and_its_gradient_equal_a_computation_in_float64(shape, scale):
+    batch = make_input(shape, scale)
+    assert_close(run(fast_nn.lrn, *batch, **TUTORIAL), compute_exactly(*batch, **TUTORIAL))
+
+
+@pytest.mark.parametrize("shape", [[3, 5, 7, 64], [2, 3, 3, 3], [2, 3, 3, 1]], ids=str)
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        {},
+        {"depth_radius": 0, "bias": 0.5},
+        {"depth_radius": 1, "alpha": 0.02, "beta": 1.3},
+        {"depth_radius": 2, "bias": 2.0, "alpha": 0.1},
+        {"depth_radius": 63, "bias": 3, "alpha": 2, "beta": 1},
+        {"depth_radius": 200, "beta": 0.75},
+    ],
+    ids=str,
+)
+def test_other_parameters_have_the_effect_that_they_have_in_tf_nn(parameters, shape):
+    batch = make_input(shape, 3.0)
+    found = run(fast_nn.lrn, *batch, **parameters)
+    defaults = {"depth_radius": 5, "bias": 1, "alpha": 1, "beta": 0.5}
+    assert_close(found, run(tf.nn.lrn, *batch, **parameters))
+    assert_close(found, compute_exactly(*batch, **{**defaults, **parameters}))
+
+
+def test_a_batch_of_unknown_size_is_accepted():
+    images = tf.placeholder(tf.float32, [None, 4, None, 64])
+    result = fast_nn.lrn(images, **TUTORIAL)
+    assert result.shape.as_list() == [None, 4, None, 64]
+    for shape in ([3, 4, 5, 64], [1, 4, 2, 64], [0, 4, 4, 64]):
+        batch, upstream = make_input(shape, 1.0)
+        with tf.Session() as session:
+            found = session.run(result, {images: batch})
+        expected, _ = compute_exactly(batch, upstream, **TUTORIAL)
+        np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+def test_an_array_is_accepted_like_a_tensor():
+    images, upstream = make_input([2, 3, 3, 10], 1.0)
+    with tf.Session() as session:
+        found = session.run(fast_nn.lrn(images, **TUTORIAL))
+    np.testing.assert_allclose(found, compute_exactly(images, upstream, **TUTORIAL)[0], atol=1e-6)
+
+
+def operation_types():
+    return {operation.type for operation in tf.get_default_graph().get_operations()}
+
+
+def test_no_lrn_operation_is_used_on_a_cpu(monkeypatch):
+    monkeypatch.setattr(tensorflow_v1, "GPUS", [])
+    run(fast_nn.lrn, *make_input([2, 3, 3, 10], 1.0), **TUTORIAL)
+    assert operation_types().isdisjoint({"LRN", "LRNGrad"})
+
+
+def test_tensorflows_operation_is_used_where_there_is_a_gpu(monkeypatch):
+    monkeypatch.setattr(tensorflow_v1, "GPUS", ["a GPU"])
+    run(fast_nn.lrn, *make_input([2, 3, 3, 10], 1.0), **TUTORIAL)
+    assert operation_types() >= {"LRN", "LRNGrad"}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "shape", "bias"),
+    [
+        (tf.float16, [2, 3, 3, 10], 1.0),
+        (tf.bfloat16, [2, 3, 3, 10], 1.0),
+        (tf.float32, [2, 3, 3, None], 1.0),
+        (tf.float32, None, 1.0),
+        (tf.float32, [2, 3, 3, 10], 0.0),
+        (tf.float32, [2, 3, 3, 10], -1.0),
+    ],
+    ids=str,
+)
+def test_tensorflows_operation_is_used_for_inputs_that_are_not_covered(
+    monkeypatch, dtype, shape, bias
+):
+    monkeypatch.setattr(tensorflow_v1, "GPUS", [])
+    images = tf.placeholder(dtype, shape)
+    operation = fast_nn.lrn(images, 3, bias=bias, alpha=0.25, beta=0.75, name="norm").op
+    assert (operation.type, operation.name) == ("LRN", "norm")
+    assert operation.get_attr("depth_radius") == 3
+    assert operation.get_attr("bias") == bias
+    assert operation.get_attr("alpha") == 0.25
+    assert operation.get_attr("beta") == 0.75
+
+
+def test_inputs_of_another_rank_are_refused_as_in_tf_nn():
+    with pytest.raises(ValueError, match="rank 4"):
+        fast_nn.lrn(tf.zeros([3, 3, 10]))
+
+
+def test_the_result_has_the_name_that_is_passed():
+    images = tf.zeros([2, 3, 3, 10])
+    assert fast_nn.lrn(images, name="norm1").op.name == "norm1"
+    assert fast_nn.lrn(images, name="norm1").op.name == "norm1_1"
+    with tf.name_scope("tower_0"):
+        assert fast_nn.lrn(images, name="norm1").op.name == "tower_0/norm1"
+
+
+def test_the_signature_is_that_of_tf_nn():
+    def parameters(function):
+        signature = inspect.signature(function)
+        return [(each.name, each.kind, each.default) for each in signature.parameters.values()]
+
+    assert parameters(fast_nn.lrn) == parameters(tf.nn.lrn)
+    assert fast_nn.local_response_normalization is fast_nn.lrn
+
+
+@pytest.mark.parametrize("name", ["max_pool", "bias_add", "relu", "softmax"])
+def test_other_names_are_those_of_tf_nn(name):
+    assert getattr(fast_nn, name) is getattr(tf.nn, name)
+
+
+def test_a_name_that_tf_nn_does_not_have_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="max_poool"):
+        fast_nn.max_poool  # noqa: B018
+
+
+# --- Convolution; see test_winograd.py for its results.
+
+
+def conv2d_operations():
+    return [op for op in tf.get_default_graph().get_operations() if op.type == "Conv2D"]
+
+
+@pytest.fixture
+def winograd_everywhere(monkeypatch):
+    monkeypatch.setattr(tensorflow_v1, "GPUS", [])
+    monkeypatch.setattr(tensorflow_v1, "USES_ONEDNN", True)
+
+
+def convolve(images_shape=(2, 12, 12, 64), filters_shape=(5, 5, 64, 64), dtype=tf.float32, **given):
+    arguments = {"strides": [1, 1, 1, 1], "padding": "SAME", **given}
+    images = tf.placeholder(dtype, images_shape)
+    return fast_nn.conv2d(images, tf.zeros(filters_shape, dtype), **arguments, name="conv")
+
+
+def test_conv2d_has_the_signature_of_tf_nn_conv2d():
+    own, reference = (inspect.signature(nn.conv2d).parameters for nn in (fast_nn, tf.nn))
+    assert list(own) == list(reference)
+    for name, parameter in own.items():
+        default = parameter.default
+        assert (list(default) if name == "dilations" else default) == reference[name].default
+
+
+@pytest.mark.parametrize("batch", [None, 2, 40])
+def test_conv2d_with_5_x_5_filters_uses_winograds_algorithm(winograd_everywhere, batch):
+    result = convolve(images_shape=[batch, 12, 12, 64])
+    assert result.op.name == "conv"
+    assert result.shape.as_list() == [batch, 12, 12, 64]
+    assert not conv2d_operations()
+
+
+def test_conv2d_takes_the_filters_by_either_name(winograd_everywhere):
+    images = tf.ones([2, 12, 12, 32])
+    arguments = {"strides": [1, 1, 1, 1], "padding": "SAME"}
+    results = [
+        fast_nn.conv2d(images, **{name: tf.ones([5, 5, 32, 32])}, **arguments)
+        for name in ("filter", "filters")
+    ]
+    with tf.Session() as session:
+        first, second = session.run(results)
+    np.testing.assert_array_equal(first, second)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"dtype": tf.float64},
+        {"dtype": tf.float16},
+        {"strides": [1, 2, 2, 1]},
+        {"padding": "VALID"},
+        {"padding": [[0, 0], [2, 2], [2, 2], [0, 0]]},
+        {"dilations": [1, 2, 2, 1]},
+        {"images_shape": (2, 64, 12, 12), "data_format": "NCHW"},
+        {"filters_shape": (3, 3, 64, 64)},
+        {"images_shape": (2, 24, 24, 3), "filters_shape": (5, 5, 3, 64)},
+        {"filters_shape": (5, 5, 64, 31)},
+        {"images_shape": (2, None, None, 64)},
+        {"images_shape": (257, 12, 12, 64)},
+    ],
+    ids=str,
+)
+def test_conv2d_is_that_of_tf_nn_in_all_other_cases(winograd_everywhere, arguments):
+    result = convolve(**arguments)
+    assert [op.name for op in conv2d_operations()] == [result.op.name] == ["conv"]
+
+
+@pytest.mark.parametrize(("name", "value"), [("GPUS", ["a GPU"]), ("USES_ONEDNN", False)])
+def test_conv2d_is_that_of_tf_nn_on_gpus_and_without_onednn(
+    winograd_everywhere, monkeypatch, name, value
+):
+    monkeypatch.setattr(tensorflow_v1, name, value)
+    result = convolve()
+    assert [op.name for op in conv2d_operations()] == [result.op.name] == ["conv"]

@@ -1,0 +1,174 @@
+"""Tests of the tags of summaries, of what they contain, and of the files with them."""
+
+import io
+import os
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+from tensorboard.backend.event_processing import event_accumulator
+
+from support.base.errors import UserError
+from support.ops import summaries
+from support.ops.tensorflow_v1 import tf
+
+pytestmark = pytest.mark.usefixtures("graph")
+
+
+def run_summaries():
+    with tf.Session() as session:
+        return tf.Summary.FromString(session.run(tf.summary.merge_all())).value
+
+
+def test_tags_are_exactly_the_given_ones_in_any_scope():
+    tf.constant(0.0, name="a")  # a name that is taken does not change the tag
+    ones, some, images = tf.ones([3]), tf.constant([0.0, 2.0, 0.0, 0.0]), tf.zeros([2, 4, 4, 3])
+    with tf.name_scope("tower_7"):
+        summaries.scalar("a", 1.5)
+        summaries.histogram("b/c", ones)
+        summaries.sparsity("b/d", some)
+        summaries.image_sheet("e", images)
+    values = {value.tag: value for value in run_summaries()}
+    assert set(values) == {"a", "b/c", "b/d", "e"}
+    assert values["a"].simple_value == 1.5
+    assert values["b/c"].histo.num == 3
+    assert values["b/d"].simple_value == 0.75
+    names = {op.name.split("/")[0] for op in tf.get_default_graph().get_operations()}
+    assert "tower_7" not in names
+
+
+def test_all_operations_of_summaries_are_in_one_scope():
+    images = tf.zeros([2, 4, 4, 3], name="images")
+    before = set(tf.get_default_graph().get_operations())
+    summaries.scalar("a", 1.5)
+    summaries.histogram("b/c", images)
+    summaries.sparsity("b/d", images)
+    summaries.image_sheet("e", images)
+    added = set(tf.get_default_graph().get_operations()) - before
+    assert all(operation.name.startswith(summaries.SCOPE) for operation in added)
+
+
+def read_sheet(images):
+    """Returns the width, the height and the pixels of an image sheet."""
+    summaries.image_sheet("input", tf.constant(images))
+    (value,) = run_summaries()
+    assert value.tag == "input"
+    assert value.metadata.plugin_data.plugin_name == "images"
+    width, height, png = value.tensor.string_val
+    return int(width), int(height), np.asarray(Image.open(io.BytesIO(png)))
+
+
+@pytest.mark.parametrize(
+    ("count", "shown", "rows"), [(1, 1, 1), (4, 4, 1), (5, 5, 2), (16, 16, 4), (128, 16, 4)]
+)
+def test_a_sheet_shows_up_to_16_images_in_rows_of_4_with_white_borders(count, shown, rows):
+    images = np.random.default_rng(0).normal(0, 5, [count, 6, 4, 3]).astype(np.float32)
+    width, height, sheet = read_sheet(images)
+    assert (width, height) == (4 * 6, rows * 8)
+    assert sheet.shape == (height, width, 3)
+    cells = sheet.reshape(rows, 8, 4, 6, 3).swapaxes(1, 2).reshape(-1, 8, 6, 3).astype(float)
+    images = images[:shown]
+    low, high = (f(images, axis=(1, 2, 3), keepdims=True) for f in (np.min, np.max))
+    expected = 255 * (images - low) / (high - low)
+    np.testing.assert_allclose(cells[:shown, 1:-1, 1:-1], expected, atol=1.01)
+    cells[:shown, 1:-1, 1:-1] = 255
+    assert (cells == 255).all()
+
+
+def test_images_of_one_color_are_black():
+    _, _, sheet = read_sheet(np.ones([3, 24, 24, 3], np.float32))
+    assert not sheet[1:25, 1:25].any()
+
+
+def test_images_with_one_channel_are_accepted():
+    _, _, sheet = read_sheet(np.zeros([3, 28, 28, 1], np.float32))
+    assert sheet.shape == (30, 4 * 30)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_histogram_of_a_value_that_is_not_finite_fails_and_names_its_tag(value):
+    summaries.histogram("gradients/conv1/weights", tf.constant([value]))
+    with pytest.raises(tf.errors.InvalidArgumentError, match="for: summaries/gradients/conv1/w"):
+        run_summaries()
+
+
+def test_a_second_summary_with_the_same_tag_is_left_out(graph):
+    for _ in range(2):
+        summaries.scalar("a/scalar", 1.0)
+        summaries.histogram("a/histogram", [1.0, 2.0])
+        summaries.image_sheet("a/sheet", tf.zeros([2, 4, 4, 3]))
+    with tf.Session() as session:
+        merged = tf.Summary.FromString(session.run(tf.summary.merge_all()))
+    assert sorted(value.tag for value in merged.value) == ["a/histogram", "a/scalar", "a/sheet"]
+
+
+def read_events(folder):
+    """Returns the events of all files in a folder, in the order in which TensorBoard reads them."""
+    paths = sorted(str(path) for path in folder.iterdir())
+    return [event for path in paths for event in tf.train.summary_iterator(path)]
+
+
+def make_summary(value):
+    return tf.Summary(value=[tf.Summary.Value(tag="a", simple_value=value)])
+
+
+@pytest.mark.parametrize("name", ["plain", "run[1]", "a*b?", "a\\b"])
+def test_events_are_on_disk_as_soon_as_they_are_added(tmp_path, graph, name):
+    folder = tmp_path / "new" / name
+    tf.constant(1.0, name="node")
+    with summaries.Writer(str(folder), "--dir") as writer:
+        writer.add_graph(graph)
+        writer.add_restart(7)
+        writer.add_summary(make_summary(2.5), 7)
+        version, graph_event, restart, summary = read_events(folder)
+        assert writer.get_logdir() == str(folder)
+    assert version.file_version == "brain.Event:2"
+    assert [n.name for n in tf.GraphDef.FromString(graph_event.graph_def).node] == ["node"]
+    assert (restart.step, restart.session_log.status) == (7, tf.SessionLog.START)
+    assert (summary.step, summary.summary) == (7, make_summary(2.5))
+    assert abs(summary.wall_time - time.time()) < 60
+    assert os.listdir(tmp_path / "new") == [name]
+
+
+def test_writers_that_start_in_the_same_second_have_files_of_their_own_in_order(tmp_path):
+    for value in range(5):
+        with summaries.Writer(tmp_path, "--dir") as writer:
+            writer.add_summary(make_summary(value), 1)
+    values = [v.simple_value for event in read_events(tmp_path) for v in event.summary.value]
+    assert values == [0, 1, 2, 3, 4]
+    assert all(path.name.startswith("events.out.tfevents.") for path in tmp_path.iterdir())
+
+
+def test_a_folder_that_cannot_be_written_is_a_one_line_error(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    for folder in (tmp_path / "file", "/proc"):
+        with pytest.raises(UserError, match=f"^cannot write to --dir={folder}: ") as caught:
+            summaries.Writer(str(folder), "--dir")
+        assert "\n" not in str(caught.value)
+
+
+def test_tensorboard_reads_the_files(tmp_path):
+    with summaries.Writer(tmp_path, "--dir") as writer:
+        writer.add_graph(tf.get_default_graph())
+        for step in range(3):
+            writer.add_summary(make_summary(step / 2), step)
+    events = event_accumulator.EventAccumulator(str(tmp_path)).Reload()
+    assert [(e.step, e.value) for e in events.Scalars("a")] == [(0, 0.0), (1, 0.5), (2, 1.0)]
+    assert events.Tags()["graph"]
+
+
+def test_scalars_are_merged_apart_from_histograms_and_images():
+    assert summaries.merge_collected() == (None, None)
+    summaries.scalar("a", 1.0)
+    summaries.histogram("b", [1.0, 2.0])
+    summaries.image_sheet("c", tf.zeros([2, 4, 4, 3]))
+    tf.summary.scalar("d", 4.0)
+    tf.summary.image("e", tf.zeros([1, 4, 4, 3]))
+    merged = summaries.merge_collected()
+    with tf.Session() as session:
+        found = [tf.Summary.FromString(each).value for each in session.run(merged)]
+    assert [{value.tag for value in values} for values in found] == [
+        {"a", "d"},
+        {"b", "c", "e/image/0"},
+    ]

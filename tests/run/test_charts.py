@@ -1,0 +1,163 @@
+"""Tests that decode the drawn PNG images and check their pixels."""
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from support.data.dataset import CLASS_NAMES
+from support.run import charts
+
+
+def decode(png):
+    return np.asarray(Image.open(io.BytesIO(png)).convert("RGB")).astype(int)
+
+
+def cell_color(image, row, column):
+    """Returns the color near the corner of a cell, where no digit is drawn."""
+    side, margin = charts.CELL_SIZE, charts.MARGIN
+    return image[margin + row * side + 4, margin + column * side + 4]
+
+
+def test_a_cell_is_darker_the_larger_its_share_of_its_row():
+    matrix = np.zeros([10, 10], int)
+    matrix[2, 2], matrix[2, 5], matrix[3, 3] = 30, 10, 7
+    image = decode(charts.draw_confusion_matrix(matrix, CLASS_NAMES))
+    brightness = {cell: cell_color(image, *cell).sum() for cell in ((3, 3), (2, 2), (2, 5), (2, 3))}
+    assert sorted(brightness, key=brightness.get) == [(3, 3), (2, 2), (2, 5), (2, 3)]
+    assert (cell_color(image, 2, 3) == 255).all()  # no images
+    assert (cell_color(image, 9, 9) == 255).all()  # a row without images
+    assert (cell_color(image, 5, 2) == 255).all()  # the matrix is not transposed
+
+
+def test_names_are_drawn_beside_and_above_the_matrix_only():
+    empty = decode(charts.draw_confusion_matrix(np.zeros([10, 10], int), [""] * 10))
+    named = decode(charts.draw_confusion_matrix(np.zeros([10, 10], int), CLASS_NAMES))
+    margin, side = charts.MARGIN, charts.CELL_SIZE
+    changed = (empty != named).any(axis=2)
+    for i in range(10):
+        cells = slice(margin + i * side, margin + (i + 1) * side)
+        assert changed[cells, :margin].any()
+        assert changed[:margin, cells].any()
+    assert not changed[margin:, margin:].any()
+
+
+@pytest.mark.parametrize("label", [0, 3, 9])
+def test_each_name_is_drawn_at_its_own_row_and_column(label):
+    zeros = np.zeros([10, 10], int)
+    names = [""] * 10
+    empty = decode(charts.draw_confusion_matrix(zeros, names))
+    names[label] = "here"
+    changed = (empty != decode(charts.draw_confusion_matrix(zeros, names))).any(axis=2)
+    margin, side = charts.MARGIN, charts.CELL_SIZE
+    cells = slice(margin + label * side, margin + (label + 1) * side)
+    assert changed[cells, :margin].any()
+    assert changed[:margin, cells].any()
+    changed[cells, :margin] = changed[:margin, cells] = False
+    assert not changed.any()
+
+
+def test_a_long_name_is_shortened_to_fit_into_the_margin():
+    zeros = np.zeros([2, 2], int)
+    long = decode(charts.draw_confusion_matrix(zeros, ["w" * 99, "a"]))
+    short = decode(charts.draw_confusion_matrix(zeros, ["", "a"]))
+    margin = charts.MARGIN
+    assert (long[margin:, margin:] == short[margin:, margin:]).all()
+    assert (long[margin : margin + 44, :2] == 255).all()  # its start is not cut off
+    assert (long[margin : margin + 44, 2:margin] < 200).any()
+
+
+@pytest.mark.parametrize("count", [2, 31, 120, 256])
+def test_the_matrix_of_any_number_of_classes_has_a_viewable_size(count):
+    matrix = np.zeros([count, count], int)
+    matrix[np.arange(count), np.arange(count)[::-1]] = 5
+    names = [f"class {number}" for number in range(count)]
+    image = decode(charts.draw_confusion_matrix(matrix, names))
+    height, width, _ = image.shape
+    assert max(height, width) < 1500
+    side, margin = min(44, 1320 // count), charts.MARGIN
+    # Near a corner of each cell: dark on the antidiagonal, light elsewhere.
+    corners = margin + np.arange(count) * side + 1
+    dark = image[corners][:, corners].sum(axis=2) < 400
+    np.testing.assert_array_equal(dark, matrix > 0)
+    for area_of_names in (image[margin:, :margin], image[:margin, margin:]):
+        assert (area_of_names.sum(axis=2) < 200).any()
+
+
+def test_counts_are_drawn_as_large_as_all_of_them_fit():
+    heights = []
+    for largest in (7, 123456, 10**9):
+        matrix = np.array([[7, 0], [0, largest]])
+        image = decode(charts.draw_confusion_matrix(matrix, ["a", "b"]))
+        side, margin = charts.CELL_SIZE, charts.MARGIN
+        white = image[margin + 1 : margin + side, margin + 1 : margin + side].sum(axis=2) > 600
+        heights.append(white.any(axis=1).sum())  # of the 7, which is white on a dark cell
+    assert heights[0] > heights[1] > 0
+    assert heights[2] == 0  # the largest count does not fit, so none is drawn
+
+
+def test_the_caption_of_a_mistake_has_the_true_class_above_the_predicted_class_in_red():
+    images = np.zeros([1, 24, 24, 3], np.float32)
+
+    def draw_caption(true, predicted):
+        names = {3: true, 5: predicted}
+        return decode(charts.draw_mistakes(images, [3], [5], names))[76:110]
+
+    def is_drawn(image):
+        return (image != 255).any(axis=2)
+
+    both, without_true = draw_caption("trueclass", "guess"), draw_caption("", "guess")
+    true_name = is_drawn(both) & ~is_drawn(without_true)
+    assert true_name[:17].any()
+    assert not true_name[17:].any()
+    reddish = (both[..., 0] > both[..., 1] + 50) & is_drawn(both)
+    assert reddish[17:].any()
+    assert not reddish[:14].any()
+
+
+@pytest.mark.parametrize("count", [1, 6, 7, 36])
+def test_mistakes_are_drawn_in_rows_and_each_is_scaled_from_its_own_range(count):
+    images = np.zeros([count, 24, 24, 3], np.float32)
+    images[:, :12] = -2.0  # the upper half is dark, the lower half bright
+    images[:, 12:] = 3.0
+    sheet = decode(charts.draw_mistakes(images, [3] * count, [5] * count, CLASS_NAMES))
+    width, height = 24 * 3 + 32, 24 * 3 + 34 + 8
+    for number in range(count):
+        row, column = divmod(number, 6)
+        left, top = column * width + 4, row * height + 4
+        assert (sheet[top : top + 36, left : left + 72] == 0).all()
+        assert (sheet[top + 36 : top + 72, left : left + 72] == 255).all()
+        assert (sheet[top + 72 : top + 106, left : left + 72] != 255).any()  # the caption
+
+
+def test_a_mistake_of_uniform_color_is_drawn():
+    gray = np.full([1, 24, 24, 3], 0.5)
+    sheet = decode(charts.draw_mistakes(gray, [0], [1], CLASS_NAMES))
+    assert sheet.shape[2] == 3
+    assert (sheet[4:76, 4:76] == sheet[4, 4]).all()
+
+
+def test_mistakes_of_a_single_channel_are_drawn_in_gray():
+    images = np.random.default_rng(0).normal(size=[2, 24, 24, 1])
+    sheets = [
+        charts.draw_mistakes(each, [3, 4], [5, 6], CLASS_NAMES)
+        for each in (images, images.repeat(3, axis=3))
+    ]
+    assert sheets[0] == sheets[1]
+
+
+def test_without_mistakes_a_text_is_drawn():
+    sheet = decode(charts.draw_mistakes(np.zeros([0]), [], [], CLASS_NAMES))
+    assert (sheet != 255).any()
+
+
+@pytest.mark.parametrize("name", ["猫", "Käse", "a\u00a0b", "😀"])
+def test_a_name_that_the_font_cannot_draw_is_replaced_by_its_number(name):
+    matrix = np.eye(3, dtype=int)
+    drawn = charts.draw_confusion_matrix(matrix, ["a", name, "c-d e"])
+    assert drawn == charts.draw_confusion_matrix(matrix, ["a", "1", "c-d e"])
+    assert drawn != charts.draw_confusion_matrix(matrix, ["a", "2", "c-d e"])
+    images = np.zeros([2, 24, 24, 3], np.float32)
+    drawn = charts.draw_mistakes(images, [1, 0], [0, 1], ["a", name])
+    assert drawn == charts.draw_mistakes(images, [1, 0], [0, 1], ["a", "1"])

@@ -1,0 +1,648 @@
+"""Tests of finding, reading, checking, restoring and saving checkpoints."""
+
+import json
+import math
+import os
+import shutil
+import tempfile
+import threading
+
+import pytest
+from conftest import PATTERNS
+
+from support.base.errors import CheckpointError, UserError
+from support.data.settings import (
+    TrainingSettings,
+    format_settings,
+    parse_settings,
+)
+from support.ops.tensorflow_v1 import tf
+from support.run import checkpoints
+
+OWN = TrainingSettings(("cat", "hot dog"), 123, 32, "local", False)
+
+
+def save(folder, step=3, settings=None, **values):
+    """Saves a checkpoint of trainable variables with the given values; returns its path."""
+    with tf.Graph().as_default(), tf.Session() as session:
+        if settings is not None:
+            checkpoints.record_settings(settings)
+        tf.get_variable("global_step", initializer=tf.constant(step, tf.int64), trainable=False)
+        for name, value in (values or {"x": 1.0}).items():
+            tf.get_variable(name, initializer=value)
+        session.run(tf.global_variables_initializer())
+        saver = tf.train.Saver(save_relative_paths=True)
+        return saver.save(session, str(folder / "model.ckpt"), step)
+
+
+def save_with_settings_text(folder, *texts):
+    """Saves a checkpoint whose settings are the given strings; returns its path."""
+    path = save(folder)
+    with tf.Graph().as_default() as graph:
+        checkpoints.record_settings(OWN)
+        (collection,) = graph.get_all_collection_keys()
+        graph.clear_collection(collection)
+        for text in texts:
+            tf.add_to_collection(collection, text)
+        tf.train.export_meta_graph(f"{path}.meta")
+    return path
+
+
+def remove(checkpoint):
+    """Deletes the files of a checkpoint, as a trainer does with its older ones."""
+    folder, name = os.path.split(checkpoint)
+    for file in os.listdir(folder):
+        if file.startswith(f"{name}."):
+            os.remove(os.path.join(folder, file))
+
+
+@pytest.fixture
+def warnings(monkeypatch):
+    """The warnings that TensorFlow's logger receives."""
+    warnings = []
+    monkeypatch.setattr(tf.logging, "warning", lambda text, *values: warnings.append(text % values))
+    return warnings
+
+
+# --- Finding the newest checkpoint.
+
+
+def test_the_newest_checkpoint_is_the_one_that_the_state_file_names(tmp_path):
+    save(tmp_path, 7)
+    newest = save(tmp_path, 3)  # by number, step 7 comes later
+    assert checkpoints.find_latest_checkpoint(str(tmp_path)) == newest
+    assert checkpoints.require_checkpoint(str(tmp_path)) == newest
+    assert checkpoints.find_checkpoint_to_resume(str(tmp_path)) == newest
+
+
+def test_the_newest_checkpoint_is_found_while_a_trainer_saves_and_deletes(tmp_path):
+    saver_is_done = threading.Event()
+
+    def save_many():
+        with tf.Graph().as_default(), tf.Session() as session:
+            tf.get_variable("a", initializer=1.0)
+            session.run(tf.global_variables_initializer())
+            saver = tf.train.Saver(max_to_keep=1, save_relative_paths=True)
+            for step in range(300):
+                saver.save(session, str(tmp_path / "model.ckpt"), step, write_meta_graph=False)
+        saver_is_done.set()
+
+    thread = threading.Thread(target=save_many)
+    thread.start()
+    while not (tmp_path / "checkpoint").exists():
+        pass
+    found = set()
+    while not saver_is_done.is_set():
+        found.add(checkpoints.find_latest_checkpoint(str(tmp_path)))
+    thread.join()
+    assert None not in found
+    assert len(found) > 10
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_a_folder_without_checkpoints_is_an_error_only_if_one_is_required(tmp_path, exists):
+    folder = tmp_path / "train"
+    if exists:
+        folder.mkdir()
+    assert checkpoints.find_latest_checkpoint(str(folder)) is None
+    assert checkpoints.explain_missing_checkpoint(str(folder)) is None
+    assert checkpoints.find_checkpoint_to_resume(str(folder)) is None
+    message = f"there is no checkpoint in {folder}; train first, or .* --checkpoint_dir$"
+    with pytest.raises(UserError, match=message):
+        checkpoints.require_checkpoint(str(folder))
+    with pytest.raises(UserError, match=message):
+        checkpoints.read_newest_settings(str(folder))
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff not a checkpoint", b"garbage"])
+def test_an_unreadable_state_file_is_not_mistaken_for_a_folder_without_checkpoints(
+    tmp_path, content
+):
+    readable = save(tmp_path)
+    (tmp_path / "checkpoint").write_bytes(content)
+    assert checkpoints.find_latest_checkpoint(str(tmp_path)) is None
+    reason = f"the file `checkpoint` in {tmp_path} is unreadable or names a missing checkpoint"
+    with pytest.raises(UserError, match=f"^{reason}; run cifar10_train.py on this folder; it "):
+        checkpoints.require_checkpoint(str(tmp_path))
+    with pytest.raises(UserError, match=f"^{reason}; remove that file to resume from {readable},"):
+        checkpoints.find_checkpoint_to_resume(str(tmp_path))
+    assert (tmp_path / "checkpoint").read_bytes() == content
+
+
+def test_resuming_names_a_first_checkpoint_that_no_state_file_names_yet(tmp_path):
+    folder = tmp_path / "before"
+    folder.mkdir()
+    readable = save(folder)
+    (folder / "checkpoint").unlink()
+    (folder / "model.ckpt-7.index").write_bytes(b"")  # a save that was killed
+    assert checkpoints.find_checkpoint_to_resume(str(folder)) == readable
+    assert checkpoints.find_latest_checkpoint(str(folder)) == readable
+    moved = folder.rename(tmp_path / "after")
+    assert checkpoints.find_latest_checkpoint(str(moved)) == str(moved / "model.ckpt-3")
+
+
+@pytest.mark.parametrize("state", [None, b"\0\0"])
+def test_a_folder_with_only_damaged_checkpoints_cannot_be_resumed(tmp_path, state):
+    for step in (3, 5):
+        save(tmp_path, step)
+        (tmp_path / f"model.ckpt-{step}.index").write_bytes(b"")
+    (tmp_path / "checkpoint").unlink()
+    if state is not None:
+        (tmp_path / "checkpoint").write_bytes(state)
+    with pytest.raises(UserError, match="none of the checkpoints in .* can be read; move them"):
+        checkpoints.find_checkpoint_to_resume(str(tmp_path))
+
+
+@pytest.mark.parametrize(("name", "matched"), [*PATTERNS, ("a b", "a"), ("käse猫", "käse")])
+def test_a_folder_means_itself_whatever_its_name(tmp_path, name, matched):
+    folder, other = tmp_path / name, tmp_path / matched
+    folder.mkdir()
+    other.mkdir()
+    path = save(folder, 3, OWN, x=3.5)
+    save(other, 4, OWN, x=4.5)
+    save(other, 3, OWN, x=2.5)
+    assert checkpoints.find_latest_checkpoint(str(folder)) == path
+    assert checkpoints.find_checkpoint_to_resume(str(folder)) == path
+    assert checkpoints.find_readable(str(folder)) == path
+    assert checkpoints.read_newest_settings(str(folder)) == OWN
+    assert restore(folder) == (path, 3, 3.5)
+    shutil.rmtree(other)
+    assert restore(folder) == (path, 3, 3.5)
+    assert restore(f"{folder}//") == (f"{folder}//model.ckpt-3", 3, 3.5)
+    remove(path)
+    assert checkpoints.find_latest_checkpoint(str(folder)) is None
+
+
+def test_a_checkpoint_is_restored_although_the_temporary_folder_is_named_like_a_pattern(
+    tmp_path, monkeypatch
+):
+    folder = tmp_path / "123[4].server"
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    path = save(folder, 3, OWN, x=3.5)
+    before = sorted(os.listdir(folder))
+    assert restore(folder) == (path, 3, 3.5)
+    assert sorted(os.listdir(folder)) == before
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/home/ann/train/model.ckpt-7",
+        "gs://bucket/train/model.ckpt-7",
+        "train/model.ckpt-7",
+        "C:\\Users\\ann\\train\\model.ckpt-7",
+        "\\\\server\\train/model.ckpt-7",
+    ],
+)
+def test_a_state_file_from_elsewhere_names_the_checkpoint_next_to_it(tmp_path, warnings, path):
+    save(tmp_path, 9)
+    named = save(tmp_path, 7)
+    tf.train.update_checkpoint_state(str(tmp_path), path)
+    assert checkpoints.find_latest_checkpoint(str(tmp_path)) == named
+    assert checkpoints.require_checkpoint(str(tmp_path)) == named
+    assert checkpoints.find_checkpoint_to_resume(str(tmp_path)) == named
+    assert warnings == []
+
+
+def test_a_copied_folder_is_independent_of_the_original(tmp_path):
+    (tmp_path / "original").mkdir()
+    for step in (3, 4):
+        path = save(tmp_path / "original", step)
+    paths = [str(tmp_path / "original" / f"model.ckpt-{step}") for step in (3, 4)]
+    tf.train.update_checkpoint_state(str(tmp_path / "original"), path, paths)  # absolute paths
+    shutil.copytree(tmp_path / "original", tmp_path / "copy")
+    copied = str(tmp_path / "copy" / "model.ckpt-4")
+    assert checkpoints.find_latest_checkpoint(str(tmp_path / "copy")) == copied
+    before = sorted(os.listdir(tmp_path / "original"))
+    save_as_trainer(tmp_path / "copy", steps=[5], max_to_keep=1)
+    assert sorted(os.listdir(tmp_path / "original")) == before
+    assert steps_in(tmp_path / "copy") == [5]
+
+
+def test_a_state_file_may_name_a_checkpoint_in_another_folder(tmp_path):
+    for name in ("here", "there"):
+        (tmp_path / name).mkdir()
+    path = save(tmp_path / "there", 4)
+    tf.train.update_checkpoint_state(str(tmp_path / "here"), path)
+    assert checkpoints.find_latest_checkpoint(str(tmp_path / "here")) == path
+
+
+@pytest.mark.parametrize("path", ["x", "/home/ann/model.ckpt-9", "C:\\train\\model.ckpt-9"])
+def test_without_the_named_checkpoint_the_highest_step_is_used_but_not_resumed(
+    tmp_path, warnings, path
+):
+    for step in (7, 100, 20):
+        save(tmp_path, step)
+    newest = str(tmp_path / "model.ckpt-100")
+    tf.train.update_checkpoint_state(str(tmp_path), path)
+    for _ in range(2):
+        assert checkpoints.find_latest_checkpoint(str(tmp_path)) == newest
+    assert checkpoints.require_checkpoint(str(tmp_path)) == newest
+    assert warnings == [
+        f"the file `checkpoint` in {tmp_path} is unreadable or names a missing checkpoint: using "
+        f"{newest}, which has the highest step."
+    ]
+    with pytest.raises(UserError, match=f"remove that file to resume from {newest},"):
+        checkpoints.find_checkpoint_to_resume(str(tmp_path))
+
+
+def test_without_a_state_file_the_readable_checkpoint_of_the_highest_step_is_used(
+    tmp_path, warnings
+):
+    for step in (7, 100, 20):
+        save(tmp_path, step)
+    (tmp_path / "checkpoint").unlink()
+    (tmp_path / "model.ckpt-300.index").write_bytes(b"")  # a save that was killed
+    newest = str(tmp_path / "model.ckpt-100")
+    assert checkpoints.find_latest_checkpoint(str(tmp_path)) == newest
+    assert checkpoints.require_checkpoint(str(tmp_path)) == newest
+    assert warnings == []
+    assert not (tmp_path / "checkpoint").exists()
+
+
+def test_a_folder_that_cannot_be_listed_is_a_one_line_error():
+    message = "^cannot read the folder /tmp/x+: File name too long$"
+    with pytest.raises(UserError, match=message):
+        checkpoints.require_checkpoint(f"/tmp/{'x' * 300}")
+
+
+@pytest.mark.parametrize("suffix", ["", ".index", ".meta", ".data-00000-of-00001"])
+@pytest.mark.parametrize("name", ["train", "train[1]"])
+def test_a_path_may_name_one_checkpoint_or_one_of_its_files(tmp_path, suffix, name):
+    folder = tmp_path / name
+    folder.mkdir()
+    path = save(folder, 3, OWN, x=3.5)
+    save(folder, 4, OWN, x=4.5)
+    assert checkpoints.find_single_checkpoint(f"{path}{suffix}") == path
+    assert checkpoints.find_latest_checkpoint(f"{path}{suffix}") == path
+    assert checkpoints.require_checkpoint(f"{path}{suffix}") == path
+    assert restore(f"{path}{suffix}") == (path, 3, 3.5)
+    assert checkpoints.find_single_checkpoint(str(folder)) is None
+    assert checkpoints.find_single_checkpoint(str(folder / f"model.ckpt-5{suffix}")) is None
+
+
+def test_the_newest_readable_checkpoint_is_found_by_its_step(tmp_path):
+    assert checkpoints.find_readable(str(tmp_path)) is None
+    for step in (3, 20, 100):
+        save(tmp_path, step)
+    assert checkpoints.find_readable(str(tmp_path)).endswith("ckpt-100")
+    (tmp_path / "model.ckpt-100.data-00000-of-00001").write_bytes(b"")
+    assert checkpoints.find_readable(str(tmp_path)).endswith("ckpt-20")
+
+
+def test_the_global_step_of_a_checkpoint_is_read(tmp_path):
+    path = save(tmp_path, 12)
+    assert checkpoints.read_global_step(path) == 12
+    for name in os.listdir(tmp_path):
+        if name.startswith("model.ckpt-12."):
+            (tmp_path / name).rename(tmp_path / name.replace("12", "99"))
+    assert checkpoints.read_global_step(str(tmp_path / "model.ckpt-99")) == 12
+
+
+def save_as_in_2015(path, step, **options):
+    """Saves a checkpoint whose step has the name that the tutorial of 2015 gave it."""
+    with tf.Graph().as_default(), tf.Session() as session:
+        tf.Variable(step or 0, trainable=False)
+        tf.get_variable("x", initializer=3.5)
+        session.run(tf.global_variables_initializer())
+        return tf.train.Saver(**options).save(session, str(path), step)
+
+
+@pytest.mark.parametrize("version", [tf.train.SaverDef.V1, tf.train.SaverDef.V2])
+@pytest.mark.parametrize("name", ["train", "train[1]"])
+def test_the_step_of_a_checkpoint_of_2015_is_the_number_in_its_name(tmp_path, version, name):
+    folder = tmp_path / name
+    folder.mkdir()
+    for step in (70, 600):
+        path = save_as_in_2015(folder / "model.ckpt", step, write_version=version)
+    assert checkpoints.read_global_step(path) == 600
+    assert restore(folder, TrainingSettings()) == (path, 600, 3.5)
+    (folder / "checkpoint").unlink()
+    assert restore(folder, TrainingSettings()) == (path, 600, 3.5)
+    first = str(folder / "model.ckpt-70")
+    assert restore(first, TrainingSettings()) == (first, 70, 3.5)
+
+
+def test_a_checkpoint_without_any_step_is_a_one_line_error(tmp_path):
+    path = save_as_in_2015(tmp_path / "model.ckpt", None)
+    with pytest.raises(CheckpointError, match=f"^the step of {path} is unknown: .*; rename its"):
+        checkpoints.read_global_step(path)
+
+
+@pytest.mark.parametrize("name", ["model.ckpt-3.data-00000-of-00001", "model.ckpt-3.index"])
+def test_a_damaged_checkpoint_is_a_one_line_error_that_names_it(tmp_path, name):
+    path = save(tmp_path)
+    (tmp_path / name).write_bytes(b"")
+    with pytest.raises(CheckpointError, match=f"^{path} cannot be read: ") as caught:
+        checkpoints.read_global_step(path)
+    assert "\n" not in str(caught.value)
+
+
+# --- What a checkpoint was trained on.
+
+
+def test_settings_are_read_as_they_were_recorded(tmp_path):
+    assert checkpoints.read_settings(save(tmp_path, settings=OWN)) == OWN
+
+
+def test_a_checkpoint_without_settings_is_treated_as_one_of_the_original_tutorial(tmp_path):
+    assert checkpoints.read_settings(save(tmp_path)) == (None, None, 24, "full", True, None, 0)
+
+
+def test_recorded_settings_add_no_variables_to_a_checkpoint(tmp_path):
+    assert dict(tf.train.list_variables(save(tmp_path, settings=OWN))) == {
+        "global_step": [],
+        "x": [],
+    }
+
+
+def test_a_missing_meta_file_causes_one_warning_and_leaves_the_settings_unknown(tmp_path, warnings):
+    path = save(tmp_path, settings=OWN)
+    (tmp_path / "model.ckpt-3.meta").unlink()
+    for _ in range(2):
+        assert checkpoints.read_settings(path) is None
+    assert warnings == [
+        f"{path}.meta is missing, so the settings of this checkpoint are not checked."
+    ]
+
+
+def test_a_deleted_checkpoint_has_unknown_settings_without_a_warning(tmp_path, warnings):
+    path = save(tmp_path)
+    remove(path)
+    assert checkpoints.read_settings(path) is None
+    assert warnings == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{",
+        "[]",
+        json.dumps({"class_names": None}),
+        json.dumps({"class_names": "cat"}),
+        json.dumps({"class_names": []}),
+        json.dumps({"class_names": [1, 2]}),
+        json.dumps(OWN._asdict() | {"class_names": ["cat", 2]}),
+        json.dumps(OWN._asdict() | {"class_names": []}),
+        json.dumps(OWN._asdict() | {"crop_size": "24"}),
+        json.dumps(OWN._asdict() | {"top_layers": 5}),
+        json.dumps(OWN._asdict() | {"random_flip": 1}),
+        json.dumps(OWN._asdict() | {"examples_per_epoch": None}),
+        json.dumps(OWN._asdict() | {"another": 1}),
+    ],
+)
+def test_invalid_settings_are_refused(tmp_path, text):
+    path = save_with_settings_text(tmp_path, text)
+    with pytest.raises(CheckpointError, match="ckpt-3.meta cannot be read .*; move it away to use"):
+        checkpoints.read_settings(path)
+    with pytest.raises((ValueError, TypeError)):
+        parse_settings(text)
+
+
+def test_two_sets_of_settings_in_a_checkpoint_are_refused(tmp_path):
+    path = save_with_settings_text(tmp_path, *[format_settings(OWN)] * 2)
+    with pytest.raises(CheckpointError, match="ckpt-3.meta cannot be read"):
+        checkpoints.read_settings(path)
+
+
+def test_a_damaged_meta_file_is_refused(tmp_path):
+    path = save(tmp_path)
+    meta = tmp_path / "model.ckpt-3.meta"
+    for content in (b"", b"\xff" * 99, meta.read_bytes()[:-7]):
+        meta.write_bytes(content)
+        with pytest.raises(CheckpointError, match="ckpt-3.meta cannot be read"):
+            checkpoints.read_settings(path)
+
+
+def test_settings_that_do_not_match_are_a_checkpoint_error(tmp_path):
+    path = save(tmp_path, settings=OWN)
+    checkpoints.check_settings(path, OWN)
+    with pytest.raises(CheckpointError, match="--crop_size=32, not .*=24; .* --checkpoint_dir$"):
+        checkpoints.check_settings(path, OWN._replace(crop_size=24))
+
+
+def test_the_settings_of_the_newest_checkpoint_are_read(tmp_path):
+    save(tmp_path, 3, settings=OWN)
+    save(tmp_path, 4, settings=OWN._replace(crop_size=24))
+    assert checkpoints.read_newest_settings(str(tmp_path)).crop_size == 24
+    (tmp_path / "model.ckpt-4.meta").unlink()
+    assert checkpoints.read_newest_settings(str(tmp_path)) is None
+
+
+def test_a_trainer_that_deletes_a_checkpoint_does_not_hide_the_settings_of_the_next(
+    tmp_path, monkeypatch
+):
+    save(tmp_path, 3)
+    read_settings = checkpoints.read_settings
+
+    def read_after_the_trainer_moved_on(checkpoint):
+        if checkpoint.endswith("-3"):
+            save(tmp_path, 4, settings=OWN)
+            remove(checkpoint)
+        return read_settings(checkpoint)
+
+    monkeypatch.setattr(checkpoints, "read_settings", read_after_the_trainer_moved_on)
+    assert checkpoints.read_newest_settings(str(tmp_path)) == OWN
+
+
+# --- Variables.
+
+
+def test_a_checkpoint_with_all_variables_matches_whatever_else_it_holds(tmp_path, graph):
+    path = save(tmp_path, same=[1.0], another=2.0)
+    checkpoints.check_variables(path, {"same": tf.get_variable("mine", [1])})
+
+
+def test_variables_that_are_missing_or_differ_in_shape_are_named(tmp_path, graph):
+    path = save(tmp_path, wide=[1.0, 2.0])
+    variables = {"wide": tf.get_variable("a", [3]), "deep": tf.get_variable("b", [1])}
+    with pytest.raises(
+        CheckpointError,
+        match=rf"^{path} belongs to another model: in it, wide is \[2\], not \[3\], deep is "
+        "missing; choose another folder with --train_dir$",
+    ):
+        checkpoints.check_variables(path, variables, "--train_dir")
+
+
+def test_no_more_than_five_variables_are_named(tmp_path, graph):
+    variables = {name: tf.get_variable(name, []) for name in "abcdefg"}
+    with pytest.raises(CheckpointError, match="e is missing, and 2 more differ; .*checkpoint_dir$"):
+        checkpoints.check_variables(save(tmp_path), variables)
+
+
+def test_the_variables_of_a_damaged_checkpoint_are_a_one_line_error(tmp_path):
+    path = save(tmp_path)
+    (tmp_path / "model.ckpt-3.index").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=f"^{path} cannot be read: ") as caught:
+        checkpoints.check_variables(path, {})
+    assert "\n" not in str(caught.value)
+
+
+def restore(folder, wanted=OWN):
+    """Restores the newest checkpoint into a variable `x`; returns what it returns, and `x`."""
+    with tf.Graph().as_default(), tf.Session() as session:
+        variable = tf.get_variable("x", [])
+        variables = {"x": variable}
+        saver = tf.train.Saver(variables)
+        found = checkpoints.restore_newest(session, saver, variables, str(folder), wanted)
+        return *found, session.run(variable)
+
+
+def test_the_newest_checkpoint_is_restored(tmp_path):
+    save(tmp_path, 3, OWN, x=3.5)
+    newest = save(tmp_path, 4, OWN, x=4.5)
+    assert restore(tmp_path) == (newest, 4, 4.5)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_checkpoint_that_is_not_finite_is_not_restored(tmp_path, value):
+    path = save(tmp_path, 3, OWN, x=value)
+    with pytest.raises(CheckpointError, match=f"^{path} has non-finite values in x$"):
+        restore(tmp_path)
+
+
+def test_a_checkpoint_without_its_data_is_a_one_line_error(tmp_path):
+    path = save(tmp_path, 3, OWN)
+    (tmp_path / "model.ckpt-3.data-00000-of-00001").unlink()
+    with pytest.raises(CheckpointError, match=f"^{path} cannot be ") as caught:
+        restore(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_checkpoint_of_another_dataset_or_model_is_not_restored(tmp_path):
+    save(tmp_path, 3, OWN)
+    with pytest.raises(CheckpointError, match="was trained with --top_layers=local, not with"):
+        restore(tmp_path, OWN._replace(top_layers="full"))
+    save(tmp_path, 4, OWN, y=1.0)
+    with pytest.raises(CheckpointError, match="belongs to another model: in it, x is missing;"):
+        restore(tmp_path)
+
+
+@pytest.mark.parametrize("moment", ["check_settings", "check_variables", "restore"])
+def test_the_next_checkpoint_is_restored_if_a_trainer_deletes_one_meanwhile(
+    tmp_path, monkeypatch, moment
+):
+    first = save(tmp_path, 3, OWN, x=3.5)
+    function = getattr(checkpoints, moment)
+
+    def move_on_first(*arguments):
+        if os.path.exists(f"{first}.index"):
+            save(tmp_path, 4, OWN, x=4.5)
+            remove(first)
+        return function(*arguments)
+
+    monkeypatch.setattr(checkpoints, moment, move_on_first)
+    assert restore(tmp_path) == (str(tmp_path / "model.ckpt-4"), 4, 4.5)
+
+
+# --- Saving.
+
+
+def save_as_trainer(folder, steps, max_to_keep=5, settings=OWN, x=1.0):
+    """Saves checkpoints as the training session does."""
+    with tf.Graph().as_default(), tf.Session() as session:
+        checkpoints.record_settings(settings)
+        global_step = tf.train.get_or_create_global_step()
+        tf.get_variable("x", initializer=x)
+        session.run(tf.global_variables_initializer())
+        saver = tf.train.Saver()
+        for step in steps:
+            session.run(tf.assign(global_step, step))
+            checkpoints.save(session, saver, str(folder), step, max_to_keep)
+
+
+def steps_in(folder):
+    names = [name for name in os.listdir(folder) if name.startswith("model.ckpt-")]
+    steps = {int(name.split(".")[1].removeprefix("ckpt-")) for name in names}
+    assert len(names) == 3 * len(steps)  # no checkpoint is half there
+    return sorted(steps)
+
+
+@pytest.mark.parametrize(("name", "matched"), [*PATTERNS, ("a b", "a"), ("käse猫", "käse")])
+def test_saving_deletes_the_oldest_checkpoints_of_its_own_folder_only(tmp_path, name, matched):
+    for folder in (name, matched):
+        (tmp_path / folder).mkdir()
+        save_as_trainer(tmp_path / folder, steps=[0, 1])
+    save_as_trainer(tmp_path / name, steps=[2, 3, 4], max_to_keep=3)
+    assert steps_in(tmp_path / name) == [2, 3, 4]
+    save_as_trainer(tmp_path / name, steps=[5], max_to_keep=1)
+    assert steps_in(tmp_path / name) == [5]
+    assert steps_in(tmp_path / matched) == [0, 1]
+
+
+def test_tensorflow_finds_and_restores_what_is_saved_here_and_counts_it(tmp_path):
+    save_as_trainer(tmp_path, steps=[3, 4], x=2.5)
+    with tf.Graph().as_default(), tf.Session() as session:
+        variable = tf.get_variable("x", [])
+        saver = tf.train.Saver(max_to_keep=2)
+        state = tf.train.get_checkpoint_state(str(tmp_path))
+        saver.restore(session, tf.train.latest_checkpoint(str(tmp_path)))
+        saver.recover_last_checkpoints(state.all_model_checkpoint_paths)
+        assert session.run(variable) == 2.5
+        saver.save(session, str(tmp_path / "model.ckpt"), 5)
+    assert steps_in(tmp_path) == [4, 5]
+    save_as_trainer(tmp_path, steps=[6], max_to_keep=2)
+    assert steps_in(tmp_path) == [5, 6]
+
+
+def test_saving_deletes_no_checkpoint_that_the_state_file_does_not_list(tmp_path):
+    save(tmp_path, 9)
+    (tmp_path / "checkpoint").unlink()
+    save_as_trainer(tmp_path, steps=[1, 2, 3], max_to_keep=1)
+    assert steps_in(tmp_path) == [3, 9]
+
+
+def test_a_damaged_state_file_is_replaced_and_deletes_nothing(tmp_path):
+    save_as_trainer(tmp_path, steps=[1, 2])
+    (tmp_path / "checkpoint").write_bytes(b"\xff")
+    save_as_trainer(tmp_path, steps=[3], max_to_keep=1)
+    assert steps_in(tmp_path) == [1, 2, 3]
+    assert checkpoints.find_latest_checkpoint(str(tmp_path)).endswith("-3")
+
+
+def test_a_checkpoint_that_replaces_another_one_has_its_own_settings_at_every_moment(
+    tmp_path, monkeypatch
+):
+    save_as_trainer(tmp_path, steps=[3, 4])
+    exported = tf.train.Saver.export_meta_graph
+
+    def export(saver, path, **arguments):
+        assert not (tmp_path / "model.ckpt-4.index").exists()  # it would get the new settings
+        return exported(saver, path, **arguments)
+
+    monkeypatch.setattr(tf.train.Saver, "export_meta_graph", export)
+    new = OWN._replace(random_flip=True)
+    save_as_trainer(tmp_path, steps=[4], max_to_keep=2, settings=new)
+    assert steps_in(tmp_path) == [3, 4]
+    assert checkpoints.read_settings(str(tmp_path / "model.ckpt-3")) == OWN
+    assert checkpoints.read_settings(str(tmp_path / "model.ckpt-4")) == new
+
+
+@pytest.mark.parametrize("name", ["train", "train[1]"])
+def test_a_failed_save_leaves_nothing_of_its_own_and_everything_else(tmp_path, monkeypatch, name):
+    folder = tmp_path / name
+    (tmp_path / "train1").mkdir()
+    folder.mkdir()
+    others = [tmp_path / "train1" / "model.ckpt-9.meta.tmp1", folder / "my.tempstate"]
+    save_as_trainer(folder, steps=[3])
+    for path in others:
+        path.write_text("unrelated")
+    before = sorted(os.listdir(folder))
+
+    def fail(saver, path, **arguments):
+        for suffix in (".meta", ".meta.tmp1", ".data-00000-of-00001.tempstate2"):
+            with open(f"{path.removesuffix('.meta')}{suffix}", "w") as file:
+                file.write("half")
+        raise tf.errors.ResourceExhaustedError(None, None, "No space left on device")
+
+    monkeypatch.setattr(tf.train.Saver, "export_meta_graph", fail)
+    with pytest.raises(UserError, match="cannot save a checkpoint in .*: No space left on device;"):
+        save_as_trainer(folder, steps=[4])
+    assert sorted(os.listdir(folder)) == before
+    assert all(path.exists() for path in others)
+
+
+def test_saving_to_a_folder_that_is_gone_is_a_one_line_error(tmp_path):
+    with pytest.raises(UserError, match="^cannot save a checkpoint in .*gone: .*; free some"):
+        save_as_trainer(tmp_path / "gone", steps=[4])

@@ -1,0 +1,1231 @@
+"""Tests of the training session, with small graphs whose losses and gradients are given."""
+
+import contextlib
+import enum
+import json
+import math
+import os
+import pathlib
+import platform
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+import types
+
+import numpy as np
+import pytest
+from conftest import PATTERNS, ROOT, lost_stream
+
+from support.base.errors import DataError, Interrupted, UserError
+from support.data.settings import TrainingSettings
+from support.ops import graph_notes, summaries
+from support.ops.tensorflow_v1 import tf
+from support.run import checkpoints, training_run
+
+pytestmark = pytest.mark.usefixtures("graph")
+
+SETTINGS = TrainingSettings(("cat", "dog"), 100)
+LINE = re.compile(
+    r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d{6}: step (\d+), loss = (\S+) "
+    r"\((\d+\.\d) examples/sec; (\d+\.\d{3}) sec/batch\)"
+)
+
+
+def run(train_op, train_dir, max_steps, loss=None, settings=SETTINGS, **arguments):
+    """Trains in the default graph, on a loss of 1 by default; returns the number of steps.
+
+    `arguments` are fields of `Options` or arguments of `training_session`.
+    """
+    options = training_run.Options(
+        str(train_dir),
+        max_steps,
+        **{name: arguments.pop(name) for name in training_run.Options._fields if name in arguments},
+    )
+    loss = tf.constant(1.0) if loss is None else loss
+    steps = 0
+    with training_run.training_session(loss, 8, options, settings, **arguments) as sess:
+        while not sess.should_stop():
+            sess.run(train_op)
+            steps += 1
+    return steps
+
+
+def count_step(*inputs):
+    """Returns a train operation that evaluates `inputs` and counts the step."""
+    global_step = tf.train.get_or_create_global_step()
+    with tf.control_dependencies(inputs):
+        return tf.assign_add(global_step, 1)
+
+
+def train(train_dir, max_steps, losses=None, before_step=lambda step: None, **arguments):
+    """Trains in a new graph; returns the number of steps.
+
+    The loss of step n is 100 + n, or what `losses` gives for n. `before_step` is called with n.
+    """
+    with tf.Graph().as_default():
+        global_step = tf.train.get_or_create_global_step()
+
+        def loss_of_step(step):
+            before_step(step)
+            return float((losses or {}).get(step, 100 + step))
+
+        loss = tf.py_func(loss_of_step, [global_step.read_value()], tf.double, stateful=True)
+        loss.set_shape([])
+        return run(count_step(loss), train_dir, max_steps, loss, **arguments)
+
+
+def has_steps_left(train_dir, max_steps, settings=SETTINGS, **arguments):
+    options = training_run.Options(str(train_dir), max_steps)
+    return training_run.has_steps_left(options, settings, **arguments)
+
+
+def saved_step(train_dir):
+    newest = tf.train.latest_checkpoint(str(train_dir))
+    return tf.train.load_checkpoint(newest).get_tensor("global_step")
+
+
+def saved_steps(train_dir):
+    return {int(path.stem.partition("-")[2]) for path in train_dir.glob("model.ckpt-*.index")}
+
+
+def printed(capsys):
+    """Returns (step, loss, examples per second, seconds per batch) of each line of progress."""
+    lines = capsys.readouterr().out.splitlines()
+    matches = [LINE.fullmatch(line) for line in lines]
+    assert all(matches), lines
+    return [(int(m[1]), float(m[2]), float(m[3]), float(m[4])) for m in matches]
+
+
+def recorded(train_dir):
+    """Returns (step, tag, value) of each scalar in the event files."""
+    return [
+        (event.step, value.tag, value.simple_value)
+        for path in train_dir.glob("events.out.tfevents.*")
+        for event in tf.train.summary_iterator(str(path))
+        for value in event.summary.value
+    ]
+
+
+@pytest.fixture
+def warnings(monkeypatch):
+    """The warnings that TensorFlow's logger receives."""
+    warnings = []
+    monkeypatch.setattr(tf.logging, "warning", lambda text, *values: warnings.append(text % values))
+    return warnings
+
+
+# --- Lines of progress and metrics.
+
+
+def test_a_line_every_log_frequency_steps_shows_the_loss_of_that_step(tmp_path, capsys):
+    train(tmp_path, max_steps=21, log_frequency=5)
+    lines = printed(capsys)
+    assert [step for step, *_ in lines] == [0, 5, 10, 15, 20]
+    assert [loss for _, loss, *_ in lines] == [100, 105, 110, 115, 120]
+
+
+def test_the_throughput_is_that_of_the_steps_since_the_last_line(tmp_path, capsys):
+    train(tmp_path, max_steps=5, log_frequency=4, before_step=lambda step: time.sleep(0.2))
+    (_, _, first_speed, first_seconds), (_, _, speed, seconds) = printed(capsys)
+    assert first_seconds >= 0.2
+    assert first_speed == pytest.approx(8 / first_seconds, rel=0.05)
+    assert 0.2 <= seconds < 0.8  # not the 0.8 of the four steps together
+    assert speed == pytest.approx(8 / seconds, rel=0.05)
+
+
+def test_each_line_of_progress_is_also_a_json_object_in_the_metrics(tmp_path, capsys):
+    graph_notes.record_learning_rate(tf.constant(0.125))
+    loss = tf.constant(2.5)
+    run(count_step(), tmp_path, max_steps=5, loss=loss, log_frequency=2)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [0, 2, 4]
+    assert [(line["step"], line["loss"], f"{line['examples_per_sec']:.1f}") for line in lines] == [
+        (step, loss, f"{speed:.1f}") for step, loss, speed, _ in printed(capsys)
+    ]
+    assert all(line["learning_rate"] == 0.125 for line in lines)
+    assert all(line["sec_per_batch"] > 0 for line in lines)
+    assert all(abs(line["time"] - time.time()) < 60 for line in lines)
+
+
+def test_a_resumed_run_appends_to_the_metrics(tmp_path):
+    train(tmp_path, max_steps=2, log_frequency=1)
+    train(tmp_path, max_steps=4, log_frequency=1)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [0, 1, 2, 3]
+    assert all("learning_rate" not in line for line in lines)  # the graph has none
+
+
+# --- Steps, checkpoints and resuming.
+
+
+def test_training_stops_at_max_steps_and_saves_that_step(tmp_path):
+    assert train(tmp_path, max_steps=7) == 7
+    assert saved_step(tmp_path) == 7
+
+
+def test_a_run_resumes_from_the_newest_checkpoint_and_keeps_all_other_files(tmp_path, capsys):
+    train(tmp_path, max_steps=7)
+    foreign = tmp_path / "notes.txt"
+    foreign.write_text("mine")
+    before = {path.name for path in tmp_path.iterdir()}
+    capsys.readouterr()
+    assert train(tmp_path, max_steps=12) == 5
+    assert saved_step(tmp_path) == 12
+    # The first step of a run has a line, because its time includes filling the queue.
+    assert [line[:2] for line in printed(capsys)] == [(7, 107), (10, 110)]
+    assert {path.name for path in tmp_path.iterdir()} >= before
+    assert foreign.read_text() == "mine"
+
+
+def test_a_run_that_another_process_has_finished_meanwhile_trains_no_further_step(tmp_path, capsys):
+    train(tmp_path, max_steps=3)
+    assert has_steps_left(tmp_path, 5)
+    train(tmp_path, max_steps=5)  # the other process, between that check and the lock
+    capsys.readouterr()
+    trained = []
+    assert train(tmp_path, max_steps=5, before_step=trained.append) == 0
+    assert train(tmp_path, max_steps=4, before_step=trained.append) == 0
+    assert trained == []
+    assert capsys.readouterr().out == ""
+    assert saved_step(tmp_path) == 5
+
+
+def test_a_run_of_another_model_that_another_process_has_started_meanwhile_is_refused(tmp_path):
+    assert has_steps_left(tmp_path, 5)
+    train(tmp_path, max_steps=3, settings=SETTINGS._replace(class_names=("a", "b")))
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(UserError, match="model.ckpt-3 was trained .*--train_dir"):
+        train(tmp_path, max_steps=5)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_graph_that_was_built_before_another_process_trained_is_refused(tmp_path):
+    train(tmp_path, max_steps=3)
+    with training_run.training_graph(1, train_dir=str(tmp_path)):
+        count, loss = count_step(), tf.constant(1.0)
+        with tf.Graph().as_default():
+            train(tmp_path, max_steps=5)  # the other process
+        before = checkpoint_files_in(tmp_path)
+        options = training_run.Options(str(tmp_path), 9)
+        with (
+            pytest.raises(UserError, match="^another process has trained from step 3 to step 5 "),
+            training_run.training_session(loss, 8, options, SETTINGS) as sess,
+        ):
+            sess.run(count)
+    assert checkpoint_files_in(tmp_path) == before
+
+
+def test_checkpoints_are_saved_and_kept_as_the_options_say(tmp_path):
+    train(tmp_path, max_steps=9, save_checkpoint_steps=2, max_checkpoints_to_keep=2)
+    assert saved_steps(tmp_path) == {8, 9}
+
+
+@pytest.mark.parametrize(("seconds", "is_saved_between"), [(1, True), (600, False)])
+def test_checkpoints_are_saved_after_as_many_seconds_as_the_options_say(
+    tmp_path, seconds, is_saved_between
+):
+    train(
+        tmp_path,
+        max_steps=8,
+        before_step=lambda step: time.sleep(0.3),
+        save_checkpoint_secs=seconds,
+    )
+    steps = saved_steps(tmp_path)
+    assert {0, 8} <= steps
+    assert bool(steps - {0, 8}) is is_saved_between
+
+
+def test_each_checkpoint_records_the_settings(tmp_path):
+    settings = SETTINGS._replace(crop_size=30, top_layers="local", random_flip=False)
+    train(tmp_path, max_steps=3, settings=settings, save_checkpoint_steps=1)
+    for step in range(4):
+        recorded = checkpoints.read_settings(str(tmp_path / f"model.ckpt-{step}"))
+        assert recorded == settings._replace(examples_per_step=8)
+
+
+def test_checkpoints_record_the_images_seen_whatever_the_number_of_images_per_step(tmp_path):
+    def train_up_to(max_steps, examples_per_step):
+        with training_run.training_graph(1, train_dir=str(tmp_path)):
+            options = training_run.Options(str(tmp_path), max_steps)
+            count, loss = count_step(), tf.constant(1.0)
+            with training_run.training_session(loss, examples_per_step, options, SETTINGS) as sess:
+                while not sess.should_stop():
+                    sess.run(count)
+
+    def examples_seen(step):
+        settings = checkpoints.read_settings(str(tmp_path / f"model.ckpt-{step}"))
+        return settings.examples_seen(step)
+
+    for max_steps, examples_per_step in ((5, 64), (8, 128), (9, 128), (11, 2)):
+        train_up_to(max_steps, examples_per_step)
+    assert [examples_seen(step) for step in (5, 8, 9, 11)] == [320, 704, 832, 836]
+
+
+def test_no_checkpoint_exists_without_the_file_that_holds_its_settings(tmp_path, monkeypatch):
+    exported = tf.train.Saver.export_meta_graph
+    checkpoint_exists = []
+
+    def export(saver, path, **arguments):
+        result = exported(saver, path, **arguments)
+        checkpoint_exists.append(os.path.exists(path.replace(".meta", ".index")))
+        return result
+
+    monkeypatch.setattr(tf.train.Saver, "export_meta_graph", export)
+    train(tmp_path, max_steps=3, save_checkpoint_steps=1)
+    assert checkpoint_exists == [False] * 4
+    assert len(list(tmp_path.glob("*.meta"))) == 4
+
+
+def test_a_settings_file_that_cannot_be_written_leaves_no_partial_file(tmp_path, monkeypatch):
+    train(tmp_path, max_steps=3)
+
+    def fail(saver, path, **arguments):
+        pathlib.Path(f"{path}.tmp123").write_text("half")
+        raise tf.errors.ResourceExhaustedError(None, None, "No space left on device")
+
+    monkeypatch.setattr(tf.train.Saver, "export_meta_graph", fail)
+    with pytest.raises(UserError, match="cannot save a checkpoint in .*: No space left on device;"):
+        train(tmp_path, max_steps=5)
+    assert not list(tmp_path.glob("*.tmp*"))
+    assert saved_step(tmp_path) == 3
+
+
+def test_a_step_from_which_training_resumes_is_not_saved_again(tmp_path):
+    train(tmp_path, max_steps=3)
+    before = {
+        path: (path.read_bytes(), path.stat().st_mtime_ns) for path in tmp_path.glob("model.ckpt-*")
+    }
+    changed = SETTINGS._replace(examples_per_epoch=45, random_flip=False)
+    train(tmp_path, max_steps=5, settings=changed)
+    assert {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in before} == before
+    random_flips = [
+        checkpoints.read_settings(str(tmp_path / f"model.ckpt-{step}")).random_flip
+        for step in (0, 3, 5)
+    ]
+    assert random_flips == [True, True, False]
+
+
+def test_a_resumed_run_without_a_finished_step_saves_nothing(tmp_path):
+    train(tmp_path, max_steps=3)
+    before = checkpoint_files_in(tmp_path)
+    changed = SETTINGS._replace(random_flip=False)
+    assert train(tmp_path, max_steps=3, settings=changed) == 0
+    queue = tf.train.string_input_producer(["a"], num_epochs=1)
+    two = queue.dequeue_many(2)  # the input ends within the first step
+    with pytest.raises(UserError, match="^the input has ended at step 3 "):
+        run(count_step(two), tmp_path, max_steps=9, settings=changed)
+    assert checkpoint_files_in(tmp_path) == before
+
+
+def test_more_checkpoints_than_are_kept_are_deleted_when_training_resumes(tmp_path):
+    train(tmp_path, max_steps=4, save_checkpoint_steps=1)
+    assert saved_steps(tmp_path) == {0, 1, 2, 3, 4}
+    train(tmp_path, max_steps=6, save_checkpoint_steps=1, max_checkpoints_to_keep=2)
+    assert saved_steps(tmp_path) == {5, 6}
+
+
+@pytest.mark.parametrize(("name", "matched"), [*PATTERNS, ("a b", "a"), ("käse猫", "käse")])
+def test_training_touches_only_its_own_folder_whatever_its_name(tmp_path, name, matched, capsys):
+    train(tmp_path / matched, max_steps=3, save_checkpoint_steps=1)
+    before = checkpoint_files_in(tmp_path / matched)
+    for max_steps in (3, 5):
+        assert has_steps_left(tmp_path / name, max_steps)
+        train(tmp_path / name, max_steps, save_checkpoint_steps=1, max_checkpoints_to_keep=2)
+    assert [step for step, *_ in printed(capsys)] == [0, 0, 3]
+    names = set(os.listdir(tmp_path / name))
+    assert {n for n in names if n.endswith(".index")} == {
+        "model.ckpt-4.index",
+        "model.ckpt-5.index",
+    }
+    assert any("tfevents" in n for n in names)
+    assert checkpoint_files_in(tmp_path / matched) == before
+
+
+def checkpoint_files_in(folder):
+    paths = [folder / "checkpoint", *folder.glob("model.ckpt*")]
+    return {path.name: path.read_bytes() for path in paths}
+
+
+def test_a_train_dir_can_be_moved(tmp_path):
+    train(tmp_path / "before", max_steps=3)
+    (tmp_path / "before").rename(tmp_path / "after")
+    assert train(tmp_path / "after", max_steps=5) == 2
+    assert saved_step(tmp_path / "after") == 5
+    assert not (tmp_path / "before").exists()
+
+
+def test_training_in_a_copy_leaves_the_original_unchanged(tmp_path):
+    train(tmp_path / "original", max_steps=3)
+    before = checkpoint_files_in(tmp_path / "original")
+    shutil.copytree(tmp_path / "original", tmp_path / "copy")
+    for max_steps in range(4, 11):  # saves more checkpoints than are kept
+        train(tmp_path / "copy", max_steps=max_steps)
+    assert checkpoint_files_in(tmp_path / "original") == before
+
+
+def test_the_last_step_is_saved_while_an_exception_is_being_handled(tmp_path):
+    try:
+        raise KeyError
+    except KeyError:
+        train(tmp_path, max_steps=4)
+    assert saved_step(tmp_path) == 4
+
+
+def test_an_error_in_the_training_loop_is_raised_unchanged(tmp_path):
+    def train_and_fail():
+        count = count_step()
+        options = training_run.Options(str(tmp_path), 5)
+        with training_run.training_session(tf.constant(1.0), 8, options, SETTINGS) as sess:
+            sess.run(count)
+            1 / 0  # noqa: B018
+
+    with pytest.raises(ZeroDivisionError):
+        train_and_fail()
+
+
+def test_a_session_uses_the_given_configuration(tmp_path):
+    devices = []
+    config = tf.ConfigProto(device_count={"CPU": 3})
+    count = count_step()
+    with training_run.training_session(
+        tf.constant(1.0), 8, training_run.Options(str(tmp_path), 1), SETTINGS, config
+    ) as sess:
+        devices += sess.raw_session().list_devices()
+        sess.run(count)
+    assert len(devices) == 3
+
+
+# --- Checkpoints that cannot be resumed.
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff not a checkpoint", b'model_checkpoint_path: "x"'])
+def test_training_never_starts_again_on_top_of_existing_checkpoints(tmp_path, content):
+    train(tmp_path, max_steps=3)
+    (tmp_path / "checkpoint").write_bytes(content)
+    before = checkpoint_files_in(tmp_path)
+    message = "file `checkpoint` in .* is unreadable or names .* to resume from .*ckpt-3,"
+    with pytest.raises(UserError, match=message):
+        has_steps_left(tmp_path, 5)
+    with pytest.raises(UserError, match=message):
+        train(tmp_path, max_steps=5)
+    assert checkpoint_files_in(tmp_path) == before
+
+
+def test_training_resumes_from_a_first_checkpoint_that_no_state_file_names_yet(tmp_path, capsys):
+    train(tmp_path, max_steps=3)
+    capsys.readouterr()
+    (tmp_path / "checkpoint").unlink()
+    (tmp_path / "model.ckpt-7.index").write_bytes(b"")  # a save that was killed
+    assert has_steps_left(tmp_path, 5)
+    train(tmp_path, max_steps=5)
+    assert saved_step(tmp_path) == 5
+    assert printed(capsys)[0][0] == 3
+
+
+def test_a_damaged_checkpoint_is_a_one_line_error(tmp_path):
+    train(tmp_path, max_steps=3)
+    for step in (0, 3):
+        (tmp_path / f"model.ckpt-{step}.data-00000-of-00001").write_bytes(b"")
+    with pytest.raises(UserError, match="model.ckpt-3 cannot be read: Read less bytes") as caught:
+        has_steps_left(tmp_path, 5)
+    assert "\n" not in str(caught.value)
+    assert "resume from" not in str(caught.value)  # no checkpoint is readable
+    with pytest.raises(UserError, match="^cannot start in --train_dir=.*: .*; choose") as caught:
+        train(tmp_path, max_steps=5)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("state", [None, b"\0\0"])
+def test_training_does_not_start_again_on_top_of_damaged_checkpoints(tmp_path, state):
+    train(tmp_path, max_steps=3)
+    for path in tmp_path.glob("model.ckpt-*.index"):
+        path.write_bytes(b"")
+    (tmp_path / "checkpoint").unlink()
+    if state is not None:
+        (tmp_path / "checkpoint").write_bytes(state)
+    with pytest.raises(UserError, match="none of the checkpoints in .* can be read; move them"):
+        has_steps_left(tmp_path, 2)
+
+
+def test_an_older_checkpoint_is_suggested_if_the_newest_is_damaged(tmp_path, capsys):
+    train(tmp_path, max_steps=3, save_checkpoint_steps=1)
+    (tmp_path / "model.ckpt-3.data-00000-of-00001").write_bytes(b"")
+    with pytest.raises(
+        UserError, match=r"ckpt-3 cannot be read: .*; remove the file `checkpoint` .*from .*ckpt-2$"
+    ):
+        has_steps_left(tmp_path, 5)
+    (tmp_path / "checkpoint").unlink()
+    capsys.readouterr()
+    assert has_steps_left(tmp_path, 5)
+    train(tmp_path, max_steps=5)
+    assert saved_step(tmp_path) == 5
+    assert printed(capsys)[0][0] == 2
+
+
+def test_a_checkpoint_of_another_model_is_refused_with_the_variables_that_differ(tmp_path):
+    tf.get_variable("same", initializer=[1.0])
+    tf.get_variable("wider", initializer=[1.0, 2.0])
+    run(count_step(), tmp_path, max_steps=2)
+    with tf.Graph().as_default():
+        tf.get_variable("same", initializer=[1.0])
+        tf.get_variable("wider", initializer=[1.0, 2.0, 3.0])
+        tf.get_variable("another", initializer=1.0)
+        with pytest.raises(
+            UserError,
+            match=r"another model: in it, wider is \[2\], not \[3\], another is missing; choose "
+            "another folder with --train_dir$",
+        ):
+            run(count_step(), tmp_path, max_steps=4)
+    assert saved_step(tmp_path) == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"class_names": ("cow", "pig", "hen")},
+            r"with 2 classes \(cat, dog\), not with 3 classes \(cow, pig, hen\); use the dataset",
+        ),
+        ({"crop_size": 22}, "with --crop_size=24, not with --crop_size=22; use --crop_size=24,"),
+        ({"top_layers": "local"}, "with --top_layers=full, not with --top_layers=local; use "),
+    ],
+)
+def test_training_does_not_resume_with_another_dataset_or_model(tmp_path, change, message):
+    train(tmp_path, max_steps=3)
+    with pytest.raises(UserError, match=f"ckpt-3 was trained {message}.*--train_dir$"):
+        has_steps_left(tmp_path, 5, SETTINGS._replace(**change))
+
+
+def test_training_that_resumes_with_other_examples_or_flips_warns(tmp_path, warnings):
+    train(tmp_path, max_steps=3)
+    assert has_steps_left(tmp_path, 5)
+    assert warnings == []
+    assert has_steps_left(tmp_path, 5, SETTINGS._replace(examples_per_epoch=45, random_flip=False))
+    newest = tmp_path / "model.ckpt-3"
+    assert warnings == [
+        f"Resuming from {newest}: an epoch now has 45 images instead of 100.",
+        f"Resuming from {newest}: --random_flip is now false instead of true.",
+    ]
+
+
+def test_steps_are_left_until_a_checkpoint_has_reached_max_steps(tmp_path, capsys):
+    train_dir = tmp_path / "new" / "folder"
+    assert has_steps_left(train_dir, 5)
+    assert train_dir.is_dir()
+    train(train_dir, max_steps=5)
+    assert has_steps_left(train_dir, 6)
+    assert capsys.readouterr().err == ""
+    for max_steps in (5, 4):
+        assert not has_steps_left(train_dir, max_steps)
+        assert capsys.readouterr().err == (
+            f"{train_dir}/model.ckpt-5 has reached step 5 of --max_steps={max_steps}: nothing to "
+            "do\n"
+        )
+
+
+def test_a_finished_run_has_nothing_to_do_whatever_the_settings(tmp_path):
+    train(tmp_path, max_steps=5)
+    assert not has_steps_left(tmp_path, 5, SETTINGS._replace(crop_size=22))
+
+
+@pytest.mark.parametrize("start", [has_steps_left, train])
+def test_an_unusable_train_dir_is_a_one_line_error(tmp_path, start):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(UserError, match="^cannot use --train_dir=.*file: ") as caught:
+        start(tmp_path / "file", 5)
+    assert "\n" not in str(caught.value)
+
+
+# --- The lock.
+
+
+def test_a_second_trainer_is_refused_with_a_description_of_the_first(tmp_path):
+    options = training_run.Options(str(tmp_path), 1)
+    count = count_step()
+    with training_run.training_session(tf.constant(1.0), 8, options, SETTINGS) as sess:
+        before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+        with pytest.raises(
+            UserError,
+            match=f"^another process is training in --train_dir={tmp_path}: process {os.getpid()} "
+            "on .*; wait until it has finished, or choose another folder$",
+        ):
+            train(tmp_path, max_steps=9)
+        assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+        sess.run(count)
+    assert saved_step(tmp_path) == 1
+
+
+@pytest.mark.parametrize("losses", [{}, {1: math.nan}])
+def test_the_lock_is_released_after_success_and_failure(tmp_path, losses):
+    with contextlib.suppress(UserError):
+        train(tmp_path, max_steps=2, losses=losses)
+    assert not (tmp_path / ".trainer.lock").exists()
+    assert train(tmp_path, max_steps=3) >= 1
+
+
+# --- The record of each start.
+
+
+def test_each_start_of_training_is_recorded_after_the_earlier_ones(tmp_path):
+    with training_run.training_graph(seed=7):
+        run(count_step(), tmp_path, max_steps=2, flags={"seed": 7, "batch_size": 4})
+    with training_run.training_graph():
+        run(count_step(), tmp_path, max_steps=3, flags={"seed": None})
+    first, second = json.loads((tmp_path / "run.json").read_text())
+    assert first["flags"] == {"seed": 7, "batch_size": 4}
+    assert first["seed"] == 7
+    assert second["flags"] == {"seed": None}
+    assert 0 <= second["seed"] < 2**31
+    assert first["script"] == os.path.basename(sys.argv[0])
+    assert (first["class_names"], first["examples_per_epoch"]) == (["cat", "dog"], 100)
+    assert abs(first["time"] - time.time()) < 60
+    assert first["tensorflow"] == tf.version.VERSION
+    assert first["python"] == platform.python_version()
+    assert first["processors"] == os.cpu_count()
+    assert isinstance(first["processor"], str)
+    assert isinstance(first["gpus"], list)
+
+
+class Color(enum.Enum):
+    RED = 1
+
+
+def test_flags_that_json_cannot_represent_are_recorded_as_strings(tmp_path):
+    flags = {"color": Color.RED, "colors": [Color.RED], "folder": pathlib.Path("a")}
+    train(tmp_path, max_steps=1, flags=flags)
+    (start,) = json.loads((tmp_path / "run.json").read_text())
+    assert start["flags"] == {"color": "Color.RED", "colors": ["Color.RED"], "folder": "a"}
+    assert not (tmp_path / "run.json.part").exists()
+
+
+def test_the_record_of_a_start_names_the_commit_of_the_project(tmp_path):
+    train(tmp_path, max_steps=1)
+    (start,) = json.loads((tmp_path / "run.json").read_text())
+    process = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert (start["commit"] or "").removesuffix("-dirty") == process.stdout.strip()
+
+
+@pytest.mark.parametrize("content", ["{}", "[1]", "[{", ""])
+def test_a_run_file_that_is_not_a_list_of_starts_is_not_overwritten(tmp_path, content):
+    (tmp_path / "run.json").write_text(content)
+    with pytest.raises(UserError, match="run.json cannot be read as a list .*; move it away$"):
+        train(tmp_path, max_steps=3)
+    assert (tmp_path / "run.json").read_text() == content
+    assert not (tmp_path / "checkpoint").exists()
+
+
+# --- Values that are not finite.
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_loss_that_is_not_finite_stops_training_before_it_is_saved(tmp_path, value):
+    with pytest.raises(UserError, match=f"^PyFunc is {value} at step 3; the step is not saved"):
+        train(tmp_path, max_steps=9, losses={3: value}, save_checkpoint_steps=1)
+    assert saved_step(tmp_path) == 3  # after the steps 0, 1 and 2
+
+
+@pytest.mark.parametrize("bad", [[math.nan, 0], [math.inf, -math.inf], [0, -math.inf]])
+def test_a_gradient_that_is_not_finite_stops_training_before_it_is_saved(tmp_path, bad):
+    global_step = tf.train.get_or_create_global_step()
+    weights = tf.get_variable("layer/weights", initializer=[1.0, 2.0])
+    gradient = tf.py_func(
+        lambda step: np.float32(bad if step == 3 else [1, 1]),
+        [global_step.read_value()],
+        tf.float32,
+    )
+    gradient.set_shape([2])
+    graph_notes.check_finite(gradient, "gradients/layer/weights")
+    graph_notes.record_learning_rate(tf.constant(0.1))
+    update = tf.train.GradientDescentOptimizer(0.1).apply_gradients(
+        [(gradient, weights)], global_step
+    )
+    with tf.control_dependencies([update]):
+        train_op = tf.train.ExponentialMovingAverage(0.9).apply([weights])
+    with pytest.raises(
+        UserError,
+        match="^gradients/layer/weights is .* at step 3, where the learning rate is 0.1; the step "
+        "is not saved: run the same command again .* a smaller --initial_learning_rate$",
+    ):
+        run(train_op, tmp_path, max_steps=9, save_checkpoint_steps=1)
+    assert saved_step(tmp_path) == 3
+    newest = tf.train.load_checkpoint(tf.train.latest_checkpoint(str(tmp_path)))
+    for name in ("layer/weights", "layer/weights/ExponentialMovingAverage"):
+        assert np.isfinite(newest.get_tensor(name)).all()
+
+
+@pytest.mark.parametrize(("name", "reported"), [(None, "tower_0/total"), ("a/b", "a/b")])
+def test_a_checked_tensor_is_reported_by_its_own_name_unless_another_is_given(
+    tmp_path, name, reported
+):
+    with tf.name_scope("tower_0"):
+        tensor = tf.constant([0.0, math.nan], name="total")
+    graph_notes.check_finite(tf.constant([1.0, 2.0]))
+    graph_notes.check_finite(tensor, name)
+    with pytest.raises(UserError, match=f"^{reported} is nan at step 0;"):
+        run(count_step(), tmp_path, max_steps=3)
+
+
+def test_finite_tensors_of_any_shape_pass_the_check(tmp_path):
+    for shape in ([], [3], [2, 3, 4]):
+        graph_notes.check_finite(tf.ones(shape))
+    assert run(count_step(), tmp_path, max_steps=3) == 3
+
+
+def test_a_variable_that_is_not_finite_is_not_saved(tmp_path):
+    statistics = tf.get_variable("layer/statistics", initializer=[1e38])
+    train_op = count_step(tf.assign(statistics, statistics * 2))
+    with pytest.raises(
+        UserError, match="^layer/statistics is not finite after the update at step 1;"
+    ):
+        run(train_op, tmp_path, max_steps=9, save_checkpoint_steps=1)
+    assert saved_step(tmp_path) == 1  # float32 can hold 2e38
+
+
+def test_training_does_not_resume_from_a_checkpoint_that_is_not_finite(tmp_path):
+    train_op = count_step()
+    tf.get_variable("layer/statistics", initializer=[math.nan])
+    with tf.Session() as sess:
+        sess.run(tf.global_variables_initializer())
+        sess.run(tf.assign(tf.train.get_global_step(), 4))
+        tf.train.Saver().save(sess, str(tmp_path / "model.ckpt"), global_step=4)
+    with pytest.raises(
+        UserError,
+        match="^layer/statistics is not finite in the checkpoint of step 4; choose another folder "
+        "with --train_dir, or move that checkpoint and the file `checkpoint` away",
+    ):
+        run(train_op, tmp_path, max_steps=9)
+
+
+def test_a_histogram_of_values_that_are_not_finite_stops_training_with_one_line(tmp_path):
+    summaries.histogram("activations/conv1", tf.fill([2], math.nan))
+    with pytest.raises(UserError, match="^activations/conv1 is not finite at step 0") as caught:
+        run(count_step(), tmp_path, max_steps=5)
+    assert "\n" not in str(caught.value)
+
+
+# --- The input.
+
+
+def test_an_input_that_ends_early_is_an_error(tmp_path):
+    files = tf.train.string_input_producer(["a", "b"], num_epochs=1)
+    with pytest.raises(
+        UserError,
+        match="^the input has ended at step 2 of --max_steps=100; .*ckpt-2 is the newest "
+        "checkpoint$",
+    ):
+        run(count_step(files.dequeue()), tmp_path, max_steps=100)
+    assert saved_step(tmp_path) == 2
+
+
+def test_the_error_of_an_input_thread_is_raised(tmp_path):
+    def fail():
+        raise ValueError("the reader has failed")
+
+    queue = tf.FIFOQueue(10, tf.float32, shapes=[[]])
+    enqueue = queue.enqueue(tf.py_func(fail, [], tf.float32))
+    tf.train.add_queue_runner(tf.train.QueueRunner(queue, [enqueue] * 2))
+    with pytest.raises(tf.errors.InvalidArgumentError, match="the reader has failed"):
+        run(count_step(queue.dequeue()), tmp_path, max_steps=100)
+
+
+def make_slow_queue(min_after_dequeue=0):
+    """Returns a queue that receives ten examples per second."""
+    queue = tf.RandomShuffleQueue(2000, min_after_dequeue, tf.float32, shapes=[[]])
+    slow = tf.py_func(lambda: time.sleep(0.1) or np.float32(1), [], tf.float32)
+    tf.train.add_queue_runner(tf.train.QueueRunner(queue, [queue.enqueue(slow)]))
+    return queue
+
+
+def test_an_input_that_becomes_unusable_stops_a_step_that_waits_for_it(tmp_path):
+    def check_input():
+        raise DataError("the records have gone")
+
+    train_op = count_step(make_slow_queue().dequeue_many(1000))
+    with pytest.raises(DataError, match="^the records have gone$"):
+        run(train_op, tmp_path, max_steps=100, check_input=check_input)
+
+
+def test_an_unusable_input_explains_an_error_of_the_step(tmp_path):
+    failed = threading.Event()
+
+    def fail():
+        failed.set()
+        raise ValueError("a record makes no sense")
+
+    def check_input():
+        if failed.is_set():
+            raise DataError("the records have gone")
+
+    failure = tf.py_func(fail, [], tf.float32)
+    with pytest.raises(DataError, match="^the records have gone$"):
+        run(count_step(failure), tmp_path, max_steps=100, check_input=check_input)
+
+
+def test_an_error_of_the_step_is_raised_if_the_input_is_usable(tmp_path):
+    failure = tf.debugging.assert_equal(1, tf.placeholder_with_default(2, []))
+    with pytest.raises(tf.errors.InvalidArgumentError):
+        run(count_step(failure), tmp_path, max_steps=100)
+
+
+def test_running_out_of_memory_is_a_one_line_error(tmp_path):
+    def fail():
+        raise MemoryError("OOM when allocating tensor with shape[1024]")
+
+    with pytest.raises(UserError, match="^out of memory .*; use a smaller --batch_size") as caught:
+        run(count_step(tf.py_func(fail, [], tf.float32)), tmp_path, max_steps=100)
+    assert "\n" not in str(caught.value)
+
+
+class Terminal:
+    """Replaces stderr by a terminal, and keeps the text that is written to it."""
+
+    def __init__(self):
+        self.text = ""
+
+    def isatty(self):
+        return True
+
+    def write(self, text):
+        self.text += text
+
+    def flush(self):
+        pass
+
+
+def test_the_filling_queue_is_shown_until_the_first_step_has_its_batch(
+    tmp_path, capsys, monkeypatch
+):
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    queue = make_slow_queue(min_after_dequeue=16)
+    graph_notes.watch_queue(queue.size(), min_size=17)
+    run(count_step(queue.dequeue()), tmp_path, max_steps=1)
+    levels = [int(n) for n in re.findall(r"Filling queue: .*? (\d+)/17 ", terminal.text)]
+    assert levels == sorted(levels)
+    assert 8 < levels[-1] <= 17
+    assert re.search(r"\r +\r$", terminal.text)  # the bar is erased
+    assert [step for step, *_ in printed(capsys)] == [0]
+
+
+# --- Summaries.
+
+
+def test_summaries_describe_the_batch_of_their_step(tmp_path):
+    # There are as many batches as steps: another one for the summaries would end the input.
+    queue = tf.FIFOQueue(20, tf.float32, [])
+    batch = queue.dequeue()
+    tf.summary.scalar("batch", batch)
+    fill = tf.group(queue.enqueue_many(tf.range(20.0)))
+    tf.train.add_queue_runner(tf.train.QueueRunner(queue, [fill]))
+    run(count_step(batch), tmp_path, max_steps=20, loss=batch, save_summaries_steps=3)
+    found = [(step, value) for step, tag, value in recorded(tmp_path) if tag == "batch"]
+    assert found == [(step, step) for step in range(0, 20, 3)]
+
+
+def test_summaries_of_steps_that_are_trained_again_replace_the_earlier_ones(tmp_path):
+    train(tmp_path, max_steps=4)
+    train(tmp_path, max_steps=6)
+    starts = [
+        event.step
+        for path in sorted(tmp_path.glob("events.out.tfevents.*"))
+        for event in tf.train.summary_iterator(str(path))
+        if event.session_log.status == tf.SessionLog.START
+    ]
+    assert starts == [0, 4]
+
+
+def test_summaries_are_written_as_often_as_the_options_say_with_the_throughput(tmp_path):
+    tf.summary.scalar("of_the_graph", 7.0)
+    slow = tf.py_func(lambda: time.sleep(0.05) or np.float32(0), [], tf.float32)
+    run(count_step(slow), tmp_path, max_steps=9, save_summaries_steps=4)
+    found = recorded(tmp_path)
+    assert [step for step, tag, _ in found if tag == "of_the_graph"] == [0, 4, 8]
+    speeds = [value for _, tag, value in found if tag == "examples_per_sec"]
+    assert len(speeds) == 2
+    assert all(0 < speed < 8 / 0.05 for speed in speeds)
+    assert {tag for _, tag, _ in found} == {"of_the_graph", "examples_per_sec"}
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"save_histograms_steps": 4}, [0, 4, 8]),
+        ({}, [0]),
+        ({"save_histograms_steps": 0}, []),
+        ({"save_histograms_steps": 4, "save_summaries_steps": 3}, [0, 4, 8]),
+    ],
+)
+def test_histograms_and_images_have_an_interval_of_their_own(tmp_path, options, expected):
+    tf.summary.scalar("scalar", 7.0)
+    tf.summary.histogram("histogram", [1.0, 2.0])
+    summaries.image_sheet("image", tf.zeros([2, 4, 4, 3]))
+    run(count_step(), tmp_path, max_steps=10, **{"save_summaries_steps": 1} | options)
+    found = recorded(tmp_path)
+    scalar_steps = range(0, 10, options.get("save_summaries_steps", 1))
+    assert [step for step, tag, _ in found if tag == "scalar"] == list(scalar_steps)
+    for tag in ("histogram", "image"):
+        assert [step for step, other, _ in found if other == tag] == expected
+
+
+def test_a_resumed_run_starts_with_a_histogram(tmp_path):
+    for max_steps in (3, 5):
+        with tf.Graph().as_default():
+            tf.summary.histogram("histogram", [1.0, 2.0])
+            run(count_step(), tmp_path, max_steps=max_steps)
+    assert sorted(step for step, tag, _ in recorded(tmp_path) if tag == "histogram") == [0, 3]
+
+
+def test_summaries_are_on_disk_before_the_next_step(tmp_path):
+    written = {}
+
+    def read_events(step):
+        written[step] = [step for step, tag, _ in recorded(tmp_path) if tag == "of_the_graph"]
+        return np.float32(1)
+
+    tf.summary.scalar("of_the_graph", 7.0)
+    step = tf.train.get_or_create_global_step().read_value()
+    run(
+        count_step(tf.py_func(read_events, [step], tf.float32)),
+        tmp_path,
+        max_steps=6,
+        save_summaries_steps=2,
+    )
+    assert written == {0: [], 1: [0], 2: [0], 3: [0, 2], 4: [0, 2], 5: [0, 2, 4]}
+
+
+def test_no_summaries_are_written_if_they_are_turned_off(tmp_path):
+    tf.summary.scalar("of_the_graph", 7.0)
+    tf.summary.histogram("histogram", [1.0, 2.0])
+    run(count_step(), tmp_path, max_steps=9, save_summaries_steps=0)
+    assert recorded(tmp_path) == []
+
+
+@pytest.mark.parametrize("save_summaries_steps", [0, 100])
+def test_the_graph_is_written_for_tensorboard(tmp_path, save_summaries_steps):
+    tf.constant(1.0, name="this_one")
+    run(count_step(), tmp_path, max_steps=1, save_summaries_steps=save_summaries_steps)
+    (path,) = tmp_path.glob("events.out.tfevents.*")
+    (graph,) = [
+        tf.GraphDef.FromString(event.graph_def)
+        for event in tf.train.summary_iterator(str(path))
+        if event.HasField("graph_def")
+    ]
+    assert "this_one" in {node.name for node in graph.node}
+
+
+def test_a_second_run_in_a_folder_that_was_deleted_writes_its_summaries(tmp_path):
+    for max_steps in (2, 3):
+        with tf.Graph().as_default():
+            tf.summary.scalar("of_the_graph", max_steps)
+            run(count_step(), tmp_path / "train", max_steps)
+        assert (0, "of_the_graph", max_steps) in recorded(tmp_path / "train")
+        shutil.rmtree(tmp_path / "train")
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/fd"), reason="Linux has this folder")
+@pytest.mark.parametrize("losses", [{}, {1: math.nan}])
+def test_a_run_leaves_no_event_file_open(tmp_path, losses):
+    with contextlib.suppress(UserError):
+        train(tmp_path, max_steps=2, losses=losses)
+    opened = [os.readlink(f"/proc/self/fd/{n}") for n in os.listdir("/proc/self/fd") if is_open(n)]
+    assert not [path for path in opened if path.startswith(str(tmp_path))]
+    assert not [t.name for t in threading.enumerate() if "EventLogger" in t.name]
+
+
+def is_open(descriptor):  # the one of the list itself is already closed
+    return os.path.lexists(f"/proc/self/fd/{descriptor}")
+
+
+def test_summaries_that_cannot_be_written_end_training_with_one_line(tmp_path, monkeypatch):
+    write = tf.io.TFRecordWriter.write
+    written = []
+
+    def fail_later(writer, record):
+        written.append(record)
+        if len(written) > 4:
+            raise tf.errors.OutOfRangeError(None, None, "events; File too large")
+        write(writer, record)
+
+    monkeypatch.setattr(tf.io.TFRecordWriter, "write", fail_later)
+    with pytest.raises(UserError, match="^cannot write to --train_dir=.*: events; File too large"):
+        train(tmp_path, max_steps=9, save_summaries_steps=1)
+    assert len(written) == 5
+
+
+# --- Signals.
+
+
+@pytest.fixture
+def signals():
+    """Sends signals to this process. One that the session does not handle fails the test."""
+
+    def fail(number, frame):
+        raise AssertionError(f"signal {number} was not deferred")
+
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    previous = {number: signal.signal(number, fail) for number in numbers}
+    yield lambda number: os.kill(os.getpid(), number)
+    assert all(signal.getsignal(number) is fail for number in numbers)
+    for number, handler in previous.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_lets_the_step_finish_and_saves_it(tmp_path, signals, number):
+    trained = []
+
+    def send_once(step):
+        if step == 3:
+            signals(number)
+            time.sleep(0.5)
+        trained.append(step)
+
+    with pytest.raises(Interrupted) as caught:
+        train(tmp_path, max_steps=100, before_step=send_once)
+    assert trained == [0, 1, 2, 3]
+    assert saved_step(tmp_path) == 4
+    assert caught.value.signal_number == number
+    assert caught.value.message == (
+        f"step 4 is saved in {tmp_path}/model.ckpt-4; run the same command again to resume from it"
+    )
+
+
+def test_a_signal_at_the_last_step_does_not_interrupt_the_run(tmp_path, signals):
+    def send_at_the_end(step):
+        if step == 4:
+            signals(signal.SIGTERM)
+            time.sleep(0.5)
+
+    assert train(tmp_path, max_steps=5, before_step=send_at_the_end) == 5
+    assert saved_step(tmp_path) == 5
+
+
+def test_a_signal_stops_a_first_step_that_waits_for_its_input(tmp_path, signals):
+    train_op = count_step(make_slow_queue().dequeue_many(1000))
+    timer = threading.Timer(1.0, signals, [signal.SIGINT])
+    timer.start()
+    start = time.monotonic()
+    with pytest.raises(Interrupted, match=r"^step 0 is saved in .*ckpt-0; run the same command"):
+        run(train_op, tmp_path, max_steps=100)
+    assert time.monotonic() - start < 10
+    timer.join()
+
+
+@pytest.mark.slow
+def test_a_signal_stops_a_later_step_that_waits_for_its_input_within_half_a_minute(
+    tmp_path, signals
+):
+    def send_after_the_first_step():
+        while not (tmp_path / "metrics.jsonl").exists():
+            time.sleep(0.01)
+        time.sleep(1.0)  # until the next step waits
+        signals(signal.SIGINT)
+
+    queue = make_slow_queue()
+    is_first = tf.equal(tf.train.get_or_create_global_step(), 0)
+    batch = tf.cond(is_first, lambda: tf.zeros([1000]), lambda: queue.dequeue_many(1000))
+    thread = threading.Thread(target=send_after_the_first_step)
+    thread.start()
+    start = time.monotonic()
+    with pytest.raises(Interrupted, match=r"^step 1 is saved in .*ckpt-1; run the same command"):
+        run(count_step(batch), tmp_path, max_steps=100)
+    assert 10 < time.monotonic() - start < 30
+    thread.join()
+    assert saved_step(tmp_path) == 1
+
+
+@pytest.mark.parametrize("name", ["stdout", "stderr"])
+def test_training_goes_on_when_a_stream_is_lost(tmp_path, monkeypatch, name):
+    with lost_stream("terminal") as stream:
+        monkeypatch.setattr(sys, name, stream)
+        assert train(tmp_path, max_steps=5, log_frequency=1) == 5
+    assert saved_step(tmp_path) == 5
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 5
+
+
+def test_a_training_graph_can_be_built_when_stdout_is_lost(monkeypatch):
+    with lost_stream() as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        with training_run.training_graph():
+            print("Filling queue", flush=True)
+
+
+def test_a_session_outside_the_main_thread_trains_without_signals(tmp_path):
+    steps = []
+    thread = threading.Thread(target=lambda: steps.append(train(tmp_path, max_steps=3)))
+    thread.start()
+    thread.join()
+    assert steps == [3]
+
+
+# --- Seeds.
+
+
+def draw(seed=None, worker=None):
+    """Returns numbers that a training graph draws, and whether it is the default graph inside."""
+    with training_run.training_graph(seed, worker) as graph, tf.Session() as sess:
+        assert tf.get_default_graph() is graph
+        return tuple(sess.run([tf.random.uniform([]), tf.random.normal([])]))
+
+
+def make_worker(index, **attributes):
+    """Returns what a session needs of a `Worker`, for a worker that is not the chief."""
+    defaults = {
+        "index": index,
+        "is_chief": False,
+        "is_over": False,
+        "device_filters": [],
+        "device_setter": lambda: None,
+        "make_hook": tf.train.SessionRunHook,
+        "check_peers": lambda: None,
+        "release": lambda session: session.close(),
+        "explain_end": lambda: "the chief has stopped training",
+    }
+    return types.SimpleNamespace(**defaults | attributes)
+
+
+def test_a_seed_determines_all_random_numbers_of_a_training_graph():
+    assert draw(5) == draw(5)
+    assert draw(0) == draw(0)
+    assert not set(draw(5)) & set(draw(6))
+
+
+def test_without_a_seed_each_training_graph_draws_different_numbers():
+    assert not set(draw()) & set(draw())
+
+
+def test_a_worker_that_is_restarted_draws_from_the_step_of_the_cluster(tmp_path):
+    worker = make_worker(1, read_global_step=lambda: 7)
+    with training_run.training_graph(5, worker, train_dir=tmp_path) as graph:
+        assert graph.seed == 6
+        with graph_notes.input_seed():
+            at_step_7 = graph.seed
+    with training_run.training_graph(6) as graph:
+        graph_notes.record(7)
+        with graph_notes.input_seed():
+            assert graph.seed == at_step_7 != 6
+
+
+def test_workers_draw_different_numbers_from_the_same_seed():
+    assert draw(7, make_worker(0)) == draw(7)
+    assert draw(7, make_worker(1)) == draw(7, make_worker(1))
+    assert not set(draw(7, make_worker(0))) & set(draw(7, make_worker(1)))
+
+
+@pytest.mark.parametrize("seed", [2**31 - 1, None])
+def test_the_seed_of_a_worker_stays_within_31_bits(seed):
+    with training_run.training_graph(seed, make_worker(3)) as graph:
+        assert 0 <= graph.seed < 2**31
+
+
+def test_a_worker_places_the_variables_of_its_training_graph():
+    setter = tf.train.replica_device_setter(ps_tasks=1)
+    with training_run.training_graph(7, make_worker(1, device_setter=lambda: setter)):
+        assert tf.get_variable("x", []).device == "/job:ps/task:0"
+
+
+# --- Workers of a cluster.
+
+
+@pytest.fixture
+def server():
+    """A server whose variables, here the global step, the chief has initialized to 2."""
+    server = tf.train.Server.create_local_server()
+    with tf.Graph().as_default(), tf.Session(server.target) as sess:
+        step = tf.train.get_or_create_global_step()
+        sess.run(step.initializer)
+        sess.run(tf.assign(step, 2))
+    return server
+
+
+def test_a_worker_trains_with_the_variables_of_the_chief_and_leaves_train_dir_alone(
+    tmp_path, server, capsys
+):
+    train_dir = tmp_path / "train"
+    worker = make_worker(1, target=server.target)
+    assert has_steps_left(train_dir, 5, worker=worker)
+    assert train(train_dir, max_steps=5, worker=worker) == 3
+    assert [line[:2] for line in printed(capsys)] == [(2, 102)]
+    assert not train_dir.exists()
+
+
+def test_the_session_of_a_worker_contacts_only_the_devices_that_the_worker_names(tmp_path, server):
+    config = tf.ConfigProto()
+    worker = make_worker(1, target=server.target, device_filters=["/job:ps", "/job:local"])
+    train(tmp_path, max_steps=3, worker=worker, config=config)
+    assert list(config.device_filters) == ["/job:ps", "/job:local"]
+
+
+@contextlib.contextmanager
+def without_delay():
+    """Fails if the block takes as long as a worker waits for a step that does not end."""
+    start = time.monotonic()
+    yield
+    assert time.monotonic() - start < 4
+
+
+def test_a_worker_whose_chief_has_finished_ends_without_an_error(tmp_path, server):
+    files = tf.train.string_input_producer(["a"], num_epochs=1)
+    worker = make_worker(1, target=server.target, is_over=True)
+    with tf.Session(server.target) as sess:
+        sess.run(tf.local_variables_initializer())
+    with without_delay():
+        assert run(count_step(files.dequeue()), tmp_path, max_steps=50, worker=worker) == 1
+
+
+def test_a_worker_whose_training_ends_early_explains_why(tmp_path, server):
+    files = tf.train.string_input_producer(["a"], num_epochs=1)
+    worker = make_worker(1, target=server.target)
+    with tf.Session(server.target) as sess:
+        sess.run(tf.local_variables_initializer())
+    with (
+        without_delay(),
+        pytest.raises(UserError, match="^the chief has stopped .* at step 3 of --max_steps=50$"),
+    ):
+        run(count_step(files.dequeue()), tmp_path, max_steps=50, worker=worker)
+
+
+def test_a_signal_tells_a_worker_how_to_rejoin(tmp_path, server, signals):
+    def send_once(step):
+        if step == 3:
+            signals(signal.SIGTERM)
+            time.sleep(0.5)
+
+    worker = make_worker(1, target=server.target)
+    with pytest.raises(Interrupted, match="^run the same command again to rejoin$"):
+        train(tmp_path, max_steps=100, before_step=send_once, worker=worker)
+
+
+def test_a_worker_without_its_chief_stops_a_step_that_waits(tmp_path, server):
+    def check_peers():
+        raise UserError("no response from the chief")
+
+    released = []
+
+    def release(session):
+        released.append(session)
+        session.close()
+
+    worker = make_worker(1, target=server.target, check_peers=check_peers, release=release)
+    # A step that waits for an update by the chief: no thread of this process fills the queue.
+    tokens = tf.FIFOQueue(1, tf.float32, shapes=[[]])
+    with without_delay(), pytest.raises(UserError, match="^no response from the chief$"):
+        run(count_step(tokens.dequeue()), tmp_path, max_steps=100, worker=worker)
+    assert released
+
+
+@pytest.mark.parametrize("kind", [tf.errors.UnavailableError, tf.errors.AbortedError])
+def test_the_loss_of_a_parameter_server_is_not_blamed_on_train_dir(tmp_path, server, kind):
+    class LosesServer(tf.train.SessionRunHook):
+        def after_create_session(self, session, coord):
+            raise kind(None, None, "connection reset")
+
+    worker = make_worker(1, target=server.target, make_hook=LosesServer)
+    with pytest.raises(kind):
+        train(tmp_path, max_steps=5, worker=worker)
