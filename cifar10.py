@@ -16,12 +16,17 @@ import re
 from absl import flags
 
 import cifar10_input
-from support.base import command_line
+from support.base import options
 from support.base.errors import DataError, UserError
-from support.data import dataset, download, synthetic
+from support.data import dataset, download, records, synthetic
 from support.data.settings import TrainingSettings
 from support.ops import fast_nn, graph_notes, summaries
-from support.ops.tensorflow_v1 import GPUS, computes_in_16_bits, tf, with_loss_scaling
+from support.ops.tensorflow_v1 import (
+    GPUS,
+    computes_in_16_bits,
+    tf,
+    with_loss_scaling,
+)
 
 FLAGS = flags.FLAGS
 
@@ -31,7 +36,7 @@ NUM_CLASSES = cifar10_input.NUM_CLASSES
 NUM_EXAMPLES_PER_EPOCH_FOR_TRAIN = cifar10_input.NUM_EXAMPLES_PER_EPOCH_FOR_TRAIN
 NUM_EXAMPLES_PER_EPOCH_FOR_EVAL = cifar10_input.NUM_EXAMPLES_PER_EPOCH_FOR_EVAL
 
-# Constants of the training process. Each has a flag of the same name, which overrides it.
+# Constants of the training process. Each has a flag of the same name, which wins over it.
 INITIAL_LEARNING_RATE = 0.1  # per update
 NUM_EPOCHS_PER_DECAY = 350.0  # epochs between decays of the learning rate
 LEARNING_RATE_DECAY_FACTOR = 0.1
@@ -46,85 +51,22 @@ TOWER_NAME = "tower"
 
 DATA_URL = download.DATA_URL
 
-command_line.forget_flags_of(__file__)
-flags.DEFINE_flag(command_line.PathFlag("data_dir", "/tmp/cifar10_data", "Folder for the dataset."))
-flags.DEFINE_boolean(
-    "synthetic_data",
-    False,
-    "Use a generated dataset (ten kinds of colored shapes) instead of CIFAR-10. Needs no network.",
-)
-flags.DEFINE_flag(
-    command_line.PathFlag(
-        "data_url",
-        DATA_URL,
-        "Where to get cifar-10-binary.tar.gz if data_dir has no dataset: an http(s)://, ftp:// or "
-        "file:// URL, or a path. The SHA-256 must match that of the original archive.",
-        url_schemes=("http", "https", "ftp", "file"),
-    )
-)
-flags.DEFINE_integer(
+options.register_constants(__name__)  # flags follow these constants until they are given a value
+options.DEFINE_path("data_dir", "/tmp/cifar10_data", "Folder for the dataset.")
+options.DEFINE_integer(
     "batch_size",
     128,
     "Number of images in a batch (in training, per tower or worker).",
     lower_bound=1,
     upper_bound=2**20,
 )
-flags.DEFINE_boolean(
+options.DEFINE_boolean(
     "use_fp16",
     False,
     "Compute in 16 bits where that is safe (float16 on GPUs, bfloat16 on CPUs). Variables and "
     "checkpoints stay float32.",
 )
-flags.DEFINE_enum(
-    "top_layers",
-    "full",
-    ["full", "local"],
-    "Type of the layers local3 and local4: fully connected, or locally connected with separate "
-    "filters for each position.",
-)
-flags.DEFINE_float(
-    "initial_learning_rate",
-    INITIAL_LEARNING_RATE,
-    "Learning rate before the first decay, greater than 0.",
-)
-flags.DEFINE_float(
-    "num_epochs_per_decay",
-    NUM_EPOCHS_PER_DECAY,
-    "Number of epochs between decays of the learning rate, greater than 0.",
-)
-flags.DEFINE_float(
-    "learning_rate_decay_factor",
-    LEARNING_RATE_DECAY_FACTOR,
-    "Factor by which each decay multiplies the learning rate, greater than 0. 1 turns decay off.",
-)
-flags.DEFINE_float(
-    "moving_average_decay",
-    MOVING_AVERAGE_DECAY,
-    "Decay of the moving averages of the variables per update, from 0 to less than 1.",
-)
-flags.DEFINE_float(
-    "weight_decay",
-    WEIGHT_DECAY,
-    "Weight of the L2 loss of local3 and local4 (with --top_layers=local, of softmax_linear as "
-    "well). The L2 loss is half the sum of the squared weights. 0 turns weight decay off.",
-)
-flags.register_validator("data_dir", bool, "it must name a folder")
-command_line.check_flags(
-    ["initial_learning_rate", "num_epochs_per_decay"],
-    lambda value: 0 < value <= 1e9,  # float32 and int64 can hold the results
-    "it must be greater than 0 and at most 1e9",
-)
-command_line.check_flags(
-    ["learning_rate_decay_factor"],
-    lambda value: 0 < value <= 1,
-    "it must be greater than 0 and at most 1",
-)
-command_line.check_flags(
-    ["moving_average_decay"], lambda value: 0 <= value < 1, "it must be at least 0 and less than 1"
-)
-command_line.check_flags(
-    ["weight_decay"], lambda value: 0 <= value <= 1e9, "it must be at least 0 and at most 1e9"
-)
+options.define("model")
 
 
 def maybe_download_and_extract():
@@ -144,119 +86,31 @@ def maybe_download_and_extract():
             )
         folder = synthetic.maybe_generate(FLAGS.data_dir)
     else:
-        folder = download.maybe_download_and_extract(FLAGS.data_dir, setting("data_url"))
-    dataset.check_records(folder, _edited_num_classes())
+        folder = download.maybe_download_and_extract(FLAGS.data_dir, FLAGS.data_url)
+    dataset.check_dataset(folder, options.constant("NUM_CLASSES"))
     return folder
 
 
-def find_data_folder():
-    """Returns the path of the folder with the record files, according to the flags."""
-    if FLAGS.synthetic_data:
-        return f"{FLAGS.data_dir}/{dataset.SYNTHETIC_FOLDER}"
-    return dataset.find_folder(FLAGS.data_dir)
-
-
-def find_class_names():
-    """Returns the names of the dataset's classes; see `support.data.dataset.read_class_names`."""
-    return dataset.read_class_names(find_data_folder(), _edited_num_classes())
-
-
-def num_examples_per_epoch(eval_data=False):
-    """Returns the examples per epoch: the constant if edited, otherwise the number of records.
-
-    Args:
-      eval_data: bool; True for the test file, False for the training files.
-    """
-    name = f"NUM_EXAMPLES_PER_EPOCH_FOR_{'EVAL' if eval_data else 'TRAIN'}"
-    constant = _constant(name)
-    if constant != getattr(dataset, name):
-        return constant
-    return cifar10_input.num_examples_per_epoch(find_data_folder(), eval_data)
-
-
-def crop_size():
-    """Returns the side of the images that the model sees, in pixels.
-
-    Raises:
-      UserError: the model or the records do not allow it.
-    """
-    size = setting("crop_size")
-    if not cifar10_input.is_valid_crop_size(size):
-        raise UserError(f"--crop_size or IMAGE_SIZE is {size}, but {cifar10_input.CROP_SIZE_RULE}")
-    return size
-
-
-# These flags have constants as their defaults.
-_CONSTANT_OF_FLAG = {
-    "crop_size": "IMAGE_SIZE",
-    "num_examples": "NUM_EXAMPLES_PER_EPOCH_FOR_EVAL",
-    **{
-        name: name.upper()
-        for name in (
-            "data_url",
-            "initial_learning_rate",
-            "num_epochs_per_decay",
-            "learning_rate_decay_factor",
-            "moving_average_decay",
-            "weight_decay",
-            "max_brightness_delta",
-            "min_contrast_factor",
-            "max_contrast_factor",
-            "min_fraction_of_examples_in_queue",
-            "num_preprocess_threads",
-        )
-    },
-}
-
-
-def setting(flag):
-    """Returns the value of a flag or, if it was not given, of its constant, as edited."""
-    return command_line.flag_or_constant(flag, _constant(_CONSTANT_OF_FLAG[flag]))
-
-
-def flags_in_effect(values):
-    """Replaces the values of flags that were not given by their constants, as edited.
-
-    Args:
-      values: dict of values by the name of the flag.
-
-    Returns:
-      dict with the same names.
-    """
-    return {
-        name: setting(name) if name in _CONSTANT_OF_FLAG else value
-        for name, value in values.items()
-    }
-
-
-def _constant(name):
-    """Returns a constant as it was edited, here or in cifar10_input."""
-    if name not in globals():
-        return getattr(cifar10_input, name)
-    constant = globals()[name]
-    is_edited = constant != getattr(dataset, name, constant)
-    return constant if is_edited else getattr(cifar10_input, name, constant)
-
-
-def _edited_num_classes():
-    num_classes = _constant("NUM_CLASSES")
-    return num_classes if num_classes != dataset.NUM_CLASSES else None
+def find_dataset():
+    """Returns the `support.data.dataset.Dataset` that the flags describe: classes and sizes."""
+    return cifar10_input.find_dataset(dataset.find_folder(FLAGS.data_dir, FLAGS.synthetic_data))
 
 
 def training_settings(class_names=None):
     """Returns the `TrainingSettings`; the class names are the dataset's if None."""
+    found = find_dataset()
     return TrainingSettings(
-        class_names=class_names or find_class_names(),
-        examples_per_epoch=num_examples_per_epoch(),
-        crop_size=crop_size(),
+        class_names=class_names or found.class_names,
+        examples_per_epoch=found.num_examples_per_epoch_for_train,
+        crop_size=FLAGS.crop_size,
         top_layers=FLAGS.top_layers,
         random_flip=FLAGS.random_flip,
     )
 
 
 def make_change_detector(eval_data):
-    """Returns a `dataset.ChangeDetector` for the test file or the training files."""
-    return dataset.ChangeDetector(find_data_folder(), eval_data)
+    """Returns a `records.ChangeDetector` for the test file or the training files."""
+    return records.ChangeDetector(find_dataset().folder, eval_data)
 
 
 def distorted_inputs(batch_size=None, shard=None):
@@ -271,20 +125,7 @@ def distorted_inputs(batch_size=None, shard=None):
       labels: int32 [batch_size].
     """
     return cifar10_input.distorted_inputs(
-        find_data_folder(),
-        batch_size or FLAGS.batch_size,
-        setting("min_fraction_of_examples_in_queue"),
-        setting("num_preprocess_threads"),
-        cifar10_input.Distortion(
-            setting("max_brightness_delta"),
-            setting("min_contrast_factor"),
-            setting("max_contrast_factor"),
-            FLAGS.random_flip,
-        ),
-        shard,
-        crop_size(),
-        FLAGS.fast_ops,
-        num_examples_per_epoch(),
+        find_dataset().folder, batch_size or FLAGS.batch_size, shard
     )
 
 
@@ -299,9 +140,7 @@ def inputs(eval_data, num_epochs=None):
       images: float32 [batch_size, 24, 24, 3], or another size with --crop_size.
       labels: int32 [batch_size].
     """
-    return cifar10_input.inputs(
-        eval_data, find_data_folder(), FLAGS.batch_size, num_epochs, crop_size(), FLAGS.fast_ops
-    )
+    return cifar10_input.inputs(eval_data, find_dataset().folder, FLAGS.batch_size, num_epochs)
 
 
 def _variable_on_cpu(name, shape, initializer):
@@ -428,9 +267,9 @@ def inference(images, num_classes=None):
       Logits, float32 [batch, num_classes]. Apply `tf.nn.softmax` to get probabilities.
     """
     if num_classes is None:
-        num_classes = len(find_class_names())
+        num_classes = len(find_dataset().class_names)
     nn = fast_nn if FLAGS.fast_ops else tf.nn
-    wd = setting("weight_decay")
+    wd = FLAGS.weight_decay
 
     conv1 = _convolution(nn, images, "conv1", channels=64, bias=0.0)  # [batch, 24, 24, 64]
     pool1 = nn.max_pool(
@@ -525,7 +364,7 @@ def average_losses(tower_losses):
     return loss_averages_op
 
 
-def decayed_learning_rate(global_step, examples_per_step, examples_per_epoch=None):
+def decayed_learning_rate(global_step, examples_per_step):
     """Returns the learning rate at a step, and shows it in TensorBoard.
 
     By default, it drops to a tenth every 350 epochs. With N towers, an epoch takes 1/N as many
@@ -535,23 +374,21 @@ def decayed_learning_rate(global_step, examples_per_step, examples_per_epoch=Non
     Args:
       global_step: int []; the number of updates so far.
       examples_per_step: int; images that one update consumes, over all towers or workers.
-      examples_per_epoch: int; `num_examples_per_epoch()` if None.
 
     Returns:
       float32 [].
     """
-    examples_per_epoch = examples_per_epoch or num_examples_per_epoch()
+    examples_per_epoch = find_dataset().num_examples_per_epoch_for_train
     num_batches_per_epoch = examples_per_epoch / examples_per_step
-    num_epochs_per_decay = setting("num_epochs_per_decay")
-    decay_steps = max(1, int(num_batches_per_epoch * num_epochs_per_decay))
+    decay_steps = max(1, int(num_batches_per_epoch * FLAGS.num_epochs_per_decay))
     if offset := graph_notes.examples_offset(examples_per_step):  # count images instead of steps
         global_step = tf.cast(global_step, tf.int64) * examples_per_step + offset
-        decay_steps = max(examples_per_step, examples_per_epoch * num_epochs_per_decay)
+        decay_steps = max(examples_per_step, examples_per_epoch * FLAGS.num_epochs_per_decay)
     learning_rate = tf.train.exponential_decay(
-        setting("initial_learning_rate"),
+        FLAGS.initial_learning_rate,
         global_step,
         decay_steps=decay_steps,
-        decay_rate=setting("learning_rate_decay_factor"),
+        decay_rate=FLAGS.learning_rate_decay_factor,
         staircase=True,
         name="learning_rate",
     )
@@ -584,8 +421,9 @@ def apply_gradients(optimizer, gradients, global_step):
         apply_gradient_op = optimizer.apply_gradients(gradients)
         with tf.control_dependencies([apply_gradient_op]):
             count_op = tf.assign_add(global_step, 1)
-        decay = setting("moving_average_decay")
-        variable_averages = tf.train.ExponentialMovingAverage(decay, global_step)
+        variable_averages = tf.train.ExponentialMovingAverage(
+            FLAGS.moving_average_decay, global_step
+        )
         with tf.control_dependencies([count_op]):
             return variable_averages.apply(tf.trainable_variables())
 

@@ -36,12 +36,11 @@ import sys
 
 from absl import app, flags
 
-from support.base import command_line, files, streams
+from support.base import command_line, files, options, streams
 from support.data import dataset, formats
 from support.data.conversion import (
     SPLITS,
     SVHN,
-    SVHN_URL,
     check_output_is_outside,
     convert,
     find_splits,
@@ -52,74 +51,7 @@ FLAGS = flags.FLAGS
 
 SOURCE_FLAGS = ("pictures", "svhn", "cifar10_python", "cifar100")
 
-command_line.forget_flags_of(__file__)
-flags.DEFINE_flag(
-    command_line.PathFlag(
-        "pictures",
-        None,
-        "Folder that contains your images as train/CLASS/* and test/CLASS/*, or as CLASS/* if you "
-        "give --test_fraction. Images can be PNG, JPEG, GIF, BMP or WebP files of any size.",
-        is_for_tensorflow=False,
-    )
-)
-flags.DEFINE_flag(
-    command_line.PathFlag(
-        "svhn",
-        None,
-        f"Folder with train_32x32.mat and test_32x32.mat, the cropped digits from {SVHN_URL}.",
-        is_for_tensorflow=False,
-    )
-)
-flags.DEFINE_flag(
-    command_line.PathFlag(
-        "cifar10_python",
-        None,
-        "The Python version of CIFAR-10: the folder cifar-10-batches-py or the archive "
-        "cifar-10-python.tar.gz.",
-        is_for_tensorflow=False,
-    )
-)
-flags.DEFINE_flag(
-    command_line.PathFlag(
-        "cifar100",
-        None,
-        "The binary or the Python version of CIFAR-100: its folder or its archive.",
-        is_for_tensorflow=False,
-    )
-)
-flags.DEFINE_enum(
-    "cifar100_labels",
-    "fine",
-    ["fine", "coarse"],
-    "The labels of CIFAR-100 to use: 100 fine classes or 20 coarse ones.",
-)
-flags.DEFINE_flag(
-    command_line.PathFlag(
-        "output",
-        None,
-        "Folder to create for the dataset; pass it to the other scripts as --data_dir. It may "
-        "exist if it is empty.",
-        is_for_tensorflow=False,
-    )
-)
-flags.DEFINE_float(
-    "test_fraction",
-    None,
-    "Fraction of each class to use as test images, for images that are not divided into train and "
-    "test.",
-)
-flags.DEFINE_integer(
-    "shuffle_seed",
-    0,
-    "Seed that determines the order of the records, and which images --test_fraction selects. The "
-    "same images and seed produce the same files. The order of CIFAR-10 and CIFAR-100 is kept.",
-    lower_bound=0,
-)
-command_line.check_flags(
-    ["test_fraction"],
-    lambda value: value is None or 0 < value < 1,
-    "it must be more than 0 and less than 1",
-)
+options.define("conversion")
 
 
 def convert_images(output):

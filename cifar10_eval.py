@@ -17,9 +17,9 @@ import numpy as np
 from absl import flags
 
 import cifar10
-from support.base import command_line, files, progress, streams
+from support.base import command_line, files, options, progress, streams
 from support.base.errors import CheckpointError, UserError, first_line
-from support.data import dataset
+from support.data import records
 from support.ops import summaries
 from support.ops.tensorflow_v1 import (
     is_nonfinite_histogram,
@@ -32,45 +32,34 @@ from support.run import charts, checkpoints
 
 FLAGS = flags.FLAGS
 
-command_line.forget_flags_of(__file__)
-flags.DEFINE_flag(
-    command_line.PathFlag("eval_dir", "/tmp/cifar10_eval", "Folder for summaries and results.")
+options.DEFINE_path(
+    "eval_dir",
+    "/tmp/cifar10_eval",
+    "Folder for summaries and results.",
+    options.checkpoint_path,
 )
-flags.DEFINE_flag(
-    command_line.PathFlag(
-        "checkpoint_dir",
-        "/tmp/cifar10_train",
-        "Folder with the checkpoints, or one checkpoint, such as "
-        "/tmp/cifar10_train/model.ckpt-1000.",
-    )
-)
-flags.DEFINE_boolean("run_once", False, "Evaluate the newest checkpoint, then exit.")
-flags.DEFINE_integer(
+options.DEFINE_boolean("run_once", False, "Evaluate the newest checkpoint, then exit.")
+options.DEFINE_integer(
     "num_examples",
-    cifar10.NUM_EXAMPLES_PER_EPOCH_FOR_EVAL,
+    options.Constant("NUM_EXAMPLES_PER_EPOCH_FOR_EVAL"),
     "Maximum number of images to evaluate.",
-    lower_bound=1,
-    upper_bound=2**31 - 1,
+    1,
+    2**31 - 1,
 )
-flags.DEFINE_enum(
+options.DEFINE_enum(
     "eval_data",
     "test",
     ["test", "train_eval"],
     "Which images to evaluate: the test file, or the training files (train_eval).",
 )
-flags.DEFINE_integer(
+options.DEFINE_integer(
     "eval_interval_secs",
     300,
     "Minimum number of seconds between the starts of two evaluations.",
-    lower_bound=0,
-    upper_bound=2**31 - 1,
+    0,
+    2**31 - 1,
 )
-flags.DEFINE_boolean(
-    "use_moving_averages",
-    True,
-    "Use the moving averages of the variables. With false, use the variables themselves.",
-)
-command_line.check_flags(["eval_dir", "checkpoint_dir"], bool, "it must name a folder")
+options.define("checkpoint")
 
 RESULTS_FILE = "results.jsonl"
 MAX_MISTAKES = 36  # images on the sheet of mistakes
@@ -176,7 +165,7 @@ def eval_once(
     if checkpoint is None:
         checkpoint = checkpoints.require_checkpoint(FLAGS.checkpoint_dir)
     if class_names is None:
-        class_names = cifar10.find_class_names()
+        class_names = cifar10.find_dataset().class_names
     if not tf.get_collection(tf.GraphKeys.LOCAL_INIT_OP):
         # Create it once per graph, before any session runs.
         tf.add_to_collection(tf.GraphKeys.LOCAL_INIT_OP, tf.local_variables_initializer())
@@ -260,22 +249,10 @@ def _divide_by_class(class_names, counts, totals):
     }
 
 
-def variables_to_restore():
-    """Returns the variables of the default graph: dict by name in the checkpoint.
-
-    Unless --use_moving_averages is false, a trainable variable has the name of its moving average.
-    Others, for example those of batch normalization, have no moving averages.
-    """
-    if FLAGS.use_moving_averages:
-        variable_averages = tf.train.ExponentialMovingAverage(cifar10.MOVING_AVERAGE_DECAY)
-        return variable_averages.variables_to_restore(tf.trainable_variables())
-    return {variable.op.name: variable for variable in tf.global_variables()}
-
-
 def _count_examples(eval_test):
     """Returns how many images to evaluate; reports on stderr if some are left out or missing."""
-    available = dataset.count_records(cifar10.find_data_folder(), eval_test)
-    limit = cifar10.setting("num_examples")
+    available = records.count_records(cifar10.find_dataset().folder, eval_test)
+    limit = FLAGS.num_examples
     if available < limit:
         print(
             f"--num_examples={limit}, but there are only {available} images: evaluating all of "
@@ -316,6 +293,7 @@ def evaluate(last_step=None, check_trainer=lambda: None):
       UserError: --eval_dir cannot be written, or the dataset has changed. With --run_once also:
         there is no checkpoint, or it cannot be evaluated.
     """
+    options.values()  # checks them: a constant may have been edited
     single = checkpoints.find_single_checkpoint(FLAGS.checkpoint_dir)
     run_once = FLAGS.run_once or single is not None
     checkpoint_dir = FLAGS.checkpoint_dir if single is None else os.path.dirname(single)
@@ -336,7 +314,7 @@ def evaluate(last_step=None, check_trainer=lambda: None):
         logits = cifar10.inference(images)
         predictions = tf.argmax(logits, axis=1, output_type=labels.dtype)
         top_k_op = tf.equal(predictions, labels)
-        variables = variables_to_restore()
+        variables = checkpoints.find_variables(FLAGS.use_moving_averages)
         saver = tf.train.Saver(variables)
         # Without the sparsity of the layers, which training already shows.
         _, summary_op = summaries.merge_collected()

@@ -10,8 +10,7 @@ gradients; the average of all towers' gradients then updates the variables once.
 from absl import flags
 
 import cifar10
-import cifar10_train  # defines the flags of training
-from support.base import command_line
+from support.base import command_line, options
 from support.base.errors import UserError
 from support.cluster import task
 from support.ops.tensorflow_v1 import (
@@ -25,12 +24,8 @@ from support.run import training_run
 
 FLAGS = flags.FLAGS
 
-command_line.forget_flags_of(__file__)
-flags.DEFINE_integer(
-    "num_gpus", 1, "Number of towers, one per GPU.", lower_bound=1, upper_bound=1024
-)
-for name in [*training_run.Options._fields, "seed", "log_device_placement"]:
-    flags.declare_key_flag(name)
+options.DEFINE_integer("num_gpus", 1, "Number of towers, one per GPU.", 1, 1024)
+options.define("run")
 
 
 def tower_loss(scope, images, labels):
@@ -124,9 +119,10 @@ def build_training(num_gpus, batch_size):
 
 def train():
     """Trains up to --max_steps, resuming from the newest checkpoint in --train_dir if any."""
-    options = cifar10_train.training_options()
+    flag_values = options.values()
+    run_options = training_run.Options.select(flag_values)
     settings = cifar10.training_settings()
-    if not training_run.has_steps_left(options, settings):
+    if not training_run.has_steps_left(run_options, settings):
         return
     if FLAGS.num_gpus > len(GPUS):
         tf.logging.warning(
@@ -136,16 +132,16 @@ def train():
             "them" if GPUS else "the CPU",
         )
     warn_of_unused_gpus(FLAGS.num_gpus)
-    with training_run.training_graph(FLAGS.seed, train_dir=options.train_dir):
+    with training_run.training_graph(FLAGS.seed, train_dir=FLAGS.train_dir):
         train_op, loss = build_training(FLAGS.num_gpus, FLAGS.batch_size)
         with training_run.training_session(
             loss,
             FLAGS.batch_size * FLAGS.num_gpus,
-            options,
+            run_options,
             settings,
             session_config(FLAGS.use_fp16, FLAGS.log_device_placement),
             check_input=cifar10.make_change_detector(eval_data=False).check,
-            flags=cifar10.flags_in_effect(command_line.flag_values()),
+            flags=flag_values,
         ) as sess:
             while not sess.should_stop():
                 sess.run(train_op)

@@ -14,7 +14,6 @@ import collections
 import contextlib
 import json
 import os
-import re
 import sys
 import tempfile
 from typing import NamedTuple
@@ -23,11 +22,10 @@ import numpy as np
 from absl import app, flags
 
 import cifar10
-import cifar10_eval  # defines --checkpoint_dir and --use_moving_averages
 import cifar10_input
-from support.base import command_line, files
+from support.base import command_line, files, options
 from support.base.errors import CheckpointError, UserError, first_line
-from support.data import dataset, image_files
+from support.data import image_files, records
 from support.ops.tensorflow_v1 import (
     out_of_memory_explained,
     session_config,
@@ -38,23 +36,7 @@ from support.run import checkpoints
 
 FLAGS = flags.FLAGS
 
-flags.declare_key_flag("checkpoint_dir")
-flags.declare_key_flag("use_moving_averages")
-command_line.forget_flags_of(__file__)
-flags.DEFINE_boolean("json", False, "Print one JSON object per image, each on its own line.")
-flags.DEFINE_flag(
-    command_line.PathFlag(
-        "export_dir",
-        None,
-        "Folder to write the model to, as a SavedModel. It must be new or empty.",
-    )
-)
-flags.register_validator("export_dir", lambda value: value != "", "it must name a folder")
-flags.register_validator(
-    "export_dir",
-    lambda value: re.search(r"\[[^/]*\]|\\", value or "") is None,
-    "TensorFlow cannot load a model from a path with brackets or a backslash",
-)
+options.define("prediction", "checkpoint")
 
 TOP_CLASSES = 3  # printed for each image
 
@@ -86,15 +68,16 @@ def open_model():
     Raises:
       UserError: there is no checkpoint, or it cannot be used.
     """
+    options.values()  # checks them: a constant may have been edited
     trained = checkpoints.read_newest_settings(FLAGS.checkpoint_dir)
     settings = cifar10.training_settings(trained and trained.class_names)
-    shape = [None, dataset.HEIGHT, dataset.WIDTH, dataset.DEPTH]
+    shape = [None, records.HEIGHT, records.WIDTH, records.DEPTH]
     with tf.Graph().as_default(), tf.Session(config=session_config(FLAGS.use_fp16)) as session:
         images = tf.placeholder(tf.uint8, shape, name="images")
-        crops = cifar10_input.central_crops(images, settings.crop_size)
+        crops = cifar10_input.central_crops(images)
         logits = cifar10.inference(crops, len(settings.class_names))
         probabilities = tf.nn.softmax(logits, name="probabilities")
-        variables = cifar10_eval.variables_to_restore()
+        variables = checkpoints.find_variables(FLAGS.use_moving_averages)
         saver = tf.train.Saver(variables)
         checkpoint, step = checkpoints.restore_newest(
             session, saver, variables, FLAGS.checkpoint_dir, settings

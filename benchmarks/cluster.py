@@ -24,16 +24,15 @@ import time
 import compare
 from absl import flags
 
-from support.base import command_line
+from support.base import command_line, options
 from support.base.errors import UserError
 from support.data import synthetic
 
 FLAGS = flags.FLAGS
 
-command_line.forget_flags_of(__file__)
 flags.DEFINE_list("workers", ["1", "2", "4"], "Numbers of workers and towers to compare.")
-flags.DEFINE_integer("cluster_turns", 3, "Number of turns of each trainer.", lower_bound=1)
-flags.DEFINE_integer("cluster_steps", 80, "Number of steps in a turn.", lower_bound=40)
+options.DEFINE_integer("cluster_turns", 3, "Number of turns of each trainer.", lower_bound=1)
+options.DEFINE_integer("cluster_steps", 80, "Number of steps in a turn.", lower_bound=40)
 
 WARM_UP_STEPS = 20
 PARAMETER_BYTES = 4 * 1_068_298  # size of all variables; all gradients have the same size

@@ -23,6 +23,8 @@ import sys
 import tempfile
 import time
 
+from support.data import records
+
 ROOT = pathlib.Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
@@ -31,22 +33,21 @@ from absl import flags  # noqa: E402
 from contender import MATRIX_SIZE  # noqa: E402
 
 import cifar10_input  # noqa: E402
-from support.base import command_line  # noqa: E402
+from support.base import command_line, options  # noqa: E402
 from support.base.errors import UserError  # noqa: E402
-from support.data import dataset, synthetic  # noqa: E402
+from support.data import synthetic  # noqa: E402
 from support.ops.tensorflow_v1 import find_bfloat16_support, find_processor_name, tf  # noqa: E402
 
 FLAGS = flags.FLAGS
 
-command_line.forget_flags_of(__file__)
-flags.DEFINE_integer("turns", 8, "Number of turns of each contender.", lower_bound=1)
-flags.DEFINE_integer(
+options.DEFINE_integer("turns", 8, "Number of turns of each contender.", lower_bound=1)
+options.DEFINE_integer(
     "process_turns",
     4,
     "Number of turns of the comparisons that start a process per measurement. 0 skips them.",
     lower_bound=0,
 )
-flags.DEFINE_integer("steps", 8, "Number of training steps to time in a turn.", lower_bound=1)
+options.DEFINE_integer("steps", 8, "Number of training steps to time in a turn.", lower_bound=1)
 
 CONTENDER = pathlib.Path(__file__).parent / "contender.py"
 KERAS_CONTENDER = pathlib.Path(__file__).parent / "keras_contender.py"
@@ -84,7 +85,7 @@ def prepare_dataset(data_dir):
       The path of the folder with the record files.
     """
     folder = synthetic.maybe_generate(data_dir)
-    for path in map(pathlib.Path, dataset.record_files(folder, eval_data=False)):
+    for path in map(pathlib.Path, records.record_files(folder, eval_data=False)):
         path.write_bytes(path.read_bytes() * (RECORDS_PER_FILE // synthetic.RECORDS_PER_FILE))
     return folder
 
@@ -97,7 +98,7 @@ def compare_training(folder, shared_flags, onednn_is_default):
 
     queued = int(
         FLAGS.min_fraction_of_examples_in_queue
-        * cifar10_input.num_examples_per_epoch(str(folder), eval_data=False)
+        * cifar10_input.find_dataset(str(folder)).num_examples_per_epoch_for_train
     )
     contenders = {
         "float32": train(),

@@ -17,17 +17,16 @@ from absl import flags
 from absl.testing import flagsaver
 
 import cifar10
-from support.base import command_line
+from support.base import command_line, options
 from support.ops.tensorflow_v1 import session_config, tf
 from support.run.training_run import training_graph
 
 FLAGS = flags.FLAGS
 
-command_line.forget_flags_of(__file__)
-flags.DEFINE_integer(
+options.DEFINE_integer(
     "seeds", 5, "Number of seeds; each is used with and without fast_ops.", lower_bound=2
 )
-flags.DEFINE_integer("steps", 300, "Number of steps in a run.", lower_bound=1)
+options.DEFINE_integer("steps", 300, "Number of steps in a run.", lower_bound=1)
 
 AVERAGED_STEPS = 20  # at the end of a run, because the loss of a single batch is noisy
 

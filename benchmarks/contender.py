@@ -40,7 +40,7 @@ def build_training():
 def build_resident_training():
     """Builds training on a resident batch: it is already in memory, so there is no input."""
     generator = np.random.default_rng(0)
-    shape = [FLAGS.batch_size, cifar10.crop_size(), cifar10.crop_size(), 3]
+    shape = [FLAGS.batch_size, FLAGS.crop_size, FLAGS.crop_size, 3]
     images = tf.get_variable(
         "resident", initializer=generator.normal(size=shape).astype(np.float32), trainable=False
     )

@@ -127,16 +127,6 @@ def all_batches(session, fetches):
     return results
 
 
-# A folder whose name TensorFlow takes for a pattern, and another one that the pattern matches.
-PATTERNS = [
-    ("run[1]", "run1"),
-    ("[!x]y", "zy"),
-    ("run*", "run1"),
-    ("run?", "run1"),
-    ("run\\1", "run1"),
-    ("*[a-z]", "run"),
-]
-
 RAW, AVERAGED = 14, 12  # seeds of the variables and of their moving averages
 
 

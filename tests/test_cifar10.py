@@ -16,7 +16,7 @@ import cifar10_input
 from support.base.errors import DataError, UserError
 from support.data import dataset
 from support.data.settings import TrainingSettings
-from support.ops import graph_notes, tensorflow_v1
+from support.ops import fast_input, graph_notes, tensorflow_v1
 from support.ops.tensorflow_v1 import tf
 
 pytestmark = pytest.mark.usefixtures("graph")
@@ -114,7 +114,7 @@ def test_the_layers_adapt_to_the_crop_and_the_number_of_classes(size, features, 
 def test_the_last_layer_has_as_many_units_as_the_dataset_has_classes(tmp_path):
     FLAGS.data_dir = str(tmp_path)
     write_dataset(tmp_path, class_names=["cat", "dog", "hot dog"])
-    assert cifar10.find_class_names() == ("cat", "dog", "hot dog")
+    assert cifar10.find_dataset().class_names == ("cat", "dog", "hot dog")
     assert cifar10.inference(tf.zeros([2, 24, 24, 3])).shape == [2, 3]
 
 
@@ -407,12 +407,9 @@ def test_the_schedule_counts_the_epochs_of_the_training_files(tmp_path):
     FLAGS.num_epochs_per_decay = 2.0
     step = tf.placeholder(tf.int64, [])
     rate = cifar10.decayed_learning_rate(step, examples_per_step=5)
-    given = cifar10.decayed_learning_rate(step, examples_per_step=5, examples_per_epoch=30)
     with tf.Session() as session:
-        rates = [session.run([rate, given], {step: number}) for number in (9, 10, 11, 12)]
-    assert np.array(rates) == pytest.approx(
-        np.array([[0.1, 0.1], [0.01, 0.1], [0.01, 0.1], [0.01, 0.01]])
-    )
+        rates = [session.run(rate, {step: number}) for number in (9, 10, 11, 12)]
+    assert rates == pytest.approx([0.1, 0.01, 0.01, 0.01])
 
 
 def test_a_decay_interval_of_less_than_a_step_decays_at_every_step():
@@ -842,10 +839,13 @@ def test_functions_without_arguments_read_the_flags(tmp_path, capsys, fast_ops):
     assert cifar10.inputs(eval_data=True)[0].shape == [6, 30, 30, 3]
 
 
-def test_the_flags_set_the_limits_of_the_distortions(monkeypatch):
-    calls = []
+def test_the_flags_set_the_limits_of_the_distortions(tmp_path, monkeypatch):
+    write_dataset(tmp_path)
+    FLAGS.data_dir = str(tmp_path)
+    distortions = []
+    draw = fast_input.draw
     monkeypatch.setattr(
-        cifar10_input, "distorted_inputs", lambda *arguments: calls.append(arguments)
+        fast_input, "draw", lambda *arguments: distortions.append(arguments) or draw(*arguments)
     )
     FLAGS.num_preprocess_threads = 3
     FLAGS.max_brightness_delta = 1.5
@@ -853,10 +853,13 @@ def test_the_flags_set_the_limits_of_the_distortions(monkeypatch):
     FLAGS.max_contrast_factor = 0.9
     FLAGS.random_flip = False
     FLAGS.crop_size = 9
-    cifar10.distorted_inputs(2, shard=(1, 3))
-    ((_, batch_size, fraction, threads, distortion, shard, crop_size, *_),) = calls
-    assert (batch_size, fraction, threads, shard, crop_size) == (2, 0.4, 3, (1, 3), 9)
+    images, _ = cifar10.distorted_inputs(2, shard=(1, 3))
+    assert images.shape == [2, 9, 9, 3]
+    ((_, size, distortion),) = distortions
+    assert size == 9
     assert distortion == cifar10_input.Distortion(1.5, 0.7, 0.9, False)
+    runners = tf.get_collection(tf.GraphKeys.QUEUE_RUNNERS)
+    assert max(len(runner.enqueue_ops) for runner in runners) == 3
 
 
 def test_the_settings_of_a_run_come_from_the_flags_and_the_dataset(tmp_path):
@@ -876,11 +879,11 @@ def test_the_settings_of_a_run_come_from_the_flags_and_the_dataset(tmp_path):
 def test_the_flags_choose_the_real_or_the_synthetic_dataset_which_is_checked(tmp_path):
     write_dataset(tmp_path / dataset.EXTRACTED_FOLDER)
     FLAGS.data_dir = str(tmp_path)
-    assert cifar10.maybe_download_and_extract() == cifar10.find_data_folder()
-    assert cifar10.find_data_folder() == str(tmp_path / "cifar-10-batches-bin")
+    assert cifar10.maybe_download_and_extract() == cifar10.find_dataset().folder
+    assert cifar10.find_dataset().folder == str(tmp_path / "cifar-10-batches-bin")
     FLAGS.synthetic_data = True
-    assert cifar10.maybe_download_and_extract() == cifar10.find_data_folder()
-    assert cifar10.find_data_folder() == str(tmp_path / "cifar-10-synthetic-bin")
+    assert cifar10.maybe_download_and_extract() == cifar10.find_dataset().folder
+    assert cifar10.find_dataset().folder == str(tmp_path / "cifar-10-synthetic-bin")
     (tmp_path / "cifar-10-synthetic-bin" / "test_batch.bin").write_bytes(b"")
     with pytest.raises(DataError, match="is empty"):
         cifar10.maybe_download_and_extract()

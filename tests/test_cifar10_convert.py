@@ -18,7 +18,7 @@ from PIL import Image
 
 import cifar10_convert
 from support.base.errors import DataError, UserError
-from support.data import conversion, dataset
+from support.data import conversion, dataset, records
 from support.data.image_files import read_image
 
 FLAGS = cifar10_convert.FLAGS
@@ -46,7 +46,7 @@ def read_records(folder, eval_data):
     """Returns the records of a dataset as a list of arrays, [n, 3073], one for each file."""
     return [
         np.fromfile(path, np.uint8).reshape(-1, 3073)
-        for path in dataset.record_files(folder, eval_data)
+        for path in records.record_files(folder, eval_data)
     ]
 
 
@@ -85,13 +85,13 @@ def test_images_become_the_records_that_cifar10_predict_would_read(images, tmp_p
     train, test = images
     folder = tmp_path / "out"
     assert dataset.read_class_names(folder) == tuple(NAMES)
-    dataset.check_records(folder)
+    dataset.check_dataset(folder)
     files = read_records(folder, eval_data=False)
     assert sorted_bytes(files) == expected_records(train, NAMES)
     assert sorted(map(len, files)) == [5, 5, 5, 6, 6]  # as equal as possible
     assert sorted_bytes(read_records(folder, eval_data=True)) == expected_records(test, NAMES)
     assert sorted(os.listdir(folder)) == sorted(
-        [*dataset.TRAIN_FILES, *dataset.TEST_FILES, "batches.meta.txt"]
+        [*records.TRAIN_FILES, *records.TEST_FILES, "batches.meta.txt"]
     )
     output = capsys.readouterr()
     assert output.out == (
@@ -156,13 +156,13 @@ def test_the_records_of_the_classes_are_well_mixed(tmp_path, monkeypatch):
     source = Source({"a": 600, "b": 600})
     cifar10_convert.convert(source, Source({"a": 5, "b": 5}), str(tmp_path / "out"))
     files = read_records(tmp_path / "out", eval_data=False)
-    labels = np.concatenate([records[:, 0] for records in files])
+    labels = np.concatenate([part[:, 0] for part in files])
     # The label changes as often as in coin tosses: 600 times in 1200, within 6 standard deviations
     # of 17.
     assert abs((labels[1:] != labels[:-1]).sum() - 600) < 104
-    for records in files:
+    for part in files:
         # Half of 240 records, within 6 standard deviations of 7.7.
-        assert abs((records[:, 0] == 1).sum() - 120) < 47
+        assert abs((part[:, 0] == 1).sum() - 120) < 47
 
 
 @pytest.mark.parametrize("bucket_bytes", [100, 10000, 1 << 30])
@@ -321,7 +321,7 @@ def test_256_classes_are_converted(tmp_path):
     FLAGS.output = str(tmp_path / "out")
     FLAGS.test_fraction = 0.5
     cifar10_convert.main()
-    dataset.check_records(tmp_path / "out")
+    dataset.check_dataset(tmp_path / "out")
     names = [f"{number:03}" for number in range(256)]
     train, test = (read_records(tmp_path / "out", eval_data) for eval_data in (False, True))
     assert sorted(test[0][:, 0]) == list(range(256))
@@ -607,13 +607,13 @@ def test_cifar_10_for_python_is_converted(tmp_path, capsys):
     FLAGS.cifar10_python = str(tmp_path)
     FLAGS.output = str(tmp_path / "out")
     labels = [9, *range(9)]
-    names = [name.removesuffix(".bin") for name in (*dataset.TRAIN_FILES, *dataset.TEST_FILES)]
+    names = [name.removesuffix(".bin") for name in (*records.TRAIN_FILES, *records.TEST_FILES)]
     images = write_pickles(tmp_path / "cifar-10-batches-py", {n: {"labels": labels} for n in names})
     cifar10_convert.main()
     for name in names:
-        records = np.fromfile(tmp_path / "out" / f"{name}.bin", np.uint8).reshape(-1, 3073)
-        np.testing.assert_array_equal(records[:, 0], labels)
-        np.testing.assert_array_equal(records[:, 1:], images[name])
+        rows = np.fromfile(tmp_path / "out" / f"{name}.bin", np.uint8).reshape(-1, 3073)
+        np.testing.assert_array_equal(rows[:, 0], labels)
+        np.testing.assert_array_equal(rows[:, 1:], images[name])
     output = capsys.readouterr()
     assert output.out == (
         "Wrote 50 training images and 10 test images of 10 classes "

@@ -14,7 +14,6 @@ import numpy_model
 import pytest
 from conftest import (
     AVERAGED,
-    PATTERNS,
     RAW,
     TF_CONFIGS,
     lost_stream,
@@ -255,12 +254,12 @@ def test_class_names_that_change_during_an_evaluation_do_not_affect_it(records, 
     check_variables = checkpoints.check_variables
 
     def change_names_and_check(*arguments):
-        dataset.write_class_names(cifar10.find_data_folder(), [*names, "emu"])
+        dataset.write_class_names(cifar10.find_dataset().folder, [*names, "emu"])
         check_variables(*arguments)
 
     monkeypatch.setattr(checkpoints, "check_variables", change_names_and_check)
     cifar10_eval.evaluate()
-    assert len(dataset.read_class_names(cifar10.find_data_folder())) == 11
+    assert len(dataset.read_class_names(cifar10.find_dataset().folder)) == 11
     (result,) = written_results()
     assert result["class_names"] == list(names)
     assert np.shape(result["confusion_matrix"]) == (10, 10)
@@ -524,26 +523,6 @@ def test_a_disk_that_is_full_during_an_evaluation_is_a_one_line_error(records, m
         cifar10_eval.evaluate()
 
 
-@pytest.mark.parametrize(("name", "matched"), PATTERNS[::2])
-def test_every_folder_means_itself_whatever_its_name(
-    records, tmp_path, capsys, monkeypatch, name, matched
-):
-    _, test = records
-    save_checkpoint(tmp_path / matched, 9)
-    monkeypatch.setattr("conftest.AVERAGED", RAW)
-    for folder in (name, matched):
-        shutil.copytree(tmp_path / dataset.EXTRACTED_FOLDER, tmp_path / "data" / folder)
-    (tmp_path / "data" / matched / "test_batch.bin").write_bytes(b"")
-    save_checkpoint(tmp_path / name, 7)
-    FLAGS.data_dir = str(tmp_path / "data" / name)
-    FLAGS.checkpoint_dir = str(tmp_path / name)
-    FLAGS.eval_dir = str(tmp_path / "eval" / name)
-    cifar10_eval.evaluate()
-    assert printed_precision(capsys) == f"{expected_correct(test, RAW).mean():.3f}"
-    assert evaluated_steps() == [7]
-    assert os.listdir(tmp_path / "eval") == [name]
-
-
 @pytest.mark.parametrize("suffix", ["", ".index"])
 @pytest.mark.parametrize("run_once", [True, False])
 def test_a_checkpoint_in_place_of_its_folder_is_evaluated_once(
@@ -799,7 +778,7 @@ def test_eval_dir_must_differ_from_checkpoint_dir(records):
 
 def test_test_data_that_is_truncated_during_an_evaluation_is_an_error(records, monkeypatch):
     save_checkpoint(FLAGS.checkpoint_dir, 7)
-    test_file = pathlib.Path(cifar10.find_data_folder()) / "test_batch.bin"
+    test_file = pathlib.Path(cifar10.find_dataset().folder) / "test_batch.bin"
     restore = checkpoints.restore
 
     def truncate_and_restore(*arguments):

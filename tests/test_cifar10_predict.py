@@ -12,7 +12,6 @@ import pytest
 from absl import app, flags
 from conftest import (
     AVERAGED,
-    PATTERNS,
     RAW,
     ROOT,
     TF_CONFIGS,
@@ -362,17 +361,6 @@ def test_an_export_dir_with_other_special_characters_is_loaded(records, tmp_path
     run_main()
     answer = load_and_call(FLAGS.export_dir, pixels(records[:1]), tmp_path)
     assert answer["classes"] == [expected_probabilities(records[:1])[0].argmax()]
-
-
-@pytest.mark.parametrize(("name", "matched"), PATTERNS[::2])
-def test_a_checkpoint_dir_means_itself_whatever_its_name(
-    records, images, tmp_path, capsys, name, matched
-):
-    save_checkpoint(tmp_path / matched, 9)
-    path = save_checkpoint(tmp_path / name, 8)
-    for FLAGS.checkpoint_dir in (str(tmp_path / name), path, f"{path}.index"):
-        (found,) = printed_objects(capsys, images / "03.png")
-        assert (found["checkpoint"], found["step"]) == (path, 8)
 
 
 @pytest.mark.parametrize("state", [None, 'model_checkpoint_path: "C:\\\\train\\\\model.ckpt-7"'])

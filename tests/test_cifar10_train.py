@@ -19,7 +19,7 @@ import cifar10
 import cifar10_multi_gpu_train
 import cifar10_train
 from support.base.errors import Interrupted, UserError
-from support.data import dataset
+from support.data import dataset, records
 from support.ops import tensorflow_v1
 from support.ops.tensorflow_v1 import (
     GPUS,
@@ -433,7 +433,7 @@ def test_each_checkpoint_records_what_it_was_trained_on(small_run, tmp_path):
     shapes = dict(tf.train.list_variables(newest))
     assert shapes["softmax_linear/biases"] == [12]
     assert shapes["local3/weights"] == [8, 8, 3, 3, 64, 32]  # a crop of 30, halved twice
-    examples = dataset.count_records(folder, eval_data=False)
+    examples = records.count_records(folder, eval_data=False)
     settings = (tuple(names), examples, 30, "local", False)
     assert read_settings(newest) == (*settings, FLAGS.batch_size, 0)
     (start,) = json.loads((tmp_path / "run" / "run.json").read_text())

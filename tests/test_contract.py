@@ -27,8 +27,9 @@ import cifar10
 import cifar10_eval
 import cifar10_input
 import cifar10_multi_gpu_train
-import cifar10_predict  # noqa: F401
+import cifar10_predict
 import cifar10_train
+from support.base import options
 from support.base.errors import DataError, UserError
 from support.data import dataset
 from support.ops import fast_input
@@ -424,20 +425,20 @@ both_modules = pytest.mark.parametrize(
 
 def test_the_files_of_a_dataset_replace_constants_that_are_not_edited(data_folder):
     dataset.write_class_names(data_folder, ["cat", "dog", "emu"])
-    assert cifar10.find_class_names() == ("cat", "dog", "emu")
+    assert cifar10.find_dataset().class_names == ("cat", "dog", "emu")
     assert cifar10.inference(tf.zeros([2, 24, 24, 3])).shape == [2, 3]
-    assert cifar10.num_examples_per_epoch() == 25
-    assert cifar10.num_examples_per_epoch(eval_data=True) == 11
+    assert cifar10.find_dataset().num_examples_per_epoch_for_train == 25
+    assert cifar10.find_dataset().num_examples_per_epoch_for_eval == 11
     assert cifar10.training_settings().examples_per_epoch == 25
     assert learning_rates()[349:351] == pytest.approx([0.1, 0.01])
 
 
 def test_the_constants_hold_without_a_dataset(tmp_path):
     FLAGS.data_dir = str(tmp_path / "missing")
-    assert cifar10.find_class_names() == dataset.CLASS_NAMES
+    assert cifar10.find_dataset().class_names == dataset.CLASS_NAMES
     assert cifar10.inference(tf.zeros([2, 24, 24, 3])).shape == [2, 10]
-    assert cifar10.num_examples_per_epoch() == 50000
-    assert cifar10.num_examples_per_epoch(eval_data=True) == 10000
+    assert cifar10.find_dataset().num_examples_per_epoch_for_train == 50000
+    assert cifar10.find_dataset().num_examples_per_epoch_for_eval == 10000
 
 
 @both_modules
@@ -445,13 +446,13 @@ def test_an_edited_number_of_training_examples_replaces_the_size_of_the_files(
     data_folder, monkeypatch, module, capsys
 ):
     monkeypatch.setattr(module, "NUM_EXAMPLES_PER_EPOCH_FOR_TRAIN", 100)
-    assert cifar10.num_examples_per_epoch() == 100
+    assert cifar10.find_dataset().num_examples_per_epoch_for_train == 100
     assert cifar10.training_settings().examples_per_epoch == 100
     cifar10.distorted_inputs()
     assert "Filling queue with 40 CIFAR images" in capsys.readouterr().out
     FLAGS.num_epochs_per_decay = 2.0
     assert learning_rates()[7:9] == pytest.approx([0.1, 0.01])  # 100 / 25 steps are an epoch
-    assert cifar10.num_examples_per_epoch(eval_data=True) == 11
+    assert cifar10.find_dataset().num_examples_per_epoch_for_eval == 11
 
 
 @both_modules
@@ -460,8 +461,8 @@ def test_an_edited_number_of_test_examples_is_evaluated_unless_the_flag_is_given
     data_folder, tmp_path, monkeypatch, module, edited, given, count
 ):
     monkeypatch.setattr(module, "NUM_EXAMPLES_PER_EPOCH_FOR_EVAL", edited)
-    assert cifar10.num_examples_per_epoch(eval_data=True) == edited
-    assert cifar10.num_examples_per_epoch() == 25
+    assert cifar10.find_dataset().num_examples_per_epoch_for_eval == edited
+    assert cifar10.find_dataset().num_examples_per_epoch_for_train == 25
     save_checkpoint(tmp_path / "train", 3)
     FLAGS.checkpoint_dir = str(tmp_path / "train")
     FLAGS.eval_dir = str(tmp_path / "eval")
@@ -480,7 +481,7 @@ def test_an_edited_number_of_classes_sets_the_last_layer_and_the_valid_labels(
     write_dataset(data_folder, test_count=7)  # labels up to 6
     monkeypatch.setattr(module, "NUM_CLASSES", 7)
     names = tuple(f"class {label}" for label in range(7))
-    assert cifar10.find_class_names() == names
+    assert cifar10.find_dataset().class_names == names
     assert cifar10.training_settings().class_names == names
     assert cifar10.inference(tf.zeros([2, 24, 24, 3])).shape == [2, 7]
     assert cifar10.maybe_download_and_extract() == str(data_folder)
@@ -494,11 +495,11 @@ def test_an_edited_number_of_classes_sets_the_last_layer_and_the_valid_labels(
     "function",
     [
         lambda: cifar10.maybe_download_and_extract(),
-        lambda: cifar10.find_class_names(),
+        lambda: cifar10.find_dataset().class_names,
         lambda: cifar10.training_settings(),
         lambda: cifar10.inference(tf.zeros([2, 24, 24, 3])),
     ],
-    ids=["maybe_download_and_extract", "find_class_names", "training_settings", "inference"],
+    ids=["maybe_download_and_extract", "find_dataset", "training_settings", "inference"],
 )
 def test_an_edited_number_of_classes_must_match_the_file_of_their_names(
     data_folder, monkeypatch, module, function
@@ -510,7 +511,7 @@ def test_an_edited_number_of_classes_must_match_the_file_of_their_names(
     ):
         function()
     monkeypatch.setattr(module, "NUM_CLASSES", 3)
-    assert cifar10.find_class_names() == ("cat", "dog", "emu")
+    assert cifar10.find_dataset().class_names == ("cat", "dog", "emu")
 
 
 def test_constants_that_are_edited_in_the_source_take_effect(tmp_path):
@@ -779,24 +780,31 @@ def test_constants_that_were_edited_are_recorded_instead_of_the_defaults_of_thei
     monkeypatch.setattr(cifar10_input, "NUM_PREPROCESS_THREADS", 2)
     cifar10.FLAGS.weight_decay = 0.5
     monkeypatch.setattr(cifar10, "WEIGHT_DECAY", 0.25)
-    values = {
-        "initial_learning_rate": 0.1,
-        "crop_size": 24,
-        "num_preprocess_threads": 16,
-        "weight_decay": 0.5,
-        "batch_size": 128,
-    }
-    assert cifar10.flags_in_effect(values) == {
-        "initial_learning_rate": 0.05,
-        "crop_size": 28,
-        "num_preprocess_threads": 2,
-        "weight_decay": 0.5,
-        "batch_size": 128,
-    }
+    values = options.values()
+    assert values["initial_learning_rate"] == 0.05
+    assert values["crop_size"] == 28
+    assert values["num_preprocess_threads"] == 2
+    assert values["weight_decay"] == 0.5
+    assert values["batch_size"] == 128
 
 
 @pytest.mark.parametrize("size", [7, 33])
-def test_an_image_size_that_the_records_or_the_model_do_not_allow_is_refused(monkeypatch, size):
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda: cifar10.inputs(eval_data=True),
+        lambda: cifar10.distorted_inputs(),
+        cifar10_train.train,
+        cifar10_multi_gpu_train.train,
+        cifar10_eval.evaluate,
+        lambda: cifar10_predict.open_model().__enter__(),
+    ],
+    ids=["inputs", "distorted_inputs", "train", "train_towers", "evaluate", "open_model"],
+)
+def test_an_image_size_that_the_records_or_the_model_do_not_allow_is_refused(
+    data_folder, monkeypatch, function, size
+):
     monkeypatch.setattr(cifar10_input, "IMAGE_SIZE", size)
-    with pytest.raises(UserError, match=f"IMAGE_SIZE is {size}, but it must be 8 to 32"):
-        cifar10.crop_size()
+    message = f"--crop_size={size}: it must be 8 to 32; the value is that of the constant IMAGE_S"
+    with pytest.raises(UserError, match=message):
+        function()

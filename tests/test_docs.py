@@ -17,6 +17,7 @@ import cifar10_convert  # noqa: F401
 import cifar10_eval  # noqa: F401
 import cifar10_multi_gpu_train  # noqa: F401
 import cifar10_predict  # noqa: F401
+import cifar10_train  # noqa: F401
 
 SOURCES = [*ROOT.glob("*.py"), *(ROOT / "support").rglob("*.py")]
 # Flags of programs that are not part of this project.
@@ -57,7 +58,7 @@ def test_broken_links_and_anchors_are_found(tmp_path):
 def find_unknown_flags(text):
     names = re.findall(r"(?<![\w-])--(\w[\w-]*)", text)
     benchmarks = "".join(path.read_text() for path in (ROOT / "benchmarks").glob("*.py"))
-    own_flags = re.findall(r"flags\.DEFINE_\w+\(\s*\"(\w+)\"", benchmarks)
+    own_flags = re.findall(r"(?:flags|options)\.DEFINE_\w+\(\s*\"(\w+)\"", benchmarks)
     known = {*flags.FLAGS, *own_flags, *OTHER_FLAGS}
     return sorted({name for name in names if not {name, name.removeprefix("no")} & known})
 

@@ -25,7 +25,7 @@ from conftest import (
 )
 
 import cifar10_eval
-from support.data import dataset
+from support.data import dataset, records
 from support.ops.tensorflow_v1 import tf
 
 pytestmark = pytest.mark.slow
@@ -295,7 +295,7 @@ def test_a_record_file_that_changes_during_training_ends_it(data_dir, train_dir,
 def test_touching_the_record_files_during_training_does_not_end_it(data_dir, train_dir):
     with training(data_dir, train_dir) as process:
         step = wait_for_step(process, 2)
-        for path in dataset.record_files(data_dir / dataset.EXTRACTED_FOLDER, eval_data=False):
+        for path in records.record_files(data_dir / dataset.EXTRACTED_FOLDER, eval_data=False):
             os.utime(path)
         time.sleep(2.5)  # the files are checked once a second
         assert wait_for_step(process, step + 1) > step
@@ -308,7 +308,7 @@ def test_record_files_emptied_while_the_queue_fills_do_not_block_training(data_d
     flags = ("--min_fraction_of_examples_in_queue=1", "--batch_size=50000")
     with training(data_dir, train_dir, *flags) as process:
         wait_for_checkpoint(train_dir, 0, process)
-        for path in dataset.record_files(data_dir / dataset.EXTRACTED_FOLDER, eval_data=False):
+        for path in records.record_files(data_dir / dataset.EXTRACTED_FOLDER, eval_data=False):
             os.truncate(path, 0)
         code, _, errors = finish(process)
     assert code == 1

@@ -12,7 +12,7 @@ import numpy as np
 from support.base import files
 from support.base.errors import DataError, UserError
 from support.base.progress import show_progress
-from support.data import dataset
+from support.data import dataset, records
 from support.data.image_files import ImageError, make_printable, read_image
 
 SPLITS = ("train", "test")
@@ -33,7 +33,7 @@ class RecordShuffler:
     """
 
     _ENTRY = np.dtype(
-        [("key", "<u8"), ("is_test", np.bool_), ("record", np.uint8, dataset.RECORD_BYTES)]
+        [("key", "<u8"), ("is_test", np.bool_), ("record", np.uint8, records.RECORD_BYTES)]
     )
 
     def __init__(self, folder, capacity, seed):
@@ -59,7 +59,7 @@ class RecordShuffler:
         entry["key"] = key
         entry["is_test"] = is_test
         entry["record"][0] = label
-        entry["record"][dataset.LABEL_BYTES :] = image.transpose(2, 0, 1).reshape(-1)
+        entry["record"][records.LABEL_BYTES :] = image.transpose(2, 0, 1).reshape(-1)
         # The most significant bits of the key select the bucket. Its file is not kept open because
         # there can be more buckets than a process may have open files.
         with open(self._bucket_path(key * self._num_buckets >> 64), "ab") as file:
@@ -201,11 +201,11 @@ class SVHN:
 
     def __init__(self, path):
         images, labels = _load_svhn(path)
-        shape = (dataset.HEIGHT, dataset.WIDTH, dataset.DEPTH, labels.size)
+        shape = (records.HEIGHT, records.WIDTH, records.DEPTH, labels.size)
         if images.shape != shape or images.dtype != np.uint8:
             raise DataError(
                 f"{path}: X is {images.dtype} {list(images.shape)}, not uint8 {list(shape)}, which "
-                f"support/data/dataset.py and the {labels.size} labels in y require"
+                f"support/data/records.py and the {labels.size} labels in y require"
             )
         invalid = np.setdiff1d(labels, np.arange(1, 11))
         if invalid.size:
@@ -354,7 +354,7 @@ def write_records(shuffler, folder, held_out_counts):
 
 def _open_record_files(stack, folder, eval_data):
     """Returns an endless iterator that yields the open record files in turn."""
-    names = dataset.TEST_FILES if eval_data else dataset.TRAIN_FILES
+    names = records.TEST_FILES if eval_data else records.TRAIN_FILES
     paths = [os.path.join(folder, name) for name in names]
     return itertools.cycle([stack.enter_context(open(path, "wb")) for path in paths])
 
@@ -391,9 +391,9 @@ def convert(train, test, output, seed=0, test_fraction=None):
         else:
             held_out_counts = np.zeros_like(counts[0])
         train_count = int(np.sum(counts[0] - held_out_counts))
-        if train_count < len(dataset.TRAIN_FILES):
+        if train_count < len(records.TRAIN_FILES):
             raise DataError(
-                f"there are {train_count} training images; at least {len(dataset.TRAIN_FILES)} are "
+                f"there are {train_count} training images; at least {len(records.TRAIN_FILES)} are "
                 "required, one for each training file"
             )
         write_records(shuffler, staging, held_out_counts)

@@ -17,15 +17,15 @@ import zlib
 from support.base import files
 from support.base.errors import DataError
 from support.base.progress import show_progress
-from support.data import dataset, formats
+from support.data import dataset, formats, records
 
 DATA_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 ARCHIVE_NAME = "cifar-10-binary.tar.gz"
 ARCHIVE_SHA256 = "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"
 ARCHIVE_BYTES = 170_052_171
 ARCHIVE_FILES = (
-    *dataset.TRAIN_FILES,
-    *dataset.TEST_FILES,
+    *records.TRAIN_FILES,
+    *records.TEST_FILES,
     dataset.CLASS_NAMES_FILE,
     "readme.html",
 )
@@ -50,7 +50,7 @@ def maybe_download_and_extract(data_dir, url=DATA_URL, sha256=ARCHIVE_SHA256, si
     """Downloads and extracts CIFAR-10 unless `data_dir` already holds a dataset.
 
     An existing dataset (see `dataset.find_folder`) is reused without a check; call
-    `dataset.check_records` for that. An existing archive is verified and extracted. An interrupted
+    `dataset.check_dataset` for that. An existing archive is verified and extracted. An interrupted
     download resumes where it stopped. If several processes call this function at the same time,
     one downloads and the others wait.
 
@@ -291,7 +291,7 @@ def _extract(archive, folder):
                     # Not `extract`, which would use the archive's permissions instead of the umask.
                     with open(os.path.join(staging, name), "wb") as output:
                         shutil.copyfileobj(members.extractfile(member), output)
-            for name in (*dataset.TRAIN_FILES, *dataset.TEST_FILES):
+            for name in (*records.TRAIN_FILES, *records.TEST_FILES):
                 if not os.path.exists(os.path.join(staging, name)):
                     raise tarfile.TarError(f"{name} is missing")
         except (tarfile.TarError, gzip.BadGzipFile, EOFError, zlib.error) as error:

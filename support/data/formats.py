@@ -17,7 +17,7 @@ import numpy as np
 
 from support.base import files
 from support.base.errors import DataError
-from support.data import dataset
+from support.data import dataset, records
 
 
 class Version(NamedTuple):
@@ -48,7 +48,7 @@ VERSIONS = (
         "cifar10_python",
         "cifar-10-batches-py",
         "cifar-10-python.tar.gz",
-        tuple(name.removesuffix(".bin") for name in dataset.TRAIN_FILES),
+        tuple(name.removesuffix(".bin") for name in records.TRAIN_FILES),
         "test_batch",
         ("batches.meta",),
     ),
@@ -142,39 +142,39 @@ def convert(path, flag, output, label_kind=""):
         written.
       UserError: the folder exists and is not empty.
     """
-    layout = (dataset.HEIGHT, dataset.WIDTH, dataset.DEPTH)
+    layout = (records.HEIGHT, records.WIDTH, records.DEPTH)
     if layout != IMAGE_SHAPE:
         raise DataError(
             f"the images of --{flag} are {IMAGE_SHAPE}, but the constants in "
-            f"support/data/dataset.py are {layout} (height, width, depth)"
+            f"support/data/records.py are {layout} (height, width, depth)"
         )
     version, path = _require_version(path, flag)
     class_names = DEFAULT_NAMES[label_kind]
-    records = {}
+    parsed = {}
     for name, content in _read_files(version, path):
         if name in version.name_files:
             class_names = _parse_class_names(content, name, path, label_kind) or class_names
         else:
-            records[name] = _parse_records(content, name, path, label_kind)
-    train_files = version.train_files[: sum(name in records for name in version.train_files) or 1]
+            parsed[name] = _parse_records(content, name, path, label_kind)
+    train_files = version.train_files[: sum(name in parsed for name in version.train_files) or 1]
     for name in (*train_files, version.test_file):
-        if name not in records:
+        if name not in parsed:
             raise DataError(f"{path} has no file {name}")
-        if not len(records[name]):
+        if not len(parsed[name]):
             raise DataError(f"{path}: {name} has no images")
-        if (largest := records[name][:, 0].max()) >= len(class_names):
+        if (largest := parsed[name][:, 0].max()) >= len(class_names):
             raise DataError(f"{path}: {name} has label {largest}, but {len(class_names)} classes")
-    train = [records[name] for name in train_files]
+    train = [parsed[name] for name in train_files]
     if len(version.train_files) == 1:
-        train = np.array_split(train[0], min(len(dataset.TRAIN_FILES), len(train[0])))
-    test = records[version.test_file]
+        train = np.array_split(train[0], min(len(records.TRAIN_FILES), len(train[0])))
+    test = parsed[version.test_file]
     with files.prepare_folder(output, "--output"), files.atomic_folder(output) as staging:
         files.check_new_folder("--output", output)  # another process may have just created it
-        for name, part in zip(dataset.TRAIN_FILES, train, strict=False):
+        for name, part in zip(records.TRAIN_FILES, train, strict=False):
             part.tofile(os.path.join(staging, name))
-        test.tofile(os.path.join(staging, dataset.TEST_FILES[0]))
+        test.tofile(os.path.join(staging, records.TEST_FILES[0]))
         dataset.write_class_names(staging, class_names)
-        dataset.check_records(staging)
+        dataset.check_dataset(staging)
     return sum(map(len, train)), len(test), class_names
 
 
@@ -236,12 +236,12 @@ def _parse_class_names(content, name, path, label_kind):
 def _parse_records(content, name, path, label_kind):
     """Returns the images of a file as records: uint8 [n, RECORD_BYTES]."""
     if name.endswith(".bin"):
-        record_bytes = len(CIFAR_100_LABELS) + dataset.IMAGE_BYTES
+        record_bytes = len(CIFAR_100_LABELS) + records.IMAGE_BYTES
         if len(content) % record_bytes:
             raise DataError(f"{path}: {name} does not consist of records of {record_bytes} bytes")
-        records = np.frombuffer(content, np.uint8).reshape(-1, record_bytes)
-        labels = records[:, CIFAR_100_LABELS.index(label_kind)]
-        images = records[:, len(CIFAR_100_LABELS) :]
+        rows = np.frombuffer(content, np.uint8).reshape(-1, record_bytes)
+        labels = rows[:, CIFAR_100_LABELS.index(label_kind)]
+        images = rows[:, len(CIFAR_100_LABELS) :]
         return np.column_stack([labels, images])
     batch = _unpickle(content, name, path)
     images, labels = batch.get("data"), batch.get(LABEL_KINDS[label_kind])
@@ -249,7 +249,7 @@ def _parse_records(content, name, path, label_kind):
         labels = labels.tolist()
     if not isinstance(labels, list) or not all(label in range(256) for label in labels):
         raise DataError(f"{path}: {name} has no valid {LABEL_KINDS[label_kind]}")
-    shape = (len(labels), dataset.IMAGE_BYTES)
+    shape = (len(labels), records.IMAGE_BYTES)
     if not isinstance(images, np.ndarray) or (images.dtype, images.shape) != (np.uint8, shape):
         raise DataError(
             f"{path}: {name} has no array of data, uint8 {list(shape)}, for its {len(labels)} "

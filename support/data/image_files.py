@@ -11,7 +11,7 @@ import warnings
 import numpy as np
 from PIL import Image, ImageOps
 
-from support.data import dataset
+from support.data import records
 
 FORMATS = ("PNG", "JPEG", "GIF", "BMP", "WEBP")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".gif", ".bmp", ".webp")
@@ -116,7 +116,7 @@ def _scale_and_crop(image):
     """Returns the pixels of an image of mode L, LA, RGB or RGBA: uint8 [32, 32, 3]."""
     # When Pillow reduces an image, its bicubic filter covers all source pixels, so that fine
     # patterns do not alias. Colors are weighted by opacity.
-    size = (dataset.WIDTH, dataset.HEIGHT)
+    size = (records.WIDTH, records.HEIGHT)
     image = ImageOps.fit(image, size, Image.Resampling.BICUBIC)
     # Turning the image is cheap now that it is small. Damaged EXIF data can raise errors of any
     # type. With `in_place`, Pillow turns the image before rewriting the EXIF data, which can fail.
@@ -125,8 +125,8 @@ def _scale_and_crop(image):
     if image.has_transparency_data:
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image.convert("RGBA"))
-    pixels = np.asarray(image.convert("L" if dataset.DEPTH == 1 else "RGB"))
-    return pixels.reshape(dataset.HEIGHT, dataset.WIDTH, dataset.DEPTH)
+    pixels = np.asarray(image.convert("L" if records.DEPTH == 1 else "RGB"))
+    return pixels.reshape(records.HEIGHT, records.WIDTH, records.DEPTH)
 
 
 def _convert_to_interpolable(image, path, depths):

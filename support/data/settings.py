@@ -25,7 +25,7 @@ class TrainingSettings(NamedTuple):
 
     class_names: tuple | None = None
     examples_per_epoch: int | None = None
-    crop_size: int = dataset.IMAGE_SIZE
+    crop_size: int = 24
     top_layers: str = "full"
     random_flip: bool = True
     examples_per_step: int | None = None

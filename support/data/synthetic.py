@@ -6,7 +6,7 @@ import os
 import numpy as np
 
 from support.base import files
-from support.data import dataset
+from support.data import dataset, records
 
 RECORDS_PER_FILE = 2000
 HUE_STDDEV = 0.1  # of a shape's hue around its class's hue; 1 is the whole color wheel
@@ -57,10 +57,10 @@ def maybe_generate(data_dir, seed=0):
         if os.path.isdir(folder):  # another process has just generated it
             return folder
         with files.atomic_folder(folder) as staging:
-            for number, name in enumerate((*dataset.TRAIN_FILES, *dataset.TEST_FILES)):
+            for number, name in enumerate((*records.TRAIN_FILES, *records.TEST_FILES)):
                 generator = np.random.default_rng([seed, number])
-                records = _generate_records(RECORDS_PER_FILE, generator)
-                records.tofile(os.path.join(staging, name))
+                block = _generate_records(RECORDS_PER_FILE, generator)
+                block.tofile(os.path.join(staging, name))
             dataset.write_class_names(staging, _SHAPES)
     return folder
 
@@ -76,8 +76,8 @@ def _generate_records(count, generator):
     # at most 14 degrees is far from 45 degrees, which would turn a plus into a cross.
     half_size, tilt = uniform(6.0, 9.0), uniform(-0.25, 0.25)
     center_y, center_x = uniform(12.5, 18.5), uniform(12.5, 18.5)
-    y = (np.arange(dataset.HEIGHT, dtype=np.float32)[:, np.newaxis] - center_y) / half_size
-    x = (np.arange(dataset.WIDTH, dtype=np.float32) - center_x) / half_size
+    y = (np.arange(records.HEIGHT, dtype=np.float32)[:, np.newaxis] - center_y) / half_size
+    x = (np.arange(records.WIDTH, dtype=np.float32) - center_x) / half_size
     u = np.cos(tilt) * x + np.sin(tilt) * y
     v = np.cos(tilt) * y - np.sin(tilt) * x
     mask = np.empty(u.shape, bool)  # [count, height, width]
@@ -89,21 +89,21 @@ def _generate_records(count, generator):
     shape_colors = _random_colors(hues, generator)
     background_colors = _random_colors(generator.uniform(0.0, 1.0, count), generator)
     images = generator.standard_normal(
-        [count, dataset.DEPTH, dataset.HEIGHT, dataset.WIDTH], np.float32
+        [count, records.DEPTH, records.HEIGHT, records.WIDTH], np.float32
     )
     images *= NOISE_STDDEV
     images += np.where(mask[:, np.newaxis], shape_colors, background_colors)
 
-    records = np.empty([count, dataset.RECORD_BYTES], np.uint8)
-    records[:, 0] = labels
-    records[:, dataset.LABEL_BYTES :] = images.clip(0, 255, out=images).reshape(count, -1)
-    return records
+    block = np.empty([count, records.RECORD_BYTES], np.uint8)
+    block[:, 0] = labels
+    block[:, records.LABEL_BYTES :] = images.clip(0, 255, out=images).reshape(count, -1)
+    return block
 
 
 def _random_colors(hues, generator):
     """Returns a color of random saturation and brightness per hue: float32 [count, 3, 1, 1].
 
-    With a `dataset.DEPTH` of 1, it is a shade of gray: float32 [count, 1, 1, 1].
+    With a `records.DEPTH` of 1, it is a shade of gray: float32 [count, 1, 1, 1].
     """
     saturations = generator.uniform(0.3, 1.0, hues.size)
     values = generator.uniform(80.0, 220.0, hues.size)
@@ -111,4 +111,4 @@ def _random_colors(hues, generator):
         colorsys.hsv_to_rgb(*hsv) for hsv in zip(hues % 1.0, saturations, values, strict=True)
     ]
     colors = np.array(colors, np.float32)[:, :, np.newaxis, np.newaxis]
-    return colors.mean(axis=1, keepdims=True) if dataset.DEPTH == 1 else colors
+    return colors.mean(axis=1, keepdims=True) if records.DEPTH == 1 else colors

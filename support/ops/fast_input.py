@@ -8,7 +8,7 @@ operations on a whole channel then access adjacent memory, which is several time
 import math
 from typing import NamedTuple
 
-from support.data import dataset
+from support.data import records
 from support.ops.tensorflow_v1 import tf
 
 RECORDS_PER_READ = 128  # per thread and call
@@ -43,12 +43,12 @@ def read_records(filename_queue, count=RECORDS_PER_READ):
       labels: int32 [n, 1].
       planes: uint8 [n, 3, 32, 32].
     """
-    reader = tf.FixedLengthRecordReader(record_bytes=dataset.RECORD_BYTES)
+    reader = tf.FixedLengthRecordReader(record_bytes=records.RECORD_BYTES)
     keys, values = reader.read_up_to(filename_queue, count)
-    records = tf.reshape(tf.decode_raw(values, tf.uint8), [-1, dataset.RECORD_BYTES])
-    labels = tf.cast(records[:, : dataset.LABEL_BYTES], tf.int32)
-    shape = [-1, dataset.DEPTH, dataset.HEIGHT, dataset.WIDTH]
-    return keys, labels, tf.reshape(records[:, dataset.LABEL_BYTES :], shape)
+    rows = tf.reshape(tf.decode_raw(values, tf.uint8), [-1, records.RECORD_BYTES])
+    labels = tf.cast(rows[:, : records.LABEL_BYTES], tf.int32)
+    shape = [-1, records.DEPTH, records.HEIGHT, records.WIDTH]
+    return keys, labels, tf.reshape(rows[:, records.LABEL_BYTES :], shape)
 
 
 def distorted_examples(filename_queue, size, distortion):
@@ -80,8 +80,8 @@ def draw(count, size, distortion):
     max_delta = distortion.max_brightness_delta
     low, high = distortion.min_contrast_factor, distortion.max_contrast_factor
     return Draws(
-        top=tf.random.uniform([count], 0, dataset.HEIGHT - size + 1, tf.int32),
-        left=tf.random.uniform([count], 0, dataset.WIDTH - size + 1, tf.int32),
+        top=tf.random.uniform([count], 0, records.HEIGHT - size + 1, tf.int32),
+        left=tf.random.uniform([count], 0, records.WIDTH - size + 1, tf.int32),
         flip=tf.random.uniform([count]) < (0.5 if distortion.random_flip else 0.0),
         brightness=tf.random.uniform([count], -max_delta, max_delta),
         contrast=tf.random.uniform([count], low, high),

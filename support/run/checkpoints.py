@@ -8,7 +8,6 @@ import contextlib
 import functools
 import os
 import re
-import tempfile
 
 import numpy as np
 from google.protobuf.message import DecodeError
@@ -184,31 +183,6 @@ def _step_in_name(checkpoint):
     return match and int(match[1])
 
 
-def _is_pattern(path):
-    return not {"*", "?", "[", "\\"}.isdisjoint(path)
-
-
-@contextlib.contextmanager
-def path_for_restore(checkpoint):
-    r"""Yields a path of a checkpoint that `tf.train.Saver` and TensorFlow's reader can restore.
-
-    They treat a path as a pattern when they look for its files: `run[1]` matches `run1`. Then they
-    open the path itself, so quoting does not help. If the path has one of the characters `*?[\`,
-    this function yields the path of links to the files, in a temporary folder.
-    """
-    if not _is_pattern(checkpoint):
-        yield checkpoint
-        return
-    # Schedulers name the temporary folder of a job after the job, such as 123[4].
-    parent = "/tmp" if _is_pattern(tempfile.gettempdir()) else None
-    with tempfile.TemporaryDirectory(dir=parent) as folder:
-        link = os.path.join(folder, "checkpoint")
-        for path in _files_of(checkpoint):
-            suffix = os.path.basename(path).removeprefix(os.path.basename(checkpoint))
-            os.symlink(os.path.abspath(path), f"{link}{suffix}")
-        yield link
-
-
 def _files_of(checkpoint):
     """Returns the paths of the files of a checkpoint. The one by which it is found comes first."""
     folder, name = os.path.split(checkpoint)
@@ -222,8 +196,7 @@ def _files_of(checkpoint):
 def _reader(checkpoint):
     """Yields TensorFlow's `CheckpointReader`; raises CheckpointError for its errors."""
     try:
-        with path_for_restore(checkpoint) as path:
-            yield tf.train.load_checkpoint(path)
+        yield tf.train.load_checkpoint(checkpoint)
     # TensorFlow's reader raises several of Python's own exceptions.
     except (tf.errors.OpError, OSError, ValueError, IndexError, RuntimeError) as error:
         raise CheckpointError(f"{checkpoint} cannot be read: {first_line(error)}") from error
@@ -392,6 +365,18 @@ def check_variables(checkpoint, variables, folder_flag="--checkpoint_dir"):
     )
 
 
+def find_variables(use_moving_averages):
+    """Returns the variables of the default graph: dict by name in the checkpoint.
+
+    With `use_moving_averages`, a trainable variable has the name of its moving average. Others, for
+    example those of batch normalization, have no moving averages.
+    """
+    if use_moving_averages:
+        averages = tf.train.ExponentialMovingAverage(0.0)  # for the names; the decay has no effect
+        return averages.variables_to_restore(tf.trainable_variables())
+    return {variable.op.name: variable for variable in tf.global_variables()}
+
+
 def restore(session, saver, checkpoint):
     """Restores the variables of a `tf.train.Saver` into the default graph.
 
@@ -402,8 +387,7 @@ def restore(session, saver, checkpoint):
       CheckpointError: the checkpoint cannot be read, or a variable is not finite.
     """
     try:
-        with path_for_restore(checkpoint) as path:
-            saver.restore(session, path)
+        saver.restore(session, checkpoint)
     # The Saver raises ValueError if files are missing.
     except (tf.errors.OpError, OSError, ValueError) as error:
         raise CheckpointError(f"{checkpoint} cannot be restored: {first_line(error)}") from error

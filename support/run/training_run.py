@@ -62,6 +62,11 @@ class Options(NamedTuple):
     save_summaries_steps: int = 100
     save_histograms_steps: int = 1000
 
+    @classmethod
+    def select(cls, values):
+        """Returns the `Options` in a dict of the values of flags by name."""
+        return cls(**{name: values[name] for name in cls._fields})
+
 
 @contextlib.contextmanager
 def training_graph(seed=None, worker=None, train_dir=None):
@@ -332,27 +337,24 @@ def _create_session(hooks, saver, newest, options, config, worker):
     if worker is not None:
         config.device_filters.extend(worker.device_filters)
     try:
-        with contextlib.ExitStack() as stack:
-            path = None
-            if saver is None:  # the chief has initialized the variables
-                scaffold = tf.train.Scaffold(init_op=tf.no_op())
-            else:
-                scaffold = tf.train.Scaffold(saver=saver)
-            if newest is not None:
-                checkpoints.check_variables(
-                    newest, {v.op.name: v for v in tf.global_variables()}, "--train_dir"
-                )
-                path = stack.enter_context(checkpoints.path_for_restore(newest))
-            # Unlike MonitoredTrainingSession, it does not retry a lost connection forever, and it
-            # runs the hooks in the given order.
-            return tf.train.SingularMonitoredSession(
-                hooks=hooks,
-                scaffold=scaffold,
-                master=worker.target if worker else "",
-                config=config,
-                checkpoint_filename_with_path=path,
-                stop_grace_period_secs=_CLOSING_GRACE,
+        if saver is None:  # the chief has initialized the variables
+            scaffold = tf.train.Scaffold(init_op=tf.no_op())
+        else:
+            scaffold = tf.train.Scaffold(saver=saver)
+        if newest is not None:
+            checkpoints.check_variables(
+                newest, {v.op.name: v for v in tf.global_variables()}, "--train_dir"
             )
+        # Unlike MonitoredTrainingSession, it does not retry a lost connection forever, and it
+        # runs the hooks in the given order.
+        return tf.train.SingularMonitoredSession(
+            hooks=hooks,
+            scaffold=scaffold,
+            master=worker.target if worker else "",
+            config=config,
+            checkpoint_filename_with_path=newest,
+            stop_grace_period_secs=_CLOSING_GRACE,
+        )
     # The Saver raises ValueError if files of the checkpoint are missing.
     except (tf.errors.OpError, ValueError) as error:
         if newest is None and isinstance(error, ValueError):

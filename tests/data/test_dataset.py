@@ -1,4 +1,4 @@
-"""Tests of the class names and of the checks of record files."""
+"""Tests of a dataset: its folder, its class names, its sizes, and the checks of its files."""
 
 import os
 import pathlib
@@ -10,9 +10,9 @@ import pytest
 from conftest import make_records, write_dataset
 
 from support.base.errors import DataError
-from support.data import dataset
+from support.data import dataset, records
 
-FILES = [*dataset.TRAIN_FILES, *dataset.TEST_FILES]
+FILES = [*records.TRAIN_FILES, *records.TEST_FILES]
 
 
 @pytest.fixture
@@ -21,14 +21,29 @@ def folder(tmp_path):
     return tmp_path / dataset.EXTRACTED_FOLDER
 
 
-def test_a_record_is_a_label_byte_and_3072_pixel_bytes():
-    assert dataset.RECORD_BYTES == 1 + 3 * 32 * 32 == 3073
-
-
 def test_files_of_any_number_of_whole_records_are_accepted_and_counted(folder):
-    dataset.check_records(folder)
-    assert dataset.count_records(folder, eval_data=False) == 3 + 4 + 5 + 6 + 7
-    assert dataset.count_records(folder, eval_data=True) == 11
+    dataset.check_dataset(folder)
+    assert records.count_records(folder, eval_data=False) == 3 + 4 + 5 + 6 + 7
+    assert records.count_records(folder, eval_data=True) == 11
+
+
+def test_an_epoch_has_as_many_examples_as_the_files(folder):
+    found = dataset.read_dataset(folder)
+    assert found == dataset.Dataset(str(folder), dataset.CLASS_NAMES, 3 + 4 + 5 + 6 + 7, 11)
+
+
+def test_numbers_other_than_those_of_cifar_10_win_over_the_files(folder):
+    assert dataset.read_dataset(folder, 7, 100, 5)[2:] == (100, 5)
+    assert dataset.read_dataset(folder, 7, 100)[2:] == (100, 11)
+    assert dataset.read_dataset(folder, 7, num_eval=5)[2:] == (25, 5)
+    assert len(dataset.read_dataset(folder, 7).class_names) == 7
+
+
+@pytest.mark.parametrize("name", ["missing", "file/missing"])
+def test_without_files_an_epoch_has_as_many_examples_as_in_cifar_10(tmp_path, name):
+    (tmp_path / "file").write_text("")
+    found = dataset.read_dataset(tmp_path / name)
+    assert found[1:] == (dataset.CLASS_NAMES, 50000, 10000)
 
 
 def test_a_data_dir_that_holds_records_itself_is_the_folder(folder):
@@ -78,7 +93,7 @@ def test_an_edited_number_of_classes_must_match_the_file(folder):
     with pytest.raises(DataError, match=message):
         dataset.read_class_names(folder, 20)
     with pytest.raises(DataError, match=message):
-        dataset.check_records(folder, 20)
+        dataset.check_dataset(folder, 20)
 
 
 @pytest.mark.parametrize(
@@ -94,7 +109,7 @@ def test_an_edited_number_of_classes_must_match_the_file(folder):
 def test_invalid_class_names_are_refused(folder, content, message):
     (folder / "batches.meta.txt").write_bytes(content)
     with pytest.raises(DataError, match=f"batches.meta.txt {message}"):
-        dataset.check_records(folder)
+        dataset.check_dataset(folder)
 
 
 @pytest.mark.parametrize("count", [2, 256])
@@ -102,7 +117,7 @@ def test_every_class_in_the_file_has_a_valid_label(folder, count):
     names = [f"class {number}" for number in range(count)]
     write_dataset(folder, train_counts=[300] * 5, class_names=names)
     assert dataset.read_class_names(folder) == tuple(names)
-    dataset.check_records(folder)
+    dataset.check_dataset(folder)
 
 
 def write_labels(folder, train, test):
@@ -128,7 +143,7 @@ def write_labels(folder, train, test):
 def test_classes_without_images_are_reported_in_one_line(folder, capsys, train, test, line):
     dataset.write_class_names(folder, "abcd")
     write_labels(folder, train, test)
-    dataset.check_records(folder)
+    dataset.check_dataset(folder)
     output = capsys.readouterr()
     assert output.err == (f"The dataset has {line}\n" if line else "")
     assert output.out == ""
@@ -143,64 +158,64 @@ def test_a_label_without_a_class_is_refused(folder, num_names, label):
     records.tofile(folder / "data_batch_4.bin")
     message = rf"data_batch_4.bin has label {label} in record 5 \(counted from 0\), but labels must"
     with pytest.raises(DataError, match=f"{message} be 0 to {num_names - 1}; "):
-        dataset.check_records(folder)
+        dataset.check_dataset(folder)
 
 
 def test_an_edited_number_of_classes_decides_which_labels_are_valid(folder):
-    dataset.check_records(folder, 11)
+    dataset.check_dataset(folder, 11)
     with pytest.raises(
         DataError, match=r"data_batch_2.bin has label 3 in record 3 .*, but labels must be 0 to 2"
     ):
-        dataset.check_records(folder, 3)
+        dataset.check_dataset(folder, 3)
 
 
 @pytest.mark.parametrize("name", [name for name in FILES if name != "data_batch_5.bin"])
 def test_a_missing_file_is_refused(folder, name):
     (folder / name).unlink()
     with pytest.raises(DataError, match=f"{name} is missing; replace the file, or move"):
-        dataset.check_records(folder)
+        dataset.check_dataset(folder)
 
 
 @pytest.mark.parametrize("count", [1, 2, 4])
 def test_the_last_training_files_may_be_missing(folder, capsys, count):
     write_labels(folder, range(10), range(10))
-    for name in dataset.TRAIN_FILES[count:]:
+    for name in records.TRAIN_FILES[count:]:
         (folder / name).unlink()
-    dataset.check_records(folder)
+    dataset.check_dataset(folder)
     assert capsys.readouterr().err == f"Training files in {folder}: {count} of 5\n"
-    paths = dataset.record_files(folder, eval_data=False)
-    assert paths == [str(folder / name) for name in dataset.TRAIN_FILES[:count]]
-    assert dataset.count_records(folder, eval_data=False) == 10 * count
-    dataset.ChangeDetector(folder, eval_data=False).check()
+    paths = records.record_files(folder, eval_data=False)
+    assert paths == [str(folder / name) for name in records.TRAIN_FILES[:count]]
+    assert records.count_records(folder, eval_data=False) == 10 * count
+    records.ChangeDetector(folder, eval_data=False).check()
     assert dataset.find_folder(folder) == str(folder)
 
 
 def test_without_any_training_file_the_first_one_is_missing(folder):
-    for name in dataset.TRAIN_FILES:
+    for name in records.TRAIN_FILES:
         (folder / name).unlink()
     with pytest.raises(DataError, match=r"data_batch_1.bin is missing"):
-        dataset.check_records(folder)
-    assert len(dataset.record_files(folder, eval_data=False)) == 5
+        dataset.check_dataset(folder)
+    assert len(records.record_files(folder, eval_data=False)) == 5
 
 
 def test_records_with_two_labels_are_recognized_as_those_of_cifar_100(folder):
     (folder / FILES[1]).write_bytes(bytes(7 * 3074))
     message = "data_batch_2.bin has records of 3074 bytes, .* cifar10_convert.py --cifar100="
     with pytest.raises(DataError, match=message):
-        dataset.check_records(folder)
+        dataset.check_dataset(folder)
 
 
 def test_a_folder_in_place_of_a_file_is_refused(folder):
     (folder / FILES[2]).unlink()
     (folder / FILES[2]).mkdir()
     with pytest.raises(DataError, match="data_batch_3.bin is not a file"):
-        dataset.check_records(folder)
+        dataset.check_dataset(folder)
 
 
 def test_an_empty_file_is_refused(folder):
     (folder / FILES[0]).write_bytes(b"")
     with pytest.raises(DataError, match="data_batch_1.bin is empty"):
-        dataset.check_records(folder)
+        dataset.check_dataset(folder)
 
 
 @pytest.mark.parametrize(("size", "record", "rest"), [(3072, 0, 3072), (2 * 3073 + 1, 2, 1)])
@@ -210,7 +225,7 @@ def test_a_partial_last_record_is_refused(folder, size, record, rest):
         rf"test_batch.bin ends within record {record} \(counted from 0\), after {rest} of 3073"
     )
     with pytest.raises(DataError, match=message):
-        dataset.check_records(folder)
+        dataset.check_dataset(folder)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can change to another user")
@@ -223,7 +238,7 @@ def test_a_file_without_read_permission_is_refused():
         os.seteuid(65534)
         try:
             with pytest.raises(DataError, match="data_batch_4.bin cannot be read .Permission"):
-                dataset.check_records(folder)
+                dataset.check_dataset(folder)
         finally:
             os.seteuid(0)
 
@@ -231,7 +246,7 @@ def test_a_file_without_read_permission_is_refused():
 def test_the_error_is_one_line(folder):
     (folder / FILES[0]).write_bytes(b"x")
     with pytest.raises(DataError) as error:
-        dataset.check_records(folder)
+        dataset.check_dataset(folder)
     assert "\n" not in str(error.value)
 
 
@@ -255,14 +270,14 @@ def test_the_error_suggests_a_cure_that_fits_the_origin_of_the_dataset(tmp_path,
     write_dataset(tmp_path / name)
     (tmp_path / name / "data_batch_2.bin").unlink()
     with pytest.raises(DataError, match=f"data_batch_2.bin is missing; replace the file{cure}$"):
-        dataset.check_records(tmp_path / name)
+        dataset.check_dataset(tmp_path / name)
 
 
 def test_sixty_thousand_records_are_checked_within_a_second(folder):
     for name in FILES:
         np.zeros([10000, 3073], np.uint8).tofile(folder / name)
     start = time.monotonic()
-    dataset.check_records(folder)
+    dataset.check_dataset(folder)
     assert time.monotonic() - start < 1
 
 
@@ -279,74 +294,7 @@ def test_a_description_of_the_classes_lists_at_most_a_dozen(count, description):
     assert dataset.describe_classes([str(number) for number in range(count)]) == description
 
 
-def test_a_change_to_a_file_in_use_is_detected(folder):
-    detector = dataset.ChangeDetector(folder, eval_data=False)
-    detector.check()
-    (folder / "test_batch.bin").unlink()  # not one of the training files
-    detector.check()
-    content = bytearray((folder / FILES[2]).read_bytes())
-    content[-1] ^= 1  # a single bit of the last pixel
-    (folder / FILES[2]).write_bytes(content)
-    set_other_time(folder / FILES[2])
-    with pytest.raises(DataError, match="data_batch_3.bin was modified after the script started"):
-        detector.check()
-    size = (folder / FILES[1]).stat().st_size
-    os.truncate(folder / FILES[1], size - 3073)
-    message = f"data_batch_2.bin has {size - 3073} bytes, but had {size} when the script started"
-    with pytest.raises(DataError, match=message):
-        detector.check()
-    (folder / FILES[1]).unlink()
-    with pytest.raises(DataError, match="data_batch_2.bin can no longer be read .No such file"):
-        detector.check()
-
-
-def set_other_time(path):
-    """Changes the time of modification, regardless of the resolution of the clock."""
-    os.utime(path, (0, 0))
-
-
-def test_a_file_that_was_touched_or_copied_without_a_change_of_its_content_is_accepted(
-    folder, monkeypatch
-):
-    detector = dataset.ChangeDetector(folder, eval_data=False)
-    set_other_time(folder / FILES[2])
-    content = (folder / FILES[1]).read_bytes()
-    (folder / FILES[1]).unlink()
-    (folder / FILES[1]).write_bytes(content)
-    set_other_time(folder / FILES[1])
-    detector.check()
-
-    def fail(path):
-        raise AssertionError(f"{path} was read again, although it has not changed since")
-
-    monkeypatch.setattr("builtins.open", fail)
-    detector.check()
-    monkeypatch.undo()
-    # The new time does not hide a later change.
-    (folder / FILES[2]).write_bytes(bytes((folder / FILES[2]).stat().st_size))
-    with pytest.raises(DataError, match="data_batch_3.bin was modified after the script started"):
-        detector.check()
-
-
-def test_a_touched_file_that_cannot_be_read_is_reported(folder, monkeypatch):
-    detector = dataset.ChangeDetector(folder, eval_data=False)
-    set_other_time(folder / FILES[2])
-
-    def forbid(path, *_):
-        raise PermissionError(13, "Permission denied", path)
-
-    monkeypatch.setattr("builtins.open", forbid)
-    with pytest.raises(DataError, match="data_batch_3.bin can no longer be read .Permission den"):
-        detector.check()
-
-
 def test_a_label_beyond_an_edited_number_of_classes_is_refused_with_both_cures(tmp_path):
     write_dataset(tmp_path)
     with pytest.raises(DataError, match=r"has label 3 .* replace the file, .*NUM_CLASSES.* is 3$"):
-        dataset.check_records(tmp_path, num_classes=3)
-
-
-def test_a_file_that_vanishes_before_it_can_be_watched_is_an_error(folder):
-    (folder / "data_batch_2.bin").unlink()
-    with pytest.raises(DataError, match=r"data_batch_2.bin cannot be read \(No such file or dir"):
-        dataset.ChangeDetector(folder, eval_data=False)
+        dataset.check_dataset(tmp_path, num_classes=3)

@@ -24,9 +24,9 @@ import pytest
 from conftest import ROOT, make_records, write_dataset
 
 from support.base.errors import DataError
-from support.data import dataset, download
+from support.data import dataset, download, records
 
-FILES = [*dataset.TRAIN_FILES, *dataset.TEST_FILES]
+FILES = [*records.TRAIN_FILES, *records.TEST_FILES]
 ARCHIVE = "cifar-10-binary.tar.gz"
 PART = "cifar-10-binary.tar.gz.part"
 STAGING = ".cifar-10-batches-bin.part"
@@ -176,7 +176,7 @@ class SlowServer(Server):
 def fetch(data_dir, server, sha256):
     """Downloads from the server and checks the result."""
     folder = download.maybe_download_and_extract(data_dir, server.url, sha256)
-    dataset.check_records(folder)
+    dataset.check_dataset(folder)
     assert sorted(os.listdir(data_dir)) == ["cifar-10-batches-bin", ARCHIVE]
 
 
@@ -196,7 +196,7 @@ FETCH = """
 import sys
 from support.data import dataset, download
 download.CHUNK_BYTES = 1000
-dataset.check_records(download.maybe_download_and_extract(*sys.argv[1:]))
+dataset.check_dataset(download.maybe_download_and_extract(*sys.argv[1:]))
 """
 
 
@@ -295,7 +295,7 @@ def test_the_binary_version_takes_precedence_over_others(tmp_path):
     sha256 = make_archive(tmp_path / ARCHIVE)
     folder = download.maybe_download_and_extract(tmp_path, UNREACHABLE, sha256)
     assert download.maybe_download_and_extract(tmp_path, UNREACHABLE, sha256) == folder
-    dataset.check_records(folder)
+    dataset.check_dataset(folder)
 
 
 def test_a_copy_that_keras_has_is_mentioned_before_a_download(
@@ -329,7 +329,7 @@ def test_the_archive_is_downloaded_verified_and_extracted(tmp_path, monkeypatch,
         folder = download.maybe_download_and_extract(data_dir, url, sha256)
     assert len(server.requests) == (kind == "http")
     assert sorted(os.listdir(folder)) == sorted([*FILES, "batches.meta.txt", "readme.html"])
-    dataset.check_records(folder)
+    dataset.check_dataset(folder)
     assert sorted(os.listdir(data_dir)) == ["cifar-10-batches-bin", ARCHIVE]
 
 
@@ -365,7 +365,7 @@ def test_files_get_the_permissions_of_the_umask(tmp_path, archive):
 def test_an_existing_archive_is_extracted_without_a_download(tmp_path):
     sha256 = make_archive(tmp_path / ARCHIVE)
     folder = download.maybe_download_and_extract(tmp_path, UNREACHABLE, sha256)
-    dataset.check_records(folder)
+    dataset.check_dataset(folder)
 
 
 def test_an_existing_archive_with_another_sha256_is_refused(tmp_path):

@@ -15,12 +15,12 @@ import pytest
 from conftest import make_records
 
 from support.base.errors import DataError, UserError
-from support.data import dataset, formats
+from support.data import dataset, formats, records
 
 FINE_NAMES = [f"fine {label}" for label in range(100)]
 COARSE_NAMES = [f"coarse {label}" for label in range(20)]
 COUNTS = (11, 12, 13, 14, 15)  # images of each training file
-FILES = [*dataset.TRAIN_FILES, *dataset.TEST_FILES]
+FILES = [*records.TRAIN_FILES, *records.TEST_FILES]
 
 
 def pickle_like_python_2(value):
@@ -139,7 +139,7 @@ def test_cifar_10_for_python_becomes_the_files_of_the_binary_version(tmp_path, c
     result = convert(folder, tmp_path / "out")
     assert result == (sum(COUNTS), 21, dataset.CLASS_NAMES)
     check_python_10(tmp_path / "out", records)
-    dataset.check_records(tmp_path / "out")
+    dataset.check_dataset(tmp_path / "out")
     assert capsys.readouterr().err == ""
 
 
@@ -206,8 +206,8 @@ def test_cifar_100_is_converted_with_either_kind_of_labels(
     result = convert(path, tmp_path / "out", "cifar100", label_kind)
     assert result == (203, 101, tuple(names))
     assert dataset.read_class_names(tmp_path / "out") == tuple(names)
-    train = b"".join((tmp_path / "out" / name).read_bytes() for name in dataset.TRAIN_FILES)
-    sizes = [(tmp_path / "out" / name).stat().st_size // 3073 for name in dataset.TRAIN_FILES]
+    train = b"".join((tmp_path / "out" / name).read_bytes() for name in records.TRAIN_FILES)
+    sizes = [(tmp_path / "out" / name).stat().st_size // 3073 for name in records.TRAIN_FILES]
     assert sizes == [41, 41, 41, 40, 40]
     for data, split in ((train, "train"), ((tmp_path / "out/test_batch.bin").read_bytes(), "test")):
         expected = np.column_stack([splits[split][:, column], splits[split][:, 2:]])
@@ -372,7 +372,7 @@ def test_records_of_another_size_are_refused(tmp_path):
 def test_another_record_layout_is_refused(tmp_path, monkeypatch):
     content, _ = make_python_10()
     folder = write_folder(tmp_path / "a", content)
-    monkeypatch.setattr(dataset, "DEPTH", 1)
+    monkeypatch.setattr(records, "DEPTH", 1)
     with pytest.raises(DataError, match=r"are \(32, 32, 3\), but the constants .*\(32, 32, 1\)"):
         convert(folder, tmp_path / "out")
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile, ImageOps
 
-from support.data import dataset
+from support.data import records
 from support.data.image_files import ImageError, describe_depths, find_images, read_image
 
 RED, BLUE = (255, 0, 0), (0, 0, 255)
@@ -313,7 +313,7 @@ def test_an_image_is_turned_upright_if_other_exif_data_is_damaged(tmp_path):
 
 
 def test_a_depth_of_1_gives_grayscale_pixels(tmp_path, monkeypatch):
-    monkeypatch.setattr(dataset, "DEPTH", 1)
+    monkeypatch.setattr(records, "DEPTH", 1)
     image = Image.fromarray(draw_scene(32))
     read = save_and_read(tmp_path / "image.png", image)
     assert read.shape == (32, 32, 1)

@@ -8,14 +8,14 @@ import pytest
 from conftest import write_dataset
 
 from support.base.errors import DataError
-from support.data import dataset, synthetic
+from support.data import dataset, records, synthetic
 
-FILES = [*dataset.TRAIN_FILES, *dataset.TEST_FILES]
+FILES = [*records.TRAIN_FILES, *records.TEST_FILES]
 
 
 def read_records(data_dir, name):
     path = data_dir / dataset.SYNTHETIC_FOLDER / name
-    return np.fromfile(path, np.uint8).reshape(-1, dataset.RECORD_BYTES)
+    return np.fromfile(path, np.uint8).reshape(-1, records.RECORD_BYTES)
 
 
 def test_the_dataset_is_generated_within_five_seconds_alongside_another_one(tmp_path):
@@ -23,9 +23,9 @@ def test_the_dataset_is_generated_within_five_seconds_alongside_another_one(tmp_
     start = time.monotonic()
     folder = synthetic.maybe_generate(tmp_path)
     assert time.monotonic() - start < 5
-    dataset.check_records(folder)
+    dataset.check_dataset(folder)
     assert sorted(os.listdir(tmp_path)) == [dataset.EXTRACTED_FOLDER, dataset.SYNTHETIC_FOLDER]
-    assert dataset.count_records(tmp_path / dataset.EXTRACTED_FOLDER, eval_data=True) == 11
+    assert records.count_records(tmp_path / dataset.EXTRACTED_FOLDER, eval_data=True) == 11
 
 
 def test_an_existing_dataset_is_not_generated_again(synthetic_data_dir):
@@ -71,8 +71,8 @@ def test_color_alone_does_not_identify_the_class(synthetic_data_dir):
 def test_a_depth_of_1_gives_the_same_images_in_gray(monkeypatch):
     monkeypatch.setattr(synthetic, "NOISE_STDDEV", 0.0)
     color = synthetic._generate_records(60, np.random.default_rng(0))
-    monkeypatch.setattr(dataset, "DEPTH", 1)
-    monkeypatch.setattr(dataset, "RECORD_BYTES", 1 + 32 * 32)
+    monkeypatch.setattr(records, "DEPTH", 1)
+    monkeypatch.setattr(records, "RECORD_BYTES", 1 + 32 * 32)
     gray = synthetic._generate_records(60, np.random.default_rng(0))
     assert gray.shape == (60, 1025)
     np.testing.assert_array_equal(gray[:, 0], color[:, 0])

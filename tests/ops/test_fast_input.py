@@ -5,6 +5,7 @@ import itertools
 
 import numpy as np
 import pytest
+from absl.testing import flagsaver
 from conftest import (
     all_batches,
     make_records,
@@ -355,13 +356,17 @@ def image(tmp_path):
     return image
 
 
-def training_images(folder, fast_ops, count, distortion=None):
+def training_images(folder, fast_ops, count, distortion=DISTORTION):
     """Returns `count` images of a training input: float32 [count, 24, 24, 3]."""
     with tf.Graph().as_default():
         tf.set_random_seed(11)
-        images, _ = cifar10_input.distorted_inputs(
-            str(folder), count, 0.01, 1, distortion, fast_ops=fast_ops
-        )
+        with flagsaver.flagsaver(
+            fast_ops=fast_ops,
+            min_fraction_of_examples_in_queue=0.01,
+            num_preprocess_threads=1,
+            **distortion._asdict(),
+        ):
+            images, _ = cifar10_input.distorted_inputs(str(folder), count)
         with running_queues() as session:
             return session.run(images)
 

@@ -18,7 +18,7 @@ import types
 
 import numpy as np
 import pytest
-from conftest import PATTERNS, ROOT, lost_stream
+from conftest import ROOT, lost_stream
 
 from support.base.errors import DataError, Interrupted, UserError
 from support.data.settings import TrainingSettings
@@ -328,7 +328,7 @@ def test_more_checkpoints_than_are_kept_are_deleted_when_training_resumes(tmp_pa
     assert saved_steps(tmp_path) == {5, 6}
 
 
-@pytest.mark.parametrize(("name", "matched"), [*PATTERNS, ("a b", "a"), ("käse猫", "käse")])
+@pytest.mark.parametrize(("name", "matched"), [("a b", "a"), ("käse猫", "käse"), ("{x},~", "x")])
 def test_training_touches_only_its_own_folder_whatever_its_name(tmp_path, name, matched, capsys):
     train(tmp_path / matched, max_steps=3, save_checkpoint_steps=1)
     before = checkpoint_files_in(tmp_path / matched)

@@ -1,0 +1,506 @@
+"""The flags of the scripts, in one table, and the constants that give them their defaults.
+
+Many flags have a constant in `cifar10_input.py` or `cifar10.py`. Until such a flag is given a
+value, it has the value of its constant at the moment of reading. So an edited constant takes
+effect wherever it is edited, in the file or in a notebook, and a given flag wins over it.
+
+    options.register_constants(__name__)    # below the constants of a module
+    options.define("input", "model")        # the flags of two groups of the table
+
+Importing this module marks the flags as parsed, so that they can be read wherever no command line
+is parsed, as in a notebook. It does not import TensorFlow.
+"""
+
+import math
+import os
+import re
+import sys
+
+from absl import flags
+
+from support.base.errors import UserError
+
+FLAGS = flags.FLAGS
+FLAGS.mark_as_parsed()
+flags.disclaim_key_flags()  # the flags that this module defines belong to the module that calls it
+
+
+# --- Constants.
+
+
+class Constant(str):
+    """The name of a constant, as the default of a flag."""
+
+
+# By the name of each module: those of its constants that repeat the value of an earlier module.
+_repeated = {}
+
+
+def register_constants(module):
+    """Lets flags follow the constants of a module, which are looked up whenever a flag is read.
+
+    Two modules may have the same constant, as `cifar10.py` repeats some of `cifar10_input.py`. An
+    edit in either one takes effect; if both are edited, that of the later one does.
+
+    Args:
+      module: string; its `__name__`. Registering it again, after a reload, replaces it.
+    """
+    _repeated.setdefault(module, {})
+    names = list(_repeated)
+    earlier = [vars(sys.modules[name]) for name in names[: names.index(module)]]
+    _repeated[module] = {
+        name: value
+        for name, value in vars(sys.modules[module]).items()
+        if isinstance(value, int | float | str) and any(c.get(name) == value for c in earlier)
+    }
+
+
+def constant(name):
+    """Returns the value of a constant, as it is edited now. Raises KeyError if there is none."""
+    for module in reversed(_repeated):
+        constants = vars(sys.modules[module])
+        if name in constants and constants[name] != _repeated[module].get(name):
+            return constants[name]
+    raise KeyError(name)
+
+
+# --- Flags.
+
+
+class Flag(flags.Flag):
+    """A flag that follows a constant, if its default is one, until it is given a value.
+
+    Args:
+      parser: `flags.ArgumentParser`.
+      name: string.
+      default: value; a `Constant` to follow; or None.
+      help_string: string.
+      normalize: function of each value other than None, wherever it comes from: the command line,
+        an assignment, the default or the constant. It raises ValueError to refuse a value.
+      **arguments: those of `flags.Flag`.
+
+    Attributes:
+      defined_default: the default as it was passed, whatever `FLAGS.set_default` says.
+    """
+
+    def __init__(self, parser, name, default, help_string, normalize=None, **arguments):
+        self.defined_default = default
+        self._normalize = normalize
+        self._constant = None
+        self._is_tentative = False
+        follows = isinstance(default, Constant)
+        value = constant(default) if follows else default
+        serializer = None if arguments.get("boolean") else flags.ArgumentSerializer()
+        super().__init__(parser, serializer, name, value, help_string, **arguments)
+        self._constant = default if follows else None
+
+    @property
+    def value(self):
+        """The given value or, if none was given, that of the constant or the default."""
+        if self.followed_constant is None:
+            return self._value
+        return self._normalized(constant(self._constant))
+
+    @value.setter
+    def value(self, value):
+        self._value = self._normalized(value)
+        # absl marks a flag as given only after its validators have accepted the new value, which
+        # they have to see. It undoes a refused assignment by another one, of the earlier value.
+        self._is_tentative = self.using_default_value and not self._is_tentative
+
+    @property
+    def followed_constant(self):
+        """The name of the constant that the flag follows now, or None."""
+        return self._constant if self.using_default_value and not self._is_tentative else None
+
+    def parse(self, argument):
+        """Parses a value of the command line."""
+        super().parse(argument)
+        self.using_default_value = False
+
+    def unparse(self):
+        """Takes back a given value."""
+        super().unparse()
+        self._is_tentative = False
+
+    def _set_default(self, value):
+        self._constant = None  # `FLAGS.set_default` replaces the constant
+        super()._set_default(value)
+        self._is_tentative = False
+
+    def _normalized(self, value):
+        if value is None or self._normalize is None:
+            return value
+        try:
+            return self._normalize(value)
+        except ValueError as error:
+            text = os.fsdecode(value).encode(errors="backslashreplace").decode()
+            raise flags.IllegalFlagValueError(f"flag --{self.name}={text}: {error}") from None
+
+
+def _define(flag, *rules):
+    """Defines a flag for the module that calls this one. Keeps a flag that exists.
+
+    It exists if another script in the same process has it, if the module is reloaded, or imported
+    after it was run as a script, or if the user's own script has defined it.
+    """
+    if flag.name in FLAGS:
+        existing = FLAGS[flag.name]
+        if isinstance(existing, Flag) and existing.defined_default != flag.defined_default:
+            FLAGS.set_default(flag.name, flag.default)  # it was edited before the reload
+            existing.defined_default = flag.defined_default
+        flags.declare_key_flag(flag.name)
+        return
+    flags.DEFINE_flag(flag)
+    for rule in rules:
+        check(flag.name, *rule)
+
+
+def check(name, is_valid, rule):
+    """Makes a flag refuse values, given ones and those of its constant.
+
+    Args:
+      name: string.
+      is_valid: function from a value other than None to bool.
+      rule: string; what the function checks, such as "it must be 8 to 32".
+    """
+
+    def validate(value):
+        if value is None:
+            return FLAGS[name].default is None
+        if is_valid(value):
+            return True
+        followed = getattr(FLAGS[name], "followed_constant", None)
+        source = f"; the value is that of the constant {followed}" if followed else ""
+        raise flags.ValidationError(f"{rule}{source}")
+
+    flags.register_validator(name, validate, "it needs a value")
+
+
+# --- Paths.
+
+
+def local_path(path, url_schemes=()):
+    """Returns a path of this machine as a string, with `~` and `~user` at its beginning expanded.
+
+    Args:
+      path: string, bytes or `os.PathLike`.
+      url_schemes: collection of strings, such as "https"; such URLs are returned as they are.
+
+    Raises:
+      ValueError: it is a URL of another scheme, or there is no such user.
+    """
+    path = os.fsdecode(path)
+    # At least two letters, because C:/ is a drive of Windows. pathlib removes the second slash.
+    scheme = re.match("([a-z][a-z0-9+.-]+):/", path, re.IGNORECASE)
+    if scheme and scheme[1].lower() in url_schemes:
+        return path
+    expanded = os.path.expanduser(path)
+    if scheme:
+        urls = ", ".join(f"{name}://" for name in url_schemes)
+        problem = f"only local paths {f'and {urls} URLs ' if urls else ''}are supported"
+    elif expanded.startswith("~"):
+        problem = f"there is no home folder for {path.partition('/')[0]}"
+    else:
+        return expanded
+    raise ValueError(f"{problem}; write ./{path} if it is a local path")
+
+
+def tensorflow_path(path, url_schemes=()):
+    """Returns a `local_path` that TensorFlow, which encodes paths in UTF-8, opens as Python does.
+
+    Raises:
+      ValueError: as `local_path`; or the path is not UTF-8, or not ASCII in another locale.
+    """
+    path = local_path(path, url_schemes)
+    absolute = os.path.abspath(path)
+    try:
+        is_same = os.fsencode(absolute) == absolute.encode()
+    except UnicodeEncodeError:
+        is_same = False
+    if not is_same:
+        raise ValueError("TensorFlow needs a path in UTF-8, and a locale that uses UTF-8")
+    return path
+
+
+def checkpoint_path(path):
+    r"""Returns a `tensorflow_path` in which TensorFlow may look for checkpoints and delete them.
+
+    Raises:
+      ValueError: as `tensorflow_path`; or the path has one of the characters `*?[\`.
+    """
+    path = tensorflow_path(path)
+    if found := re.search(r"[*?[\\]", path):
+        raise ValueError(
+            f"TensorFlow takes a path with {found[0]} for a pattern; rename the folder; its "
+            "checkpoints move with it"
+        )
+    return path
+
+
+def _url_or_path(path):
+    return tensorflow_path(path, ("http", "https", "ftp", "file"))
+
+
+# --- Rules: a function from a value to bool, and what it checks.
+
+_ANYTHING = (lambda value: True, "")
+_FINITE = (math.isfinite, "it must be a finite number")
+_NAMED = (bool, "it must name a folder")
+_POSITIVE = (  # float32 and int64 can hold the results
+    lambda value: 0 < value <= 1e9,
+    "it must be greater than 0 and at most 1e9",
+)
+_NOT_GRAY = (
+    lambda value: 0 < value < math.inf,
+    "it must be finite and greater than 0; otherwise every image would be gray",
+)
+_EXPORTABLE = (
+    lambda path: path and not re.search(r"\[[^/]*\]|\\", path),
+    "it must name a folder, and TensorFlow cannot load a model from a path with brackets or a "
+    "backslash",
+)
+
+
+# --- The definition of a flag.
+
+# These functions have absl's names, and define one flag for the module that calls them. `default`
+# may be a `Constant`, and `valid` is a rule as above.
+# ruff: noqa: N802
+
+
+def DEFINE_boolean(name, default, help_string):
+    """Defines a flag that is true or false."""
+    _define(Flag(flags.BooleanParser(), name, default, help_string, boolean=True))
+
+
+def DEFINE_integer(name, default, help_string, lower_bound=None, upper_bound=None):
+    """Defines a flag for an integer within bounds."""
+    parser = flags.IntegerParser(lower_bound, upper_bound)
+    _define(Flag(parser, name, default, help_string), _within_bounds(parser))
+
+
+def DEFINE_float(name, default, help_string, lower_bound=None, upper_bound=None, valid=None):
+    """Defines a flag for a finite float within bounds."""
+    parser = flags.FloatParser(lower_bound, upper_bound)
+    flag = Flag(parser, name, default, help_string)
+    _define(flag, _within_bounds(parser), valid or _FINITE)
+
+
+def DEFINE_enum(name, default, enum_values, help_string):
+    """Defines a flag for one of several strings."""
+    help_string = f"<{'|'.join(enum_values)}>: {help_string}"
+    _define(Flag(flags.EnumParser(enum_values), name, default, help_string))
+
+
+def DEFINE_path(name, default, help_string, normalize=tensorflow_path, valid=_NAMED):
+    """Defines a flag for a path; `normalize` is one of the functions above."""
+    _define(Flag(flags.ArgumentParser(), name, default, help_string, normalize), valid)
+
+
+def _within_bounds(parser):
+    """Returns the rule that a value is within the bounds of a parser of numbers."""
+    return lambda value: not parser.is_outside_bounds(value), f"it must be {parser.syntactic_help}"
+
+
+# --- The table.
+
+_MAX_INT = 2**31 - 1
+_SVHN_URL = "http://ufldl.stanford.edu/housenumbers/"
+
+# The groups of flags: for each flag, the function that defines it and its arguments.
+# fmt: off
+_GROUPS = {
+    "input": [
+        (DEFINE_boolean, "fast_ops", True,
+         "Use faster equivalents of TensorFlow's operations on the CPU. With false, the graph "
+         "consists of the operations that the tutorial names. Checkpoints work with both."),
+        (DEFINE_integer, "crop_size", Constant("IMAGE_SIZE"),
+         "Side in pixels (8 to 32) of the square crop of each 32 x 32 image that the model "
+         "sees. Training crops at random positions, evaluation at the center."),
+        (DEFINE_boolean, "random_flip", True,
+         "Flip half of the training images horizontally, chosen at random. Turn this off if "
+         "mirroring changes what an image means, for example with digits."),
+        (DEFINE_float, "max_brightness_delta", Constant("MAX_BRIGHTNESS_DELTA"),
+         "Maximum brightness change, added to or subtracted from every pixel (0 to 255) of a "
+         "training image. Standardization cancels this change.", 0.0, 255.0),
+        (DEFINE_float, "min_contrast_factor", Constant("MIN_CONTRAST_FACTOR"),
+         "Minimum factor for the contrast of a training image.", 0.0, 1000.0),
+        (DEFINE_float, "max_contrast_factor", Constant("MAX_CONTRAST_FACTOR"),
+         "Maximum factor for the contrast of a training image, greater than 0.",
+         0.0, 1000.0, _NOT_GRAY),
+        (DEFINE_float, "min_fraction_of_examples_in_queue",
+         Constant("MIN_FRACTION_OF_EXAMPLES_IN_QUEUE"),
+         "Fraction of an epoch (all training images) that stays in the shuffling queue. A "
+         "larger queue shuffles better; a smaller one starts sooner.", 0.0, 1.0),
+        (DEFINE_integer, "num_preprocess_threads", Constant("NUM_PREPROCESS_THREADS"),
+         "Number of threads that read and distort training images.", 1, 1024),
+    ],
+    "model": [
+        (DEFINE_boolean, "synthetic_data", False,
+         "Use a generated dataset (ten kinds of colored shapes) instead of CIFAR-10. Needs no "
+         "network."),
+        (DEFINE_path, "data_url", Constant("DATA_URL"),
+         "Where to get cifar-10-binary.tar.gz if data_dir has no dataset: an http(s)://, ftp:// "
+         "or file:// URL, or a path. The SHA-256 must match that of the original archive.",
+         _url_or_path, _ANYTHING),
+        (DEFINE_enum, "top_layers", "full", ["full", "local"],
+         "Type of the layers local3 and local4: fully connected, or locally connected with "
+         "separate filters for each position."),
+        (DEFINE_float, "initial_learning_rate", Constant("INITIAL_LEARNING_RATE"),
+         "Learning rate before the first decay, greater than 0.", None, None, _POSITIVE),
+        (DEFINE_float, "num_epochs_per_decay", Constant("NUM_EPOCHS_PER_DECAY"),
+         "Number of epochs between decays of the learning rate, greater than 0.",
+         None, None, _POSITIVE),
+        (DEFINE_float, "learning_rate_decay_factor", Constant("LEARNING_RATE_DECAY_FACTOR"),
+         "Factor by which each decay multiplies the learning rate, greater than 0. 1 turns "
+         "decay off.",
+         None, None, (lambda value: 0 < value <= 1, "it must be greater than 0 and at most 1")),
+        (DEFINE_float, "moving_average_decay", Constant("MOVING_AVERAGE_DECAY"),
+         "Decay of the moving averages of the variables per update, from 0 to less than 1.",
+         None, None, (lambda value: 0 <= value < 1, "it must be at least 0 and less than 1")),
+        (DEFINE_float, "weight_decay", Constant("WEIGHT_DECAY"),
+         "Weight of the L2 loss of local3 and local4 (with --top_layers=local, of "
+         "softmax_linear as well). The L2 loss is half the sum of the squared weights. 0 turns "
+         "weight decay off.",
+         None, None, (lambda value: 0 <= value <= 1e9, "it must be at least 0 and at most 1e9")),
+    ],
+    "run": [
+        (DEFINE_path, "train_dir", "/tmp/cifar10_train",
+         "Folder for checkpoints and summaries. A run that is already there is resumed, never "
+         "deleted.", checkpoint_path),
+        (DEFINE_integer, "max_steps", 1000000,
+         "Total number of steps, including those of earlier runs in train_dir.", 1, _MAX_INT),
+        (DEFINE_integer, "log_frequency", 10,
+         "Steps between lines of progress.", 1, _MAX_INT),
+        (DEFINE_integer, "save_checkpoint_secs", 600,
+         "Seconds between checkpoints.", 1, _MAX_INT),
+        (DEFINE_integer, "save_checkpoint_steps", None,
+         "Steps between checkpoints, instead of save_checkpoint_secs.", 1, _MAX_INT),
+        (DEFINE_integer, "max_checkpoints_to_keep", 5,
+         "Number of checkpoints to keep. Older checkpoints of the same run are deleted.",
+         1, _MAX_INT),
+        (DEFINE_integer, "save_summaries_steps", 100,
+         "Steps between scalars for TensorBoard. 0 turns off all summaries.", 0, _MAX_INT),
+        (DEFINE_integer, "save_histograms_steps", 1000,
+         "Steps between histograms and images for TensorBoard, which take much more space than "
+         "scalars. 0 turns them off.", 0, _MAX_INT),
+        (DEFINE_integer, "seed", None,
+         "Seed for the initial variables and all random operations. By default, each run draws "
+         "a new seed. On a CPU with num_preprocess_threads=1, the seed determines every loss.",
+         0, _MAX_INT),
+        (DEFINE_boolean, "log_device_placement", False,
+         "Print the device of every operation: hundreds of lines."),
+    ],
+    "cluster": [
+        (DEFINE_integer, "cluster_timeout_secs", 600,
+         "Seconds to wait for a task that is missing.", 1),
+        (DEFINE_boolean, "shard_data", False,
+         "Have each worker read its own part of the records. By default, each worker reads all "
+         "records, in its own random order."),
+    ],
+    "checkpoint": [
+        (DEFINE_path, "checkpoint_dir", "/tmp/cifar10_train",
+         "Folder with the checkpoints, or one checkpoint, such as "
+         "/tmp/cifar10_train/model.ckpt-1000.", checkpoint_path),
+        (DEFINE_boolean, "use_moving_averages", True,
+         "Use the moving averages of the variables. With false, use the variables themselves."),
+    ],
+    "prediction": [
+        (DEFINE_boolean, "json", False,
+         "Print one JSON object per image, each on its own line."),
+        (DEFINE_path, "export_dir", None,
+         "Folder to write the model to, as a SavedModel. It must be new or empty.",
+         tensorflow_path, _EXPORTABLE),
+    ],
+    "conversion": [
+        (DEFINE_path, "pictures", None,
+         "Folder that contains your images as train/CLASS/* and test/CLASS/*, or as CLASS/* if "
+         "you give --test_fraction. Images can be PNG, JPEG, GIF, BMP or WebP files of any "
+         "size.", local_path, _ANYTHING),
+        (DEFINE_path, "svhn", None,
+         f"Folder with train_32x32.mat and test_32x32.mat, the cropped digits from {_SVHN_URL}.",
+         local_path, _ANYTHING),
+        (DEFINE_path, "cifar10_python", None,
+         "The Python version of CIFAR-10: the folder cifar-10-batches-py or the archive "
+         "cifar-10-python.tar.gz.", local_path, _ANYTHING),
+        (DEFINE_path, "cifar100", None,
+         "The binary or the Python version of CIFAR-100: its folder or its archive.",
+         local_path, _ANYTHING),
+        (DEFINE_enum, "cifar100_labels", "fine", ["fine", "coarse"],
+         "The labels of CIFAR-100 to use: 100 fine classes or 20 coarse ones."),
+        (DEFINE_path, "output", None,
+         "Folder to create for the dataset; pass it to the other scripts as --data_dir. It may "
+         "exist if it is empty.", local_path, _ANYTHING),
+        (DEFINE_float, "test_fraction", None,
+         "Fraction of each class to use as test images, for images that are not divided into "
+         "train and test.",
+         None, None, (lambda value: 0 < value < 1, "it must be more than 0 and less than 1")),
+        (DEFINE_integer, "shuffle_seed", 0,
+         "Seed that determines the order of the records, and which images --test_fraction "
+         "selects. The same images and seed produce the same files. The order of CIFAR-10 and "
+         "CIFAR-100 is kept.", 0),
+    ],
+}
+# fmt: on
+
+
+def define(*groups):
+    """Defines the flags of groups of the table for the calling module; keeps those that exist.
+
+    Args:
+      *groups: strings: "input", "model", "run", "cluster", "checkpoint", "prediction" or
+        "conversion".
+    """
+    for group in groups:
+        for function, *arguments in _GROUPS[group]:
+            function(*arguments)
+    if "input" in groups:
+        flags.register_multi_flags_validator(
+            ["min_contrast_factor", "max_contrast_factor"],
+            lambda values: values["min_contrast_factor"] <= values["max_contrast_factor"],
+            "the minimum contrast factor must not exceed the maximum",
+        )
+
+
+# --- The flags of the running script.
+
+
+def sections():
+    """Returns the flags of the running script, for its help: a list of (heading, list of flags).
+
+    First come the script's own flags, then those of the project's other modules, the flags of
+    clusters last.
+    """
+    own = FLAGS.get_key_flags_for_module(sys.argv[0])
+    last = [name for _, name, *_ in _GROUPS["cluster"]]
+    found = [("Flags", [flag for flag in own if flag.name not in last])]
+    # A module is registered after the modules that it imports.
+    for module, module_flags in reversed(FLAGS.flags_by_module_dict().items()):
+        if module in sys.modules and _is_ours(module):
+            found.append((f"Flags of {module}", [flag for flag in module_flags if flag not in own]))
+    for_clusters = [flag for flag in own if flag.name in last]
+    return [*found, ("Flags for several machines (TF_CONFIG)", for_clusters)]
+
+
+def values():
+    """Checks all flags again, and returns the values of those that the scripts define, by name.
+
+    Raises:
+      UserError: an edited constant gives a flag a value that it must not have.
+    """
+    try:
+        FLAGS.validate_all_flags()
+    except flags.IllegalFlagValueError as error:
+        raise UserError(str(error)) from error
+    shown = [flag for _, part in sections() for flag in part]
+    ours = [FLAGS[name] for name in FLAGS if isinstance(FLAGS[name], Flag)]  # of earlier scripts
+    return {flag.name: flag.value for flag in [*shown, *ours]}
+
+
+def _is_ours(module):
+    """Returns whether a module is in the project's folder or in the running script's."""
+    path = getattr(sys.modules[module], "__file__", None) or ""
+    project = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    script_folder = os.path.dirname(os.path.abspath(sys.argv[0]))
+    return os.path.dirname(os.path.abspath(path)) in (project, script_folder)
