@@ -24,6 +24,7 @@ from support.ops import fast_nn, graph_notes, summaries
 from support.ops.tensorflow_v1 import (
     GPUS,
     computes_in_16_bits,
+    conditionals_without_functions,
     tf,
     with_loss_scaling,
 )
@@ -356,7 +357,8 @@ def average_losses(tower_losses):
             zero_debias=True,  # without it, the curves start near 0
             name="avg",
         )
-        loss_averages_op = averages.apply(list(means.values()))
+        with conditionals_without_functions():
+            loss_averages_op = averages.apply(list(means.values()))
         with tf.control_dependencies([loss_averages_op]):
             for tag, mean in means.items():
                 summaries.scalar(f"{tag}_raw", mean)
@@ -424,7 +426,7 @@ def apply_gradients(optimizer, gradients, global_step):
         variable_averages = tf.train.ExponentialMovingAverage(
             FLAGS.moving_average_decay, global_step
         )
-        with tf.control_dependencies([count_op]):
+        with tf.control_dependencies([count_op]), conditionals_without_functions():
             return variable_averages.apply(tf.trainable_variables())
 
 

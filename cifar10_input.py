@@ -19,7 +19,7 @@ from support.base.errors import UserError
 from support.data import records
 from support.data.dataset import read_dataset
 from support.ops import fast_input, graph_notes, summaries
-from support.ops.tensorflow_v1 import tf
+from support.ops.tensorflow_v1 import conditionals_without_functions, tf
 
 FLAGS = flags.FLAGS
 
@@ -263,7 +263,8 @@ def distorted_inputs(data_dir, batch_size, shard=None):
         else:
             record = read_cifar10(filename_queue)
             key, label = record.key, record.label
-            image = _distorted_image(record.uint8image, FLAGS.crop_size, distortion)
+            with conditionals_without_functions():
+                image = _distorted_image(record.uint8image, FLAGS.crop_size, distortion)
         min_fraction_of_examples_in_queue = FLAGS.min_fraction_of_examples_in_queue
         examples_per_epoch = find_dataset(data_dir).num_examples_per_epoch_for_train
         min_queue_examples = int(examples_per_epoch * min_fraction_of_examples_in_queue)

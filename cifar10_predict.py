@@ -221,6 +221,7 @@ def export(model, export_dir):
                 {tf.saved_model.DEFAULT_SERVING_SIGNATURE_DEF_KEY: signature},
                 clear_devices=True,
                 strip_default_attrs=True,
+                saver=tf.train.Saver(),  # by default, it would make TensorFlow look for GPUs
             )
             builder.save()
             os.rename(staging, export_dir)

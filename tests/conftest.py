@@ -28,11 +28,9 @@ for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda number, frame: None)
 
 # TensorFlow 2.21 prints these lines when it is imported, and no environment variable suppresses
-# them. The last one appears on machines without a GPU.
+# them.
 START_UP_NOTICES = re.compile(
-    r"WARNING: All log messages before absl::InitializeLog\(\) .*"
-    r"|I0000 .*"
-    r"|E0000 .* failed call to cuInit: .*"
+    r"WARNING: All log messages before absl::InitializeLog\(\) .*|I0000 .*"
 )
 
 # For the scripts that a TF_CONFIG in the environment does not concern.

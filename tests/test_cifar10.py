@@ -688,6 +688,17 @@ def test_a_training_step_moves_every_variable_by_the_rate_times_its_gradient(fas
         np.testing.assert_allclose(end, start - 0.1 * gradient, atol=1e-6)
 
 
+def test_the_graph_of_training_has_no_functions(tmp_path, fast_ops):
+    # They would make TensorFlow look for GPUs, which prints an error where there is none.
+    write_dataset(tmp_path)
+    FLAGS.data_dir = str(tmp_path)
+    images, labels = cifar10.distorted_inputs(4)
+    total_loss = cifar10.loss(cifar10.inference(images), labels)
+    cifar10.train(total_loss, tf.train.get_or_create_global_step())
+    functions = tf.get_default_graph().as_graph_def().library.function
+    assert [function.signature.name for function in functions] == []
+
+
 def test_training_on_one_batch_reduces_its_loss(fast_ops):
     train_op, total_loss, _ = build_training(4)
     averages = [v for v in tf.global_variables() if v.op.name.endswith("total_loss/avg")]

@@ -1,6 +1,8 @@
 """Runs the main function of a script: help, errors in one line, signals and exit codes."""
 
 import contextlib
+import faulthandler
+import io
 import logging
 import os
 import signal
@@ -76,7 +78,12 @@ def run(main, takes_arguments=False):
                 raise SystemExit(1) from None
             raise SystemExit(0)
         try:
-            app.run(guarded_main)
+            # Not `app.run`, which would make TensorFlow look for GPUs.
+            app.define_help_flags()
+            argv = app.parse_flags_with_usage(sys.argv)
+            with contextlib.suppress(io.UnsupportedOperation):  # a notebook's stderr
+                faulthandler.enable()
+            sys.exit(guarded_main(argv))
         except SystemExit:
             if "--helpfull" in sys.argv[1:]:  # absl exits with 1 although it printed the help
                 raise SystemExit(0) from None

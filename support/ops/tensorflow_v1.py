@@ -13,7 +13,7 @@ Importing this module has five effects:
 - Eager execution is turned off.
 - TensorFlow's Python logger has the level WARNING unless it has a level of its own. It no longer
   advises you to replace queues with tf.data, unless it logs INFO messages.
-- TensorFlow looks for GPUs, but does not allocate their memory.
+- TensorFlow looks for GPUs where there can be one, but does not allocate their memory.
 """
 
 import contextlib
@@ -24,6 +24,7 @@ import os
 import platform
 import re
 import signal
+import sys
 
 from support.base.errors import UserError, first_line
 
@@ -47,7 +48,28 @@ finally:
 # enabled: control dependencies determine the order of their reads and writes.
 tf.disable_eager_execution()
 
-GPUS = tf.config.list_physical_devices("GPU")
+
+def can_have_gpus(devices="/dev"):
+    """Returns whether TensorFlow may find a GPU; if not, looking for one only prints an error.
+
+    On Linux, a GPU needs a device of its driver (NVIDIA's, also on Jetson boards; WSL's; ROCm's) or
+    a plug-in of TensorFlow. On other systems, there may always be one.
+
+    Args:
+      devices: path of the folder with the devices.
+    """
+    plug_ins = os.path.join(os.path.dirname(tf.sysconfig.get_lib()), "tensorflow-plugins")
+    if os.path.isdir(plug_ins) or "TF_PLUGGABLE_DEVICE_LIBRARY_PATH" in os.environ:
+        return True
+    driver = re.compile(r"nvidia|nvhost|nvgpu|dxg$|kfd$")
+    try:
+        return sys.platform != "linux" or any(map(driver.match, os.listdir(devices)))
+    except OSError:
+        return True
+
+
+_CAN_HAVE_GPUS = can_have_gpus()
+GPUS = tf.config.list_physical_devices("GPU") if _CAN_HAVE_GPUS else []
 USES_ONEDNN = os.environ.get("TF_ENABLE_ONEDNN_OPTS") == "1"
 
 
@@ -63,6 +85,22 @@ if tf.get_logger().level == logging.NOTSET:
 tf.get_logger().addFilter(_is_not_deprecation_advice)
 
 
+@contextlib.contextmanager
+def conditionals_without_functions():
+    """In the context, `tf.cond` adds plain operations to the graph, as in TensorFlow 1.
+
+    Those of TensorFlow 2 are functions, which fill the graph in TensorBoard and make TensorFlow
+    look for GPUs.
+    """
+    uses_functions = tf.control_flow_v2_enabled()
+    tf.disable_control_flow_v2()
+    try:
+        yield
+    finally:
+        if uses_functions:
+            tf.enable_control_flow_v2()
+
+
 def session_config(use_fp16=False, log_device_placement=False):
     """Returns the `tf.ConfigProto` of all sessions in the project.
 
@@ -76,6 +114,8 @@ def session_config(use_fp16=False, log_device_placement=False):
     """
     config = tf.ConfigProto(allow_soft_placement=True, log_device_placement=log_device_placement)
     config.gpu_options.allow_growth = True
+    if not _CAN_HAVE_GPUS:
+        config.device_count["GPU"] = 0
     if use_fp16:
         options = config.graph_options.rewrite_options
         if GPUS:

@@ -10,6 +10,7 @@ from support.base.errors import UserError
 from support.cluster import server
 from support.cluster.server import is_reachable, start_server, wait_for_peers
 from support.cluster.task import Task
+from support.ops import tensorflow_v1
 from support.ops.tensorflow_v1 import session_config
 
 
@@ -39,7 +40,8 @@ def test_a_server_starts_at_a_host_name_and_at_an_ipv6_address(host, address):
 
 
 @pytest.mark.parametrize(("type_", "gpus"), [("ps", {"GPU": 0}), ("chief", {})])
-def test_a_parameter_server_uses_no_gpu(type_, gpus):
+def test_a_parameter_server_uses_no_gpu(monkeypatch, type_, gpus):
+    monkeypatch.setattr(tensorflow_v1, "_CAN_HAVE_GPUS", True)
     config = session_config()
     started = start_server(single(free_addresses(1)[0], type_), config)
     used = started.server_def.default_session_config

@@ -41,6 +41,78 @@ assert not gc.isenabled()
     run_script("-c", code)
 
 
+DRIVERS = {
+    "NVIDIA": ("nvidiactl", "nvidia0", "nvidia-uvm"),
+    "NVIDIA Jetson": ("nvhost-gpu",),
+    "WSL": ("dxg",),
+    "ROCm": ("kfd",),
+}
+
+
+@pytest.fixture
+def devices(tmp_path, monkeypatch):
+    """A folder in place of /dev on Linux, without plug-ins, with devices that are not GPUs."""
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(tf.sysconfig, "get_lib", lambda: str(tmp_path / "tensorflow"))
+    monkeypatch.delenv("TF_PLUGGABLE_DEVICE_LIBRARY_PATH", raising=False)
+    folder = tmp_path / "dev"
+    folder.mkdir()
+    for name in ("null", "nvme0", "nvram", "kvm"):
+        (folder / name).touch()
+    return folder
+
+
+def test_without_the_device_of_a_driver_there_can_be_no_gpu(devices):
+    assert not tensorflow_v1.can_have_gpus(devices)
+
+
+def test_where_devices_cannot_be_listed_there_may_be_a_gpu(devices):
+    assert tensorflow_v1.can_have_gpus(devices / "missing")
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+def test_the_device_of_a_driver_may_belong_to_a_gpu(devices, driver):
+    for name in DRIVERS[driver]:
+        (devices / name).touch()
+        assert tensorflow_v1.can_have_gpus(devices)
+        (devices / name).unlink()
+
+
+def test_a_plug_in_or_another_system_may_have_devices_of_its_own(devices, monkeypatch):
+    (devices.parent / "tensorflow-plugins").mkdir()
+    assert tensorflow_v1.can_have_gpus(devices)
+    (devices.parent / "tensorflow-plugins").rmdir()
+    monkeypatch.setenv("TF_PLUGGABLE_DEVICE_LIBRARY_PATH", "/opt/plugin.so")
+    assert tensorflow_v1.can_have_gpus(devices)
+    monkeypatch.delenv("TF_PLUGGABLE_DEVICE_LIBRARY_PATH")
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert tensorflow_v1.can_have_gpus(devices)
+
+
+@pytest.mark.parametrize("can_have_gpus", [True, False])
+def test_a_session_looks_for_gpus_only_where_there_can_be_one(monkeypatch, can_have_gpus):
+    monkeypatch.setattr(tensorflow_v1, "_CAN_HAVE_GPUS", can_have_gpus)
+    assert dict(session_config().device_count) == ({} if can_have_gpus else {"GPU": 0})
+
+
+def test_conditionals_need_no_functions_within_the_context(graph):
+    x = tf.placeholder_with_default(-3.0, [])
+    assert tf.control_flow_v2_enabled()
+    with tensorflow_v1.conditionals_without_functions():
+        y = tf.cond(x > 0, lambda: x, lambda: -x)
+    assert tf.control_flow_v2_enabled()
+    assert not graph.as_graph_def().library.function
+    with tf.Session(config=session_config()) as session:
+        assert session.run(y) == 3.0
+    tf.disable_control_flow_v2()
+    try:
+        with tensorflow_v1.conditionals_without_functions():
+            pass
+        assert not tf.control_flow_v2_enabled()  # as a fork has decided
+    finally:
+        tf.enable_control_flow_v2()
+
+
 def test_stopping_queue_threads_prints_nothing():
     code = """
 from support.ops.tensorflow_v1 import session_config, tf
