@@ -37,7 +37,7 @@ NUM_CLASSES = cifar10_input.NUM_CLASSES
 NUM_EXAMPLES_PER_EPOCH_FOR_TRAIN = cifar10_input.NUM_EXAMPLES_PER_EPOCH_FOR_TRAIN
 NUM_EXAMPLES_PER_EPOCH_FOR_EVAL = cifar10_input.NUM_EXAMPLES_PER_EPOCH_FOR_EVAL
 
-# Constants of the training process. Each has a flag of the same name, which wins over it.
+# Constants of the training process. Each is the default of the flag of the same name.
 INITIAL_LEARNING_RATE = 0.1  # per update
 NUM_EPOCHS_PER_DECAY = 350.0  # epochs between decays of the learning rate
 LEARNING_RATE_DECAY_FACTOR = 0.1
@@ -52,7 +52,7 @@ TOWER_NAME = "tower"
 
 DATA_URL = download.DATA_URL
 
-options.register_constants(__name__)  # flags follow these constants until they are given a value
+options.register_constants(__name__)  # these constants are the defaults of flags
 options.DEFINE_path("data_dir", "/tmp/cifar10_data", "Folder for the dataset.")
 options.DEFINE_integer(
     "batch_size",
@@ -98,7 +98,7 @@ def find_dataset():
 
 
 def training_settings(class_names=None):
-    """Returns the `TrainingSettings`; the class names are the dataset's if None."""
+    """Returns the `TrainingSettings`; without `class_names`, with the classes of the dataset."""
     found = find_dataset()
     return TrainingSettings(
         class_names=class_names or found.class_names,

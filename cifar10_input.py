@@ -39,7 +39,7 @@ MAX_BRIGHTNESS_DELTA = 63.0  # pixel values range from 0 to 255
 MIN_CONTRAST_FACTOR = 0.2
 MAX_CONTRAST_FACTOR = 1.8
 
-# Flags follow these constants until they are given a value.
+# These constants are the defaults of flags.
 options.register_constants(__name__)
 options.define("input")
 options.check(  # each image can be cropped, and pooled twice
@@ -210,7 +210,7 @@ def _filename_queue(filenames, num_epochs=None, shuffle=True):
 
 
 def find_dataset(data_dir):
-    """Returns the `Dataset` in a folder; edited constants win over what its files say.
+    """Returns the `Dataset` in a folder. Edited constants take precedence over its files.
 
     Args:
       data_dir: the folder with the record files.
@@ -229,9 +229,9 @@ def find_dataset(data_dir):
 def distorted_inputs(data_dir, batch_size, shard=None):
     """Creates the training input: shuffled and distorted examples, repeated forever.
 
-    --min_fraction_of_examples_in_queue is the fraction of an epoch that the queue needs before it
-    yields the first batch, and that stays in it from then on. Every batch is drawn from at least
-    that many examples. With --num_preprocess_threads=1, the graph's seed determines the batches.
+    The queue yields its first batch when it holds --min_fraction_of_examples_in_queue of an epoch,
+    and never holds fewer examples from then on. Every batch is therefore drawn from at least that
+    many examples. With --num_preprocess_threads=1, the graph's seed determines the batches.
 
     Args:
       data_dir: the folder with the record files `data_batch_1.bin` to `data_batch_5.bin`.

@@ -23,8 +23,6 @@ import sys
 import tempfile
 import time
 
-from support.data import records
-
 ROOT = pathlib.Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
@@ -35,7 +33,7 @@ from contender import MATRIX_SIZE  # noqa: E402
 import cifar10_input  # noqa: E402
 from support.base import command_line, options  # noqa: E402
 from support.base.errors import UserError  # noqa: E402
-from support.data import synthetic  # noqa: E402
+from support.data import records, synthetic  # noqa: E402
 from support.ops.tensorflow_v1 import find_bfloat16_support, find_processor_name, tf  # noqa: E402
 
 FLAGS = flags.FLAGS

@@ -1,6 +1,7 @@
 """Code that the tutorial's scripts rely on, but that a learner need not read.
 
-Nothing here imports a script. Functions take values; only `command_line` handles flags.
+Nothing here imports a script. Functions take values; only `base.options` and `base.command_line`
+use flags.
 
 Importing the package ends the process on a system that the scripts do not support. Every script
 imports it before TensorFlow.

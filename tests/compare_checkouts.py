@@ -1,10 +1,10 @@
-"""Compares everything that users see of two checkouts, for developers who refactor.
+"""Compares the behavior of two checkouts as users see it, to check a refactoring.
 
     python tests/compare_checkouts.py OLD_FOLDER [NEW_FOLDER] [--turns=12]
 
-It runs the scripts as users do, prints what differs, and exits with code 1 if anything does.
-NEW_FOLDER is this checkout by default. --turns=0 skips memory and speed, which other processes on
-the machine affect: run the comparison again before you believe such a difference.
+It runs the same commands in both, prints the differences, and exits with code 1 if there are any.
+NEW_FOLDER defaults to this checkout. --turns=0 skips memory and speed. Other processes on the
+machine affect these measurements: if one of them differs, run the comparison again.
 """
 
 import argparse

@@ -805,6 +805,6 @@ def test_an_image_size_that_the_records_or_the_model_do_not_allow_is_refused(
     data_folder, monkeypatch, function, size
 ):
     monkeypatch.setattr(cifar10_input, "IMAGE_SIZE", size)
-    message = f"--crop_size={size}: it must be 8 to 32; the value is that of the constant IMAGE_S"
+    message = f"--crop_size={size}: it must be 8 to 32; the value comes from the constant IMAGE_S"
     with pytest.raises(UserError, match=message):
         function()

@@ -547,7 +547,7 @@ def test_an_edited_record_layout_takes_effect_in_every_script(tmp_path, constant
     for path in ROOT.glob("cifar10*.py"):
         shutil.copy(path, tmp_path)
     shutil.copytree(ROOT / "support", tmp_path / "support")
-    path = tmp_path / "support" / "dataset.py"
+    path = tmp_path / "support" / "data" / "records.py"
     text = path.read_text()
     names = ("HEIGHT", "WIDTH") if constant == "HEIGHT" else (constant,)
     for name in names:

@@ -67,6 +67,7 @@ def run(main, takes_arguments=False):
             return 1
         return 0
 
+    app.define_help_flags()
     with streams.guarded() as stdout, flagsaver.flagsaver(), running_script():
         if not {"--help", "-help", "--helpshort", "-h"}.isdisjoint(sys.argv[1:]):
             try:
@@ -79,7 +80,6 @@ def run(main, takes_arguments=False):
             raise SystemExit(0)
         try:
             # Not `app.run`, which would make TensorFlow look for GPUs.
-            app.define_help_flags()
             argv = app.parse_flags_with_usage(sys.argv)
             with contextlib.suppress(io.UnsupportedOperation):  # a notebook's stderr
                 faulthandler.enable()

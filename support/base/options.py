@@ -1,8 +1,8 @@
-"""The flags of the scripts, in one table, and the constants that give them their defaults.
+"""The flags of all scripts, in one table, and the constants that some of them use as defaults.
 
-Many flags have a constant in `cifar10_input.py` or `cifar10.py`. Until such a flag is given a
-value, it has the value of its constant at the moment of reading. So an edited constant takes
-effect wherever it is edited, in the file or in a notebook, and a given flag wins over it.
+Many flags default to a constant in `cifar10_input.py` or `cifar10.py`. Until you set such a flag,
+reading it returns the current value of the constant. So you can edit a constant in the file or in
+a notebook. Once you set the flag, its value takes precedence over the constant.
 
     options.register_constants(__name__)    # below the constants of a module
     options.define("input", "model")        # the flags of two groups of the table
@@ -32,15 +32,16 @@ class Constant(str):
     """The name of a constant, as the default of a flag."""
 
 
-# By the name of each module: those of its constants that repeat the value of an earlier module.
+# For each registered module, the constants that it copies unchanged from earlier modules.
 _repeated = {}
 
 
 def register_constants(module):
-    """Lets flags follow the constants of a module, which are looked up whenever a flag is read.
+    """Makes the constants of a module available as defaults of flags.
 
-    Two modules may have the same constant, as `cifar10.py` repeats some of `cifar10_input.py`. An
-    edit in either one takes effect; if both are edited, that of the later one does.
+    A flag looks up the current value whenever it is read. Two modules may define the same
+    constant: `cifar10.py` copies some from `cifar10_input.py`. You can edit either copy. If you
+    edit both, the copy in the module that was registered later takes effect.
 
     Args:
       module: string; its `__name__`. Registering it again, after a reload, replaces it.
@@ -104,8 +105,8 @@ class Flag(flags.Flag):
     @value.setter
     def value(self, value):
         self._value = self._normalized(value)
-        # absl marks a flag as given only after its validators have accepted the new value, which
-        # they have to see. It undoes a refused assignment by another one, of the earlier value.
+        # absl calls the validators before it marks a flag as given, and they read the new value
+        # from the flag. If they refuse it, absl assigns the previous value again.
         self._is_tentative = self.using_default_value and not self._is_tentative
 
     @property
@@ -119,7 +120,7 @@ class Flag(flags.Flag):
         self.using_default_value = False
 
     def unparse(self):
-        """Takes back a given value."""
+        """Discards the given value, so that the flag returns to its default or constant."""
         super().unparse()
         self._is_tentative = False
 
@@ -139,10 +140,10 @@ class Flag(flags.Flag):
 
 
 def _define(flag, *rules):
-    """Defines a flag for the module that calls this one. Keeps a flag that exists.
+    """Defines a flag for the module that calls this one, unless the flag already exists.
 
-    It exists if another script in the same process has it, if the module is reloaded, or imported
-    after it was run as a script, or if the user's own script has defined it.
+    The flag exists if another script in the process or the user's own script has defined it, or if
+    the module is loaded a second time (reloaded, or run as a script and then imported).
     """
     if flag.name in FLAGS:
         existing = FLAGS[flag.name]
@@ -157,7 +158,7 @@ def _define(flag, *rules):
 
 
 def check(name, is_valid, rule):
-    """Makes a flag refuse values, given ones and those of its constant.
+    """Adds a rule for the values of a flag, whether they are given or come from its constant.
 
     Args:
       name: string.
@@ -171,7 +172,7 @@ def check(name, is_valid, rule):
         if is_valid(value):
             return True
         followed = getattr(FLAGS[name], "followed_constant", None)
-        source = f"; the value is that of the constant {followed}" if followed else ""
+        source = f"; the value comes from the constant {followed}" if followed else ""
         raise flags.ValidationError(f"{rule}{source}")
 
     flags.register_validator(name, validate, "it needs a value")
@@ -181,7 +182,7 @@ def check(name, is_valid, rule):
 
 
 def local_path(path, url_schemes=()):
-    """Returns a path of this machine as a string, with `~` and `~user` at its beginning expanded.
+    """Returns a local path as a string; expands `~` and `~user` at its beginning.
 
     Args:
       path: string, bytes or `os.PathLike`.
@@ -207,10 +208,11 @@ def local_path(path, url_schemes=()):
 
 
 def tensorflow_path(path, url_schemes=()):
-    """Returns a `local_path` that TensorFlow, which encodes paths in UTF-8, opens as Python does.
+    """Returns a `local_path` that names the same file for TensorFlow, which uses UTF-8, and Python.
 
     Raises:
-      ValueError: as `local_path`; or the path is not UTF-8, or not ASCII in another locale.
+      ValueError: see `local_path`; or the path is not valid UTF-8; or it is not ASCII and the
+        locale does not use UTF-8.
     """
     path = local_path(path, url_schemes)
     absolute = os.path.abspath(path)
@@ -232,8 +234,8 @@ def checkpoint_path(path):
     path = tensorflow_path(path)
     if found := re.search(r"[*?[\\]", path):
         raise ValueError(
-            f"TensorFlow takes a path with {found[0]} for a pattern; rename the folder; its "
-            "checkpoints move with it"
+            f"TensorFlow would treat {found[0]} in this path as part of a pattern; rename the "
+            "folder; its checkpoints move with it"
         )
     return path
 
@@ -257,8 +259,8 @@ _NOT_GRAY = (
 )
 _EXPORTABLE = (
     lambda path: path and not re.search(r"\[[^/]*\]|\\", path),
-    "it must name a folder, and TensorFlow cannot load a model from a path with brackets or a "
-    "backslash",
+    "it must name a folder without brackets or a backslash, which TensorFlow cannot load a model "
+    "from",
 )
 
 
@@ -446,7 +448,7 @@ _GROUPS = {
 
 
 def define(*groups):
-    """Defines the flags of groups of the table for the calling module; keeps those that exist.
+    """Defines the flags of one or more groups for the calling module, unless they already exist.
 
     Args:
       *groups: strings: "input", "model", "run", "cluster", "checkpoint", "prediction" or
@@ -469,8 +471,8 @@ def define(*groups):
 def sections():
     """Returns the flags of the running script, for its help: a list of (heading, list of flags).
 
-    First come the script's own flags, then those of the project's other modules, the flags of
-    clusters last.
+    The script's own flags come first, then the flags of the project's other modules, then the
+    flags for clusters.
     """
     own = FLAGS.get_key_flags_for_module(sys.argv[0])
     last = [name for _, name, *_ in _GROUPS["cluster"]]
@@ -484,10 +486,10 @@ def sections():
 
 
 def values():
-    """Checks all flags again, and returns the values of those that the scripts define, by name.
+    """Validates all flags again, and returns the values of the project's flags: dict by name.
 
     Raises:
-      UserError: an edited constant gives a flag a value that it must not have.
+      UserError: the value of an edited constant is invalid for its flag.
     """
     try:
         FLAGS.validate_all_flags()

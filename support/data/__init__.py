@@ -1,1 +1,1 @@
-"""The dataset, without TensorFlow: records, where they come from, and what becomes of images."""
+"""The dataset, without TensorFlow: record files, their sources, and conversion of images."""

@@ -50,13 +50,13 @@ def read_dataset(
 ):
     """Returns the `Dataset` in a folder.
 
-    An argument with CIFAR-10's own number, the default, yields to what the files say. Any other
-    number was chosen by the user: an example count then wins over the files, as what its author
-    calls an epoch, and a number of classes must match the names.
+    For each number, the default is CIFAR-10's, which means that you have not chosen one: the files
+    then determine the number. Any other value is your choice. An example count then defines the
+    size of an epoch, whatever the files contain. A number of classes must match the class names.
 
     Args:
-      folder: path. The folder and its files may be missing, as prediction needs none; the class
-        names and numbers are then CIFAR-10's or those of the arguments.
+      folder: path. The folder and its files may be missing, because prediction does not need them.
+        The class names and numbers are then those of CIFAR-10 or those of the arguments.
       num_classes: int; the constant NUM_CLASSES, as for `read_class_names`.
       num_train: int; the constant NUM_EXAMPLES_PER_EPOCH_FOR_TRAIN.
       num_eval: int; the constant NUM_EXAMPLES_PER_EPOCH_FOR_EVAL.

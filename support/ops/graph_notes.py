@@ -1,9 +1,10 @@
-"""What a graph tells the session that trains it, as collections of the graph.
+"""Graph collections that pass information from the graph to the training session.
 
-The model and the input record which values must be finite, the learning rate, and how full the
-training queue is. The run records the step at which it resumes and the number of images seen until
-then: the input of a resumed run then draws different random numbers than at its start, and the
-learning rate schedule continues from that number, even if a step now consumes more or fewer images.
+The model and the input record the learning rate, the tensors that must be finite, and the fill
+level of the training queue. When a run is resumed, its step and the number of images seen so far
+are recorded as well. The input uses the step to draw other random numbers than at the start of the
+run. The learning rate schedule uses the number of images, so that it continues correctly if the
+number of images per step has changed.
 """
 
 import contextlib

@@ -13,7 +13,7 @@ Importing this module has five effects:
 - Eager execution is turned off.
 - TensorFlow's Python logger has the level WARNING unless it has a level of its own. It no longer
   advises you to replace queues with tf.data, unless it logs INFO messages.
-- TensorFlow looks for GPUs where there can be one, but does not allocate their memory.
+- TensorFlow looks for GPUs unless the computer cannot have any. It does not allocate their memory.
 """
 
 import contextlib
@@ -50,10 +50,10 @@ tf.disable_eager_execution()
 
 
 def can_have_gpus(devices="/dev"):
-    """Returns whether TensorFlow may find a GPU; if not, looking for one only prints an error.
+    """Returns whether this computer may have a GPU. If not, looking for one only prints an error.
 
-    On Linux, a GPU needs a device of its driver (NVIDIA's, also on Jetson boards; WSL's; ROCm's) or
-    a plug-in of TensorFlow. On other systems, there may always be one.
+    On Linux, there can be a GPU only if a driver has created a device (NVIDIA, including Jetson;
+    WSL; ROCm) or if TensorFlow has a device plug-in. On other systems, the result is always true.
 
     Args:
       devices: path of the folder with the devices.
@@ -87,10 +87,10 @@ tf.get_logger().addFilter(_is_not_deprecation_advice)
 
 @contextlib.contextmanager
 def conditionals_without_functions():
-    """In the context, `tf.cond` adds plain operations to the graph, as in TensorFlow 1.
+    """Makes `tf.cond` add plain operations to the graph within the context, as in TensorFlow 1.
 
-    Those of TensorFlow 2 are functions, which fill the graph in TensorBoard and make TensorFlow
-    look for GPUs.
+    By default, TensorFlow 2 adds functions instead. They clutter the graph in TensorBoard and make
+    TensorFlow look for GPUs.
     """
     uses_functions = tf.control_flow_v2_enabled()
     tf.disable_control_flow_v2()

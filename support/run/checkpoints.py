@@ -366,10 +366,10 @@ def check_variables(checkpoint, variables, folder_flag="--checkpoint_dir"):
 
 
 def find_variables(use_moving_averages):
-    """Returns the variables of the default graph: dict by name in the checkpoint.
+    """Returns a dict from names in the checkpoint to the variables of the default graph.
 
-    With `use_moving_averages`, a trainable variable has the name of its moving average. Others, for
-    example those of batch normalization, have no moving averages.
+    With `use_moving_averages`, each trainable variable is restored from its moving average. Other
+    variables, for example those of batch normalization, have no averages and keep their own names.
     """
     if use_moving_averages:
         averages = tf.train.ExponentialMovingAverage(0.0)  # for the names; the decay has no effect

@@ -138,7 +138,7 @@ def test_a_flag_that_is_no_longer_given_follows_its_constant(modules, given):
 
 def test_an_edited_constant_is_checked_like_a_given_value(modules):
     modules[1].SIZE = 33
-    message = r"flag --size=33: it must be .*; the value is that of the constant SIZE$"
+    message = r"flag --size=33: it must be .*; the value comes from the constant SIZE$"
     with pytest.raises(UserError, match=message):
         options.values()
     FLAGS.size = 28
@@ -190,7 +190,7 @@ def test_a_constant_that_is_edited_to_a_bad_value_in_the_file_gives_a_usage_mess
     path = write_script(FOLLOWS.replace("RATE = 1.5", "RATE = float('inf')"))
     code, output, errors = run_file(path)
     assert (code, output) == (1, "")
-    assert "flag --rate=inf: it must be a finite number; the value is that of the" in errors
+    assert "flag --rate=inf: it must be a finite number; the value comes from the" in errors
     assert "Traceback" not in errors
 
 
