@@ -52,7 +52,7 @@ TOWER_NAME = "tower"
 
 DATA_URL = download.DATA_URL
 
-options.register_constants(__name__)  # these constants are the defaults of flags
+options.register_constants(globals())  # these constants are the defaults of flags
 options.DEFINE_path("data_dir", "/tmp/cifar10_data", "Folder for the dataset.")
 options.DEFINE_integer(
     "batch_size",
@@ -92,16 +92,17 @@ def maybe_download_and_extract():
     return folder
 
 
-def find_dataset():
-    """Returns the `support.data.dataset.Dataset` that the flags describe: classes and sizes."""
-    return cifar10_input.find_dataset(dataset.find_folder(FLAGS.data_dir, FLAGS.synthetic_data))
+def find_dataset(class_names=None):
+    """Returns the `Dataset` that the flags name; see `cifar10_input.find_dataset`."""
+    folder = dataset.find_folder(FLAGS.data_dir, FLAGS.synthetic_data)
+    return cifar10_input.find_dataset(folder, class_names)
 
 
 def training_settings(class_names=None):
     """Returns the `TrainingSettings`; without `class_names`, with the classes of the dataset."""
-    found = find_dataset()
+    found = find_dataset(class_names)
     return TrainingSettings(
-        class_names=class_names or found.class_names,
+        class_names=found.class_names,
         examples_per_epoch=found.num_examples_per_epoch_for_train,
         crop_size=FLAGS.crop_size,
         top_layers=FLAGS.top_layers,

@@ -40,7 +40,7 @@ MIN_CONTRAST_FACTOR = 0.2
 MAX_CONTRAST_FACTOR = 1.8
 
 # These constants are the defaults of flags.
-options.register_constants(__name__)
+options.register_constants(globals())
 options.define("input")
 options.check(  # each image can be cropped, and pooled twice
     "crop_size",
@@ -209,11 +209,12 @@ def _filename_queue(filenames, num_epochs=None, shuffle=True):
     return tf.train.string_input_producer(filenames, num_epochs=num_epochs, shuffle=shuffle)
 
 
-def find_dataset(data_dir):
+def find_dataset(data_dir, class_names=None):
     """Returns the `Dataset` in a folder. Edited constants take precedence over its files.
 
     Args:
       data_dir: the folder with the record files.
+      class_names: tuple of strings; read from the folder if None.
 
     Raises:
       DataError: the class names cannot be read, or contradict NUM_CLASSES.
@@ -223,6 +224,7 @@ def find_dataset(data_dir):
         options.constant("NUM_CLASSES"),
         options.constant("NUM_EXAMPLES_PER_EPOCH_FOR_TRAIN"),
         options.constant("NUM_EXAMPLES_PER_EPOCH_FOR_EVAL"),
+        class_names,
     )
 
 

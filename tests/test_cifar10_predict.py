@@ -363,6 +363,20 @@ def test_an_export_dir_with_other_special_characters_is_loaded(records, tmp_path
     assert answer["classes"] == [expected_probabilities(records[:1])[0].argmax()]
 
 
+@pytest.mark.parametrize("num_classes", [10, 12])
+def test_prediction_needs_no_dataset_even_if_there_is_a_damaged_one(
+    images, tmp_path, capsys, monkeypatch, num_classes
+):
+    names = tuple(f"class {label}" for label in range(10))
+    save_checkpoint(FLAGS.checkpoint_dir, 8, cifar10.training_settings(names))
+    FLAGS.data_dir = str(tmp_path)
+    (tmp_path / "test_batch.bin").touch()
+    (tmp_path / "batches.meta.txt").write_text("cat\ncat\n")
+    monkeypatch.setattr(cifar10, "NUM_CLASSES", num_classes)
+    (found,) = printed_objects(capsys, images / "03.png")
+    assert found["predictions"][0]["class"] in names
+
+
 @pytest.mark.parametrize("state", [None, 'model_checkpoint_path: "C:\\\\train\\\\model.ckpt-7"'])
 def test_a_checkpoint_from_another_machine_predicts(records, images, capsys, state):
     os.remove(f"{FLAGS.checkpoint_dir}/checkpoint")

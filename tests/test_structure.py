@@ -6,9 +6,11 @@ import-linter and ruff check which module may import what; see pyproject.toml.
 import ast
 import json
 import os
+import re
 import subprocess
 import sys
 
+import breakages
 import pytest
 from conftest import ROOT, messages, run_script, script_environment
 
@@ -49,9 +51,26 @@ def test_no_script_imports_another_one_or_tensorflow_within_a_function(module):
         elif isinstance(node, ast.ImportFrom):
             imported.add(node.module.partition(".")[0])
     assert imported >= {"absl", "support"}
+    if module == "cifar10_input":
+        assert "cifar10" not in imported
     # An evaluator is a task of a cluster, and all its tasks run the same script.
     allowed = {"cifar10_eval"} if module == "cifar10_train" else set()
     assert imported & (COMMANDS | {"tensorflow"}) == allowed
+
+
+def test_support_uses_no_flags_of_tensorflow():
+    for path in (ROOT / "support").rglob("*.py"):
+        assert not re.search(r"\btf\.(app\.)?flags\b", path.read_text()), path
+
+
+def test_the_converter_uses_only_what_needs_no_tensorflow():
+    source = (ROOT / "cifar10_convert.py").read_text()
+    packages = set(re.findall(r"^(?:from|import) (support\.\w+|cifar10\w*)", source, re.MULTILINE))
+    assert packages == {"support.base", "support.data"}
+
+
+def test_the_breakages_fit_the_code():
+    assert breakages.find_stale() == []
 
 
 # --- What importing does.

@@ -33,8 +33,8 @@ def run(main, takes_arguments=False):
     If stdout can no longer be written, the script ends, except within `streams.dispensable`. It
     ends silently if the reader of stdout, for example `head`, has exited.
 
-    A run begins with the flags of its own command line, and has no effect on later runs in the same
-    process: at its end, all flags have the values that they had before.
+    The flags of a command line have no effect on later runs in the same process: at the end of a
+    run, all flags have the values that they had before.
 
     Args:
       main: function of the list of arguments that are not flags; the script's name comes first.
@@ -81,6 +81,8 @@ def run(main, takes_arguments=False):
         try:
             # Not `app.run`, which would make TensorFlow look for GPUs.
             argv = app.parse_flags_with_usage(sys.argv)
+            if FLAGS.only_check_args:
+                sys.exit(0)
             with contextlib.suppress(io.UnsupportedOperation):  # a notebook's stderr
                 faulthandler.enable()
             sys.exit(guarded_main(argv))

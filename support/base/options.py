@@ -4,7 +4,7 @@ Many flags default to a constant in `cifar10_input.py` or `cifar10.py`. Until yo
 reading it returns the current value of the constant. So you can edit a constant in the file or in
 a notebook. Once you set the flag, its value takes precedence over the constant.
 
-    options.register_constants(__name__)    # below the constants of a module
+    options.register_constants(globals())   # below the constants of a module
     options.define("input", "model")        # the flags of two groups of the table
 
 Importing this module marks the flags as parsed, so that they can be read wherever no command line
@@ -24,6 +24,8 @@ FLAGS = flags.FLAGS
 FLAGS.mark_as_parsed()
 flags.disclaim_key_flags()  # the flags that this module defines belong to the module that calls it
 
+_names = set()  # of the flags that this module was asked to define
+
 
 # --- Constants.
 
@@ -32,11 +34,13 @@ class Constant(str):
     """The name of a constant, as the default of a flag."""
 
 
-# For each registered module, the constants that it copies unchanged from earlier modules.
-_repeated = {}
+_MISSING = object()
+# By the name of each registered module: its namespace, and the constants in it that are unchanged
+# copies of those of earlier modules.
+_registered = {}
 
 
-def register_constants(module):
+def register_constants(namespace):
     """Makes the constants of a module available as defaults of flags.
 
     A flag looks up the current value whenever it is read. Two modules may define the same
@@ -44,24 +48,25 @@ def register_constants(module):
     edit both, the copy in the module that was registered later takes effect.
 
     Args:
-      module: string; its `__name__`. Registering it again, after a reload, replaces it.
+      namespace: dict; the module's `globals()`. A module that is loaded again replaces itself.
     """
-    _repeated.setdefault(module, {})
-    names = list(_repeated)
-    earlier = [vars(sys.modules[name]) for name in names[: names.index(module)]]
-    _repeated[module] = {
-        name: value
-        for name, value in vars(sys.modules[module]).items()
-        if isinstance(value, int | float | str) and any(c.get(name) == value for c in earlier)
+    name = namespace["__name__"]
+    _registered.setdefault(name, (namespace, {}))
+    names = list(_registered)
+    earlier = [_registered[other][0] for other in names[: names.index(name)]]
+    copies = {
+        constant: value
+        for constant, value in namespace.items()
+        if isinstance(value, int | float | str) and any(e.get(constant) == value for e in earlier)
     }
+    _registered[name] = namespace, copies
 
 
 def constant(name):
     """Returns the value of a constant, as it is edited now. Raises KeyError if there is none."""
-    for module in reversed(_repeated):
-        constants = vars(sys.modules[module])
-        if name in constants and constants[name] != _repeated[module].get(name):
-            return constants[name]
+    for namespace, copies in reversed(_registered.values()):
+        if name in namespace and namespace[name] != copies.get(name, _MISSING):
+            return namespace[name]
     raise KeyError(name)
 
 
@@ -90,29 +95,43 @@ class Flag(flags.Flag):
         self._constant = None
         self._is_tentative = False
         follows = isinstance(default, Constant)
-        value = constant(default) if follows else default
         serializer = None if arguments.get("boolean") else flags.ArgumentSerializer()
+        value = None if follows else default
         super().__init__(parser, serializer, name, value, help_string, **arguments)
-        self._constant = default if follows else None
+        if follows:  # without a check: validators report a constant that is edited in the file
+            self._constant = default
+            self.default = self.default_unparsed = constant(default)
+            self.default_as_str = repr(str(self.default))
 
     @property
     def value(self):
         """The given value or, if none was given, that of the constant or the default."""
-        if self.followed_constant is None:
-            return self._value
-        return self._normalized(constant(self._constant))
+        return self._value if self.followed_constant is None else self._find_constant()
 
     @value.setter
     def value(self, value):
-        self._value = self._normalized(value)
+        try:
+            self._value = self.normalize(value)
+        except (TypeError, ValueError) as error:
+            if self._constant is None or value != self._find_constant():
+                text = str(value).encode(errors="backslashreplace").decode()
+                raise flags.IllegalFlagValueError(f"flag --{self.name}={text}: {error}") from None
+            self._value = value  # absl restores a flag that follows a bad constant
         # absl calls the validators before it marks a flag as given, and they read the new value
         # from the flag. If they refuse it, absl assigns the previous value again.
-        self._is_tentative = self.using_default_value and not self._is_tentative
+        is_undone = self._is_tentative and self._constant and value == self._find_constant()
+        self._is_tentative = self.using_default_value and not is_undone
 
     @property
     def followed_constant(self):
         """The name of the constant that the flag follows now, or None."""
         return self._constant if self.using_default_value and not self._is_tentative else None
+
+    def convert_constant(self):
+        """Returns the value of the constant as the flag's type; raises TypeError or ValueError."""
+        value = constant(self._constant)
+        to_number = getattr(self.parser, "convert", None)
+        return self.normalize(value if to_number is None else to_number(value))
 
     def parse(self, argument):
         """Parses a value of the command line."""
@@ -125,18 +144,19 @@ class Flag(flags.Flag):
         self._is_tentative = False
 
     def _set_default(self, value):
-        self._constant = None  # `FLAGS.set_default` replaces the constant
         super()._set_default(value)
+        self._constant = None  # `FLAGS.set_default` replaces the constant
         self._is_tentative = False
 
-    def _normalized(self, value):
-        if value is None or self._normalize is None:
-            return value
+    def normalize(self, value):
+        """Returns a value as `value` will return it; raises TypeError or ValueError."""
+        return value if value is None or self._normalize is None else self._normalize(value)
+
+    def _find_constant(self):
         try:
-            return self._normalize(value)
-        except ValueError as error:
-            text = os.fsdecode(value).encode(errors="backslashreplace").decode()
-            raise flags.IllegalFlagValueError(f"flag --{self.name}={text}: {error}") from None
+            return self.convert_constant()
+        except (TypeError, ValueError):
+            return constant(self._constant)  # the validators report it
 
 
 def _define(flag, *rules):
@@ -145,6 +165,7 @@ def _define(flag, *rules):
     The flag exists if another script in the process or the user's own script has defined it, or if
     the module is loaded a second time (reloaded, or run as a script and then imported).
     """
+    _names.add(flag.name)
     if flag.name in FLAGS:
         existing = FLAGS[flag.name]
         if isinstance(existing, Flag) and existing.defined_default != flag.defined_default:
@@ -167,13 +188,23 @@ def check(name, is_valid, rule):
     """
 
     def validate(value):
-        if value is None:
-            return FLAGS[name].default is None
-        if is_valid(value):
-            return True
-        followed = getattr(FLAGS[name], "followed_constant", None)
-        source = f"; the value comes from the constant {followed}" if followed else ""
-        raise flags.ValidationError(f"{rule}{source}")
+        flag = FLAGS[name]
+        followed = getattr(flag, "followed_constant", None)
+        if value is None and followed is None:
+            return flag.default is None
+        try:
+            if followed is not None:
+                flag.convert_constant()
+            elif isinstance(flag, Flag):
+                flag.normalize(value)
+            problem = "" if is_valid(value) else rule
+        except (TypeError, ValueError) as error:
+            problem = str(error)
+        if problem and followed is not None:
+            problem += f"; the value comes from the constant {followed}"
+        if problem:
+            raise flags.ValidationError(problem)
+        return True
 
     flags.register_validator(name, validate, "it needs a value")
 
@@ -491,13 +522,16 @@ def values():
     Raises:
       UserError: the value of an edited constant is invalid for its flag.
     """
-    try:
-        FLAGS.validate_all_flags()
-    except flags.IllegalFlagValueError as error:
-        raise UserError(str(error)) from error
-    shown = [flag for _, part in sections() for flag in part]
-    ours = [FLAGS[name] for name in FLAGS if isinstance(FLAGS[name], Flag)]  # of earlier scripts
-    return {flag.name: flag.value for flag in [*shown, *ours]}
+    names = [flag.name for _, part in sections() for flag in part]
+    names += [name for name in FLAGS if name in _names and name not in names]
+    validators = {validator for name in names for validator in FLAGS[name].validators}
+    for validator in sorted(validators, key=lambda each: each.insertion_index):
+        try:
+            validator.verify(FLAGS)
+        except flags.ValidationError as error:
+            given = validator.print_flags_with_values(FLAGS)
+            raise UserError(f"{given}: {error}") from error
+    return {name: FLAGS[name].value for name in names}
 
 
 def _is_ours(module):

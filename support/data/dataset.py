@@ -47,6 +47,7 @@ def read_dataset(
     num_classes=NUM_CLASSES,
     num_train=NUM_EXAMPLES_PER_EPOCH_FOR_TRAIN,
     num_eval=NUM_EXAMPLES_PER_EPOCH_FOR_EVAL,
+    class_names=None,
 ):
     """Returns the `Dataset` in a folder.
 
@@ -60,6 +61,7 @@ def read_dataset(
       num_classes: int; the constant NUM_CLASSES, as for `read_class_names`.
       num_train: int; the constant NUM_EXAMPLES_PER_EPOCH_FOR_TRAIN.
       num_eval: int; the constant NUM_EXAMPLES_PER_EPOCH_FOR_EVAL.
+      class_names: tuple of strings; those of the folder if None.
 
     Raises:
       DataError: from `read_class_names`.
@@ -68,7 +70,8 @@ def read_dataset(
         num_train = _count_records(folder, False, num_train)
     if num_eval == NUM_EXAMPLES_PER_EPOCH_FOR_EVAL:
         num_eval = _count_records(folder, True, num_eval)
-    return Dataset(os.fspath(folder), read_class_names(folder, num_classes), num_train, num_eval)
+    class_names = class_names or read_class_names(folder, num_classes)
+    return Dataset(os.fspath(folder), class_names, num_train, num_eval)
 
 
 def _count_records(folder, eval_data, default):

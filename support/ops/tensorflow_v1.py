@@ -49,7 +49,7 @@ finally:
 tf.disable_eager_execution()
 
 
-def can_have_gpus(devices="/dev"):
+def can_have_gpus(devices="/dev", modules="/sys/module"):
     """Returns whether this computer may have a GPU. If not, looking for one only prints an error.
 
     On Linux, there can be a GPU only if a driver has created a device (NVIDIA, including Jetson;
@@ -57,9 +57,13 @@ def can_have_gpus(devices="/dev"):
 
     Args:
       devices: path of the folder with the devices.
+      modules: path of the folder with the modules of the kernel. NVIDIA's may create its devices
+        only when a program uses CUDA for the first time.
     """
     plug_ins = os.path.join(os.path.dirname(tf.sysconfig.get_lib()), "tensorflow-plugins")
     if os.path.isdir(plug_ins) or "TF_PLUGGABLE_DEVICE_LIBRARY_PATH" in os.environ:
+        return True
+    if os.path.isdir(os.path.join(modules, "nvidia")):
         return True
     driver = re.compile(r"nvidia|nvhost|nvgpu|dxg$|kfd$")
     try:

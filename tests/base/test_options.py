@@ -30,10 +30,10 @@ def modules(monkeypatch):
     """Two registered modules; the second one repeats the constant SIZE of the first one."""
     first, second = types.ModuleType("first_module"), types.ModuleType("second_module")
     first.SIZE, first.RATE, second.SIZE = 24, 0.5, 24
-    monkeypatch.setattr(options, "_repeated", dict(options._repeated))
+    monkeypatch.setattr(options, "_registered", dict(options._registered))
     for module in (first, second):
         monkeypatch.setitem(sys.modules, module.__name__, module)
-        options.register_constants(module.__name__)
+        options.register_constants(vars(module))
     options.DEFINE_integer("size", Constant("SIZE"), "A size.", 8, 32)
     options.DEFINE_float("rate", Constant("RATE"), "A rate.")
     return first, second
@@ -55,7 +55,7 @@ def test_if_both_modules_are_edited_the_later_one_wins(modules):
 
 def test_a_module_that_differs_when_it_is_registered_was_edited_in_its_file(modules):
     modules[1].SIZE = 20
-    options.register_constants("second_module")
+    options.register_constants(vars(modules[1]))
     assert FLAGS.size == 20
     modules[0].SIZE = 16
     assert FLAGS.size == 20
@@ -66,7 +66,7 @@ def test_a_module_that_is_reloaded_is_registered_anew(modules, monkeypatch, relo
     module = types.ModuleType(modules[reloaded].__name__)
     module.SIZE, module.RATE = 20, 0.25
     monkeypatch.setitem(sys.modules, module.__name__, module)
-    options.register_constants(module.__name__)
+    options.register_constants(vars(module))
     assert FLAGS.size == 20
     module.SIZE = 16
     assert FLAGS.size == 16
@@ -118,6 +118,21 @@ def test_a_saved_flag_follows_its_constant_again_when_it_is_restored(modules):
     assert FLAGS.size == 20
 
 
+def test_a_value_can_be_set_several_times_through_the_flag_itself(modules):
+    FLAGS["size"].value = 28
+    FLAGS["size"].value = 20
+    assert FLAGS.size == 20
+    with pytest.raises(flags.IllegalFlagValueError):
+        FLAGS.size = 99
+
+
+def test_a_new_default_that_is_refused_leaves_the_flag_with_its_constant(modules):
+    with pytest.raises(flags.IllegalFlagValueError):
+        FLAGS.set_default("size", 33)
+    modules[0].SIZE = 20
+    assert FLAGS.size == 20
+
+
 def test_a_new_default_replaces_the_constant_but_not_a_given_value(modules):
     FLAGS.set_default("size", 28)
     modules[0].SIZE = 20
@@ -145,6 +160,46 @@ def test_an_edited_constant_is_checked_like_a_given_value(modules):
     assert options.values()["size"] == 28
 
 
+def test_a_constant_is_converted_to_the_type_of_its_flag(modules):
+    modules[0].RATE = 1
+    assert type(FLAGS.rate) is float
+    assert options.values()["rate"] == 1.0
+
+
+@pytest.mark.parametrize("edited", [None, "x", 24.5, [24]])
+def test_a_constant_of_another_type_is_a_one_line_error(modules, edited):
+    modules[1].SIZE = edited
+    with pytest.raises(UserError, match="--size=.*; the value comes from the constant SIZE$"):
+        options.values()
+    FLAGS.size = 28  # a given flag repairs it
+    assert options.values()["size"] == 28
+
+
+def test_a_path_constant_that_is_refused_can_be_repaired_with_the_flag(monkeypatch):
+    for edited in ("gs://bucket/x", 5):
+        monkeypatch.setattr(sys.modules["cifar10"], "DATA_URL", edited)
+        with pytest.raises(UserError, match="--data_url=.*from the constant DATA_URL"):
+            options.values()
+        with flagsaver.flagsaver():
+            FLAGS.data_url = "https://example.org/x"
+            assert options.values()["data_url"] == "https://example.org/x"
+
+
+def test_a_flag_of_another_library_is_not_checked():
+    flags.DEFINE_string("token", None, "A token of the user's own program.")
+    flags.mark_flag_as_required("token")
+    assert "token" not in options.values()
+
+
+def test_a_module_that_is_unloaded_keeps_its_constants(modules, monkeypatch):
+    monkeypatch.delitem(sys.modules, "second_module")
+    modules[1].SIZE = 20
+    assert FLAGS.size == 20
+    namespace = {"__name__": "<run_path>", "SIZE": 24}  # as runpy.run_path runs a module
+    options.register_constants(namespace)
+    assert FLAGS.size == 20
+
+
 def test_a_constant_that_no_module_has_is_an_error(modules):
     with pytest.raises(KeyError, match="WIDTH"):
         options.constant("WIDTH")
@@ -156,7 +211,7 @@ FOLLOWS = """
     from support.base import command_line, options
 
     RATE = 1.0
-    options.register_constants("__main__")
+    options.register_constants(globals())
     options.DEFINE_float("rate", options.Constant("RATE"), "A rate.")
 
     def main(argv):
@@ -186,11 +241,25 @@ def test_the_help_shows_the_constant_as_it_is_edited(write_script):
     assert "A rate. (default: 1.5)" in run_file(write_script(FOLLOWS), "--help")[1]
 
 
-def test_a_constant_that_is_edited_to_a_bad_value_in_the_file_gives_a_usage_message(write_script):
-    path = write_script(FOLLOWS.replace("RATE = 1.5", "RATE = float('inf')"))
-    code, output, errors = run_file(path)
+@pytest.mark.parametrize("place", ["RATE = 1.0", "RATE = 1.5"], ids=["before", "after"])
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("float('inf')", "flag --rate=inf: it must be a number in the range [0.0, 5.0]"),
+        ("9.0", "flag --rate=9.0: it must be a number in the range [0.0, 5.0]"),
+        ("None", "flag --rate=None: Expect argument to be a string, int, or float"),
+    ],
+)
+def test_a_constant_that_is_edited_to_a_bad_value_in_the_file_gives_a_usage_message(
+    write_script, place, value, message
+):
+    code = FOLLOWS.replace('"A rate.")', '"A rate.", 0.0, 5.0)')
+    if place == "RATE = 1.0":
+        code = code.replace("RATE = 1.5 ", "pass  ")
+    code, output, errors = run_file(write_script(code.replace(place, f"RATE = {value}")))
     assert (code, output) == (1, "")
-    assert "flag --rate=inf: it must be a finite number; the value comes from the" in errors
+    assert message in errors
+    assert "; the value comes from the constant RATE" in errors
     assert "Traceback" not in errors
 
 
@@ -208,6 +277,19 @@ def test_a_flag_of_the_users_own_script_is_kept():
     flags.DEFINE_string("steps", "many", "Steps.")
     options.DEFINE_integer("steps", 5, "Steps.")
     assert FLAGS.steps == "many"
+
+
+def test_the_values_include_flags_that_the_users_own_script_has_defined():
+    code = """
+import sys
+from absl import flags
+flags.DEFINE_string("train_dir", "/tmp/fork", "A folder of the fork.")
+sys.argv = ["another name"]
+import cifar10_train
+from support.base import options
+print(options.values()["train_dir"])
+"""
+    assert run_script("-c", code).stdout == "/tmp/fork\n"
 
 
 def test_a_default_that_is_edited_takes_effect_when_the_module_is_reloaded():

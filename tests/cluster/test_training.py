@@ -16,6 +16,7 @@ import pytest
 from conftest import ROOT, write_dataset
 
 import cifar10
+import cifar10_train
 from support.base.errors import UserError
 from support.cluster import training
 from support.cluster.server import is_reachable, start_server
@@ -25,6 +26,7 @@ from support.data import dataset
 from support.data.settings import TrainingSettings, format_settings
 from support.ops.tensorflow_v1 import session_config, tf
 
+FLAGS = cifar10_train.FLAGS
 CLUSTER = {"ps": ["a:1", "b:1"], "chief": ["c:1"], "worker": ["d:1", "e:1"]}
 
 
@@ -65,6 +67,31 @@ def test_sessions_connect_to_the_parameter_servers_and_not_to_other_workers():
 @pytest.mark.parametrize(("shard_data", "shard"), [(True, (1, 3)), (False, None)])
 def test_a_worker_has_a_shard_only_if_the_data_is_sharded(shard_data, shard):
     assert make_worker(Task(CLUSTER, "worker", 0), shard_data=shard_data).shard == shard
+
+
+@pytest.mark.parametrize(("shard_data", "shard"), [(True, (0, 3)), (False, None)])
+def test_the_input_of_the_script_reads_a_shard_if_the_flag_says_so(
+    tmp_path, monkeypatch, shard_data, shard
+):
+    write_dataset(tmp_path / dataset.EXTRACTED_FOLDER)
+    FLAGS.data_dir = str(tmp_path)
+    FLAGS.train_dir = str(tmp_path / "train")
+    FLAGS.shard_data = shard_data
+    shards = []
+
+    def run_worker(task, server, train, settings, timeout, shard_data=False):
+        train(make_worker(task, shard_data=shard_data))
+
+    def distorted_inputs(batch_size=None, shard=None):
+        shards.append(shard)
+        raise InterruptedError  # before it builds the model
+
+    monkeypatch.setattr(cifar10_train.server, "start_server", lambda *arguments: None)
+    monkeypatch.setattr(training, "run_worker", run_worker)
+    monkeypatch.setattr(cifar10, "distorted_inputs", distorted_inputs)
+    with pytest.raises(InterruptedError):
+        cifar10_train.train_in_cluster(Task(CLUSTER, "chief", 0))
+    assert shards == [shard]
 
 
 def test_variables_are_placed_on_the_parameter_servers_in_turn(graph):
@@ -138,7 +165,7 @@ def test_a_worker_reads_the_step_from_the_parameter_server():
         assert worker.read_global_step() == 7
 
 
-@pytest.mark.parametrize(("mine", "is_refused"), [(16, True), (8, False)])
+@pytest.mark.parametrize(("mine", "is_refused"), [(16, True), (4, True), (8, False)])
 def test_a_worker_with_other_images_per_step_than_the_chief_is_refused(mine, is_refused):
     settings = TrainingSettings(("cat", "dog"), 100, examples_per_step=8)
     status = types.SimpleNamespace(read_settings=lambda: format_settings(settings))
@@ -146,8 +173,8 @@ def test_a_worker_with_other_images_per_step_than_the_chief_is_refused(mine, is_
     if is_refused:
         expectation = pytest.raises(
             UserError,
-            match=r"^chief 0 \(c:1\) trains with 8 images per step, but this task with 16; use the "
-            "same flags and the same dataset for all tasks$",
+            match=r"^chief 0 \(c:1\) trains with 8 images per step, but this task with "
+            f"{mine}; use the same flags and the same dataset for all tasks$",
         )
     with expectation:
         training._check_settings(

@@ -55,6 +55,9 @@ def devices(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.setattr(tf.sysconfig, "get_lib", lambda: str(tmp_path / "tensorflow"))
     monkeypatch.delenv("TF_PLUGGABLE_DEVICE_LIBRARY_PATH", raising=False)
+    monkeypatch.setattr(
+        tensorflow_v1.can_have_gpus, "__defaults__", ("/dev", str(tmp_path / "modules"))
+    )
     folder = tmp_path / "dev"
     folder.mkdir()
     for name in ("null", "nvme0", "nvram", "kvm"):
@@ -76,6 +79,11 @@ def test_the_device_of_a_driver_may_belong_to_a_gpu(devices, driver):
         (devices / name).touch()
         assert tensorflow_v1.can_have_gpus(devices)
         (devices / name).unlink()
+
+
+def test_a_loaded_driver_may_create_the_device_of_its_gpu_later(devices):
+    (devices.parent / "modules" / "nvidia").mkdir(parents=True)
+    assert tensorflow_v1.can_have_gpus(devices)
 
 
 def test_a_plug_in_or_another_system_may_have_devices_of_its_own(devices, monkeypatch):
