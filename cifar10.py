@@ -92,10 +92,14 @@ def maybe_download_and_extract():
     return folder
 
 
+def find_data_folder():
+    """Returns the path of the folder with the record files, according to the flags."""
+    return dataset.find_folder(FLAGS.data_dir, FLAGS.synthetic_data)
+
+
 def find_dataset(class_names=None):
     """Returns the `Dataset` that the flags name; see `cifar10_input.find_dataset`."""
-    folder = dataset.find_folder(FLAGS.data_dir, FLAGS.synthetic_data)
-    return cifar10_input.find_dataset(folder, class_names)
+    return cifar10_input.find_dataset(find_data_folder(), class_names)
 
 
 def training_settings(class_names=None):
@@ -112,7 +116,7 @@ def training_settings(class_names=None):
 
 def make_change_detector(eval_data):
     """Returns a `records.ChangeDetector` for the test file or the training files."""
-    return records.ChangeDetector(find_dataset().folder, eval_data)
+    return records.ChangeDetector(find_data_folder(), eval_data)
 
 
 def distorted_inputs(batch_size=None, shard=None):
@@ -126,9 +130,8 @@ def distorted_inputs(batch_size=None, shard=None):
       images: float32 [batch_size, 24, 24, 3], or another size with --crop_size.
       labels: int32 [batch_size].
     """
-    return cifar10_input.distorted_inputs(
-        find_dataset().folder, batch_size or FLAGS.batch_size, shard
-    )
+    batch_size = batch_size or FLAGS.batch_size
+    return cifar10_input.distorted_inputs(find_data_folder(), batch_size, shard)
 
 
 def inputs(eval_data, num_epochs=None):
@@ -142,7 +145,7 @@ def inputs(eval_data, num_epochs=None):
       images: float32 [batch_size, 24, 24, 3], or another size with --crop_size.
       labels: int32 [batch_size].
     """
-    return cifar10_input.inputs(eval_data, find_dataset().folder, FLAGS.batch_size, num_epochs)
+    return cifar10_input.inputs(eval_data, find_data_folder(), FLAGS.batch_size, num_epochs)
 
 
 def _variable_on_cpu(name, shape, initializer):

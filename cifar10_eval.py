@@ -251,7 +251,7 @@ def _divide_by_class(class_names, counts, totals):
 
 def _count_examples(eval_test):
     """Returns how many images to evaluate; reports on stderr if some are left out or missing."""
-    available = records.count_records(cifar10.find_dataset().folder, eval_test)
+    available = records.count_records(cifar10.find_data_folder(), eval_test)
     limit = FLAGS.num_examples
     if available < limit:
         print(

@@ -131,7 +131,7 @@ BREAKAGES = [Breakage(*entry) for entry in [
      "FLAGS.batch_size, FLAGS.json)", "FLAGS.batch_size, False)",
      "test_cifar10_predict.py", "json_output or the_script_prints"),
     ("--batch_size has no effect on training", "cifar10.py",
-     "batch_size or FLAGS.batch_size, shard", "batch_size or 128, shard",
+     "batch_size = batch_size or FLAGS.batch_size", "batch_size = batch_size or 128",
      "test_cifar10.py", "functions_without_arguments"),
     ("--num_gpus has no effect", "cifar10_multi_gpu_train.py",
      "build_training(FLAGS.num_gpus, FLAGS.batch_size)", "build_training(1, FLAGS.batch_size)",
