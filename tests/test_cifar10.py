@@ -14,7 +14,7 @@ from conftest import write_dataset
 import cifar10
 import cifar10_input
 from support.base.errors import DataError, UserError
-from support.data import dataset
+from support.data import dataset, download
 from support.data.settings import TrainingSettings
 from support.ops import fast_input, graph_notes, tensorflow_v1
 from support.ops.tensorflow_v1 import tf
@@ -898,6 +898,23 @@ def test_the_flags_choose_the_real_or_the_synthetic_dataset_which_is_checked(tmp
     (tmp_path / "cifar-10-synthetic-bin" / "test_batch.bin").write_bytes(b"")
     with pytest.raises(DataError, match="is empty"):
         cifar10.maybe_download_and_extract()
+
+
+def test_the_archive_comes_from_the_edited_constant_unless_the_flag_is_given(tmp_path, monkeypatch):
+    write_dataset(tmp_path)
+    urls = []
+
+    def record(data_dir, url):
+        urls.append(url)
+        return str(tmp_path)
+
+    monkeypatch.setattr(download, "maybe_download_and_extract", record)
+    cifar10.maybe_download_and_extract()
+    monkeypatch.setattr(cifar10, "DATA_URL", "https://example.org/edited.tar.gz")
+    cifar10.maybe_download_and_extract()
+    FLAGS.data_url = "/tmp/given.tar.gz"
+    cifar10.maybe_download_and_extract()
+    assert urls == [download.DATA_URL, "https://example.org/edited.tar.gz", "/tmp/given.tar.gz"]
 
 
 def test_the_synthetic_dataset_is_refused_in_a_folder_with_records(tmp_path):

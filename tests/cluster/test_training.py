@@ -70,16 +70,18 @@ def test_a_worker_has_a_shard_only_if_the_data_is_sharded(shard_data, shard):
 
 
 @pytest.mark.parametrize(("shard_data", "shard"), [(True, (0, 3)), (False, None)])
-def test_the_input_of_the_script_reads_a_shard_if_the_flag_says_so(
+def test_the_script_passes_on_the_timeout_and_reads_a_shard_if_the_flags_say_so(
     tmp_path, monkeypatch, shard_data, shard
 ):
     write_dataset(tmp_path / dataset.EXTRACTED_FOLDER)
     FLAGS.data_dir = str(tmp_path)
     FLAGS.train_dir = str(tmp_path / "train")
     FLAGS.shard_data = shard_data
+    FLAGS.cluster_timeout_secs = 7
     shards = []
 
     def run_worker(task, server, train, settings, timeout, shard_data=False):
+        assert timeout == 7
         train(make_worker(task, shard_data=shard_data))
 
     def distorted_inputs(batch_size=None, shard=None):
