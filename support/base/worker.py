@@ -1,0 +1,63 @@
+"""What a run needs of its worker: `ALONE` without a cluster, or a worker of a cluster."""
+
+
+class Worker:
+    """A worker that trains alone. A worker of a cluster overrides what differs.
+
+    Attributes:
+      index: int; the number of the worker among all that train. The chief is 0.
+      count: int; the number of workers, including the chief.
+      is_chief: bool; whether this process restores and saves checkpoints.
+      shard: (index, count) of the part of the records to read; None to read all of them.
+      target: string; what sessions connect to.
+      device_filters: list of strings for the `tf.ConfigProto` of sessions; the devices that they
+        connect to. Empty for all of them.
+      is_over: bool; whether the chief has finished training, so that this worker may end early.
+    """
+
+    index = 0
+    count = 1
+    is_chief = True
+    shard = None
+    target = ""
+    device_filters = ()
+    is_over = False
+
+    def device_setter(self):
+        """Returns what to pass to `tf.device` for the worker's graph."""
+        return
+
+    def synchronize(self, gradients, global_step, apply_gradients):
+        """Builds the update of the variables. Call it once, before `hooks`.
+
+        Args:
+          gradients: list of (gradient, variable) of this worker's batch.
+          global_step: int64 [] variable.
+          apply_gradients: function from a list of (gradient, variable) to the operation that
+            applies them, counts the step and updates the moving averages.
+
+        Returns:
+          The operation that does so, with the average of the gradients of all workers.
+        """
+        return apply_gradients(gradients)
+
+    def hooks(self):
+        """Returns the hooks that the session needs to run the update: list."""
+        return []
+
+    def read_global_step(self):
+        """Returns the step from which a worker that is not the chief continues: int."""
+        raise NotImplementedError
+
+    def check_peers(self):
+        """Checks the other workers; called once a second. Raises UserError to end training."""
+
+    def release(self, session):
+        """Ends a step that waits for other workers."""
+
+    def explain_end(self):
+        """Returns why a worker that is not the chief has ended before the last step: string."""
+        raise NotImplementedError
+
+
+ALONE = Worker()
