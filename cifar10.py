@@ -18,6 +18,7 @@ from absl import flags
 import cifar10_input
 from support.base import options
 from support.base.errors import DataError, UserError
+from support.base.worker import ALONE
 from support.data import dataset, download, records, synthetic
 from support.data.settings import TrainingSettings
 from support.ops import fast_nn, graph_notes, summaries
@@ -102,8 +103,14 @@ def find_dataset(class_names=None):
     return cifar10_input.find_dataset(find_data_folder(), class_names)
 
 
-def training_settings(class_names=None):
-    """Returns the `TrainingSettings`; without `class_names`, with the classes of the dataset."""
+def training_settings(class_names=None, examples_per_step=None):
+    """Returns the `TrainingSettings` that the flags and the dataset describe.
+
+    Args:
+      class_names: tuple of strings; those of the dataset if None.
+      examples_per_step: int; images that one step consumes, over all towers or workers. None if
+        nothing is trained.
+    """
     found = find_dataset(class_names)
     return TrainingSettings(
         class_names=found.class_names,
@@ -111,6 +118,7 @@ def training_settings(class_names=None):
         crop_size=FLAGS.crop_size,
         top_layers=FLAGS.top_layers,
         random_flip=FLAGS.random_flip,
+        examples_per_step=examples_per_step,
     )
 
 
@@ -387,7 +395,7 @@ def decayed_learning_rate(global_step, examples_per_step):
     examples_per_epoch = find_dataset().num_examples_per_epoch_for_train
     num_batches_per_epoch = examples_per_epoch / examples_per_step
     decay_steps = max(1, int(num_batches_per_epoch * FLAGS.num_epochs_per_decay))
-    if offset := graph_notes.examples_offset(examples_per_step):  # count images instead of steps
+    if offset := graph_notes.images_offset(examples_per_step):  # count images instead of steps
         global_step = tf.cast(global_step, tf.int64) * examples_per_step + offset
         decay_steps = max(examples_per_step, examples_per_epoch * FLAGS.num_epochs_per_decay)
     learning_rate = tf.train.exponential_decay(
@@ -434,7 +442,7 @@ def apply_gradients(optimizer, gradients, global_step):
             return variable_averages.apply(tf.trainable_variables())
 
 
-def update_variables(optimizer, gradients, global_step, worker=None):
+def update_variables(optimizer, gradients, global_step, worker=ALONE):
     """Applies gradients as `apply_gradients` does, checks them and shows them in TensorBoard.
 
     A variable whose gradient is None keeps its value. Operations in the collection
@@ -444,8 +452,7 @@ def update_variables(optimizer, gradients, global_step, worker=None):
       optimizer: from `make_optimizer`.
       gradients: list of (gradient, variable).
       global_step: int64 [] variable.
-      worker: `support.cluster.training.Worker`, whose gradients are averaged with those of the
-        other workers; or None.
+      worker: `support.base.worker.Worker`; in a cluster, the gradients of all workers are averaged.
 
     Returns:
       The operation that does all of this.
@@ -459,15 +466,12 @@ def update_variables(optimizer, gradients, global_step, worker=None):
     def apply(gradients):
         return apply_gradients(optimizer, gradients, global_step)
 
-    if worker is None:
-        update_op = apply(gradients)
-    else:
-        update_op = worker.synchronize(gradients, global_step, apply)
+    update_op = worker.synchronize(gradients, global_step, apply)
     with tf.control_dependencies([update_op]):  # show the updated variables
         for _, variable in gradients:
             summaries.histogram(_tag(variable.op), variable)
     updates = _updates_of_first_tower()
-    if updates and (worker is None or worker.is_chief):  # the workers share the variables
+    if updates and worker.is_chief:  # the workers share the variables
         return tf.group(update_op, *updates)
     return update_op
 
@@ -508,7 +512,7 @@ def _summarize_gradients(optimizer, gradients):
         summaries.histogram(tag, gradient)
 
 
-def train(total_loss, global_step, examples_per_step=None, worker=None):
+def train(total_loss, global_step, examples_per_step=None, worker=ALONE):
     """Builds one training step: gradients, update and moving averages.
 
     Args:
@@ -516,18 +520,18 @@ def train(total_loss, global_step, examples_per_step=None, worker=None):
       global_step: int64 [] variable; counts the updates.
       examples_per_step: int; images that one step consumes, over all workers. --batch_size for each
         worker if None.
-      worker: `support.cluster.training.Worker` in a cluster, or None.
+      worker: `support.base.worker.Worker`; the one that this process runs in a cluster.
 
     Returns:
       The operation that trains on one batch.
     """
     if examples_per_step is None:
-        examples_per_step = FLAGS.batch_size * (worker.count if worker else 1)
+        examples_per_step = FLAGS.batch_size * worker.count
     learning_rate = decayed_learning_rate(global_step, examples_per_step)
     optimizer = make_optimizer(learning_rate)
     loss_averages_op = _add_loss_summaries(total_loss)
     gradients = optimizer.compute_gradients(total_loss)
     train_ops = [update_variables(optimizer, gradients, global_step, worker)]
-    if worker is None or worker.is_chief:  # the workers share the loss averages
+    if worker.is_chief:  # the workers share the loss averages
         train_ops.append(loss_averages_op)
     return tf.group(*train_ops, name="train")

@@ -191,12 +191,12 @@ def _generate_image_and_label_batch(
 
 @contextlib.contextmanager
 def _input_pipeline(name):
-    """A scope on the CPU, with the seed of the input, and without TensorFlow's own summaries.
+    """A scope on the CPU, without TensorFlow's own summaries.
 
     The tags of those summaries contain the capacity of the queue and thus depend on the batch size.
     """
     options.values()  # checks the flags again: a constant may have been edited
-    with tf.device("/cpu:0"), tf.name_scope(name) as scope, graph_notes.input_seed():
+    with tf.device("/cpu:0"), tf.name_scope(name) as scope:
         yield
     collected = tf.get_collection_ref(tf.GraphKeys.SUMMARIES)
     collected[:] = [summary for summary in collected if not summary.op.name.startswith(scope)]

@@ -20,7 +20,7 @@ from support.ops.tensorflow_v1 import (
     warn_of_unusable_gpus,
     warn_of_unused_gpus,
 )
-from support.run import training_run
+from support.run.training_run import Options, TrainingRun
 
 FLAGS = flags.FLAGS
 
@@ -119,32 +119,33 @@ def build_training(num_gpus, batch_size):
 
 def train():
     """Trains up to --max_steps, resuming from the newest checkpoint in --train_dir if any."""
-    flag_values = options.values()
-    run_options = training_run.Options.select(flag_values)
-    settings = cifar10.training_settings()
-    if not training_run.has_steps_left(run_options, settings):
-        return
-    if FLAGS.num_gpus > len(GPUS):
+    num_gpus = FLAGS.num_gpus
+    run_options = Options.select(
+        options.values(),
+        session_config(FLAGS.use_fp16, FLAGS.log_device_placement),
+        cifar10.make_change_detector(eval_data=False).check,
+    )
+    settings = cifar10.training_settings(examples_per_step=FLAGS.batch_size * num_gpus)
+    with TrainingRun(run_options, settings) as run:
+        if run.has_steps_left():
+            _warn_of_shared_devices(num_gpus)
+            with run.graph(FLAGS.seed):
+                train_op, loss = build_training(num_gpus, FLAGS.batch_size)
+                with run.session(loss) as sess:
+                    while not sess.should_stop():
+                        sess.run(train_op)
+
+
+def _warn_of_shared_devices(num_gpus):
+    """Warns if there are fewer GPUs than towers, or more."""
+    if num_gpus > len(GPUS):
         tf.logging.warning(
             "--num_gpus=%d, but TensorFlow finds %d GPU(s): the towers share %s.",
-            FLAGS.num_gpus,
+            num_gpus,
             len(GPUS),
             "them" if GPUS else "the CPU",
         )
-    warn_of_unused_gpus(FLAGS.num_gpus)
-    with training_run.training_graph(FLAGS.seed, train_dir=FLAGS.train_dir):
-        train_op, loss = build_training(FLAGS.num_gpus, FLAGS.batch_size)
-        with training_run.training_session(
-            loss,
-            FLAGS.batch_size * FLAGS.num_gpus,
-            run_options,
-            settings,
-            session_config(FLAGS.use_fp16, FLAGS.log_device_placement),
-            check_input=cifar10.make_change_detector(eval_data=False).check,
-            flags=flag_values,
-        ) as sess:
-            while not sess.should_stop():
-                sess.run(train_op)
+    warn_of_unused_gpus(num_gpus)
 
 
 def main(argv=None):

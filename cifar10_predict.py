@@ -69,7 +69,7 @@ def open_model():
       UserError: there is no checkpoint, or it cannot be used.
     """
     options.values()  # checks them: a constant may have been edited
-    trained = checkpoints.read_newest_settings(FLAGS.checkpoint_dir)
+    trained = checkpoints.use_newest(FLAGS.checkpoint_dir).settings
     settings = cifar10.training_settings(trained and trained.class_names)
     shape = [None, records.HEIGHT, records.WIDTH, records.DEPTH]
     with tf.Graph().as_default(), tf.Session(config=session_config(FLAGS.use_fp16)) as session:
@@ -79,10 +79,15 @@ def open_model():
         probabilities = tf.nn.softmax(logits, name="probabilities")
         variables = checkpoints.find_variables(FLAGS.use_moving_averages)
         saver = tf.train.Saver(variables)
-        checkpoint, step = checkpoints.restore_newest(
-            session, saver, variables, FLAGS.checkpoint_dir, settings
-        )
-        yield Model(session, images, probabilities, settings.class_names, checkpoint, step)
+
+        def restore(checkpoint):
+            checkpoint.check_settings(settings)
+            checkpoint.check_variables(variables)
+            checkpoints.restore(session, saver, checkpoint)
+            return checkpoint.path, checkpoint.step
+
+        path, step = checkpoints.use_newest(FLAGS.checkpoint_dir, restore)
+        yield Model(session, images, probabilities, settings.class_names, path, step)
 
 
 def read_in_batches(paths, batch_size, depths):

@@ -15,6 +15,7 @@ from absl import flags
 
 import cifar10
 from support.base import command_line, options
+from support.base.worker import ALONE
 from support.cluster import server, task, training
 from support.ops.tensorflow_v1 import (
     session_config,
@@ -22,46 +23,38 @@ from support.ops.tensorflow_v1 import (
     warn_of_unusable_gpus,
     warn_of_unused_gpus,
 )
-from support.run import training_run
+from support.run.training_run import Options, TrainingRun
 
 FLAGS = flags.FLAGS
 
 options.define("run", "cluster")
 
 
-def train(worker=None):
+def train(worker=ALONE):
     """Trains up to --max_steps, resuming from the newest checkpoint in --train_dir if any.
 
     Args:
-      worker: `support.cluster.training.Worker` in a cluster, or None.
+      worker: `support.base.worker.Worker`; the one that this process runs in a cluster.
     """
-    flag_values = options.values()
-    run_options = training_run.Options.select(flag_values)
-    settings = cifar10.training_settings()
-    if not training_run.has_steps_left(run_options, settings, worker):
-        return
-    if worker is None:
-        warn_of_unused_gpus(1)
-    with training_run.training_graph(FLAGS.seed, worker, FLAGS.train_dir):
-        with tf.device("/cpu:0"):
-            global_step = tf.train.get_or_create_global_step()
-        images, labels = cifar10.distorted_inputs(shard=worker and worker.shard)
-        logits = cifar10.inference(images)
-        loss = cifar10.loss(logits, labels)
-        train_op = cifar10.train(loss, global_step, worker=worker)
+    run_options = Options.select(
+        options.values(),
+        session_config(FLAGS.use_fp16, FLAGS.log_device_placement),
+        cifar10.make_change_detector(eval_data=False).check,
+    )
+    settings = cifar10.training_settings(examples_per_step=FLAGS.batch_size * worker.count)
+    with TrainingRun(run_options, settings, worker) as run:
+        if run.has_steps_left():
+            with run.graph(FLAGS.seed):
+                with tf.device("/cpu:0"):
+                    global_step = tf.train.get_or_create_global_step()
+                images, labels = cifar10.distorted_inputs(shard=worker.shard)
+                logits = cifar10.inference(images)
+                loss = cifar10.loss(logits, labels)
+                train_op = cifar10.train(loss, global_step, worker=worker)
 
-        with training_run.training_session(
-            loss,
-            FLAGS.batch_size * (worker.count if worker else 1),
-            run_options,
-            settings,
-            session_config(FLAGS.use_fp16, FLAGS.log_device_placement),
-            check_input=cifar10.make_change_detector(eval_data=False).check,
-            flags=flag_values,
-            worker=worker,
-        ) as sess:
-            while not sess.should_stop():
-                sess.run(train_op)
+                with run.session(loss) as sess:
+                    while not sess.should_stop():
+                        sess.run(train_op)
 
 
 def train_in_cluster(this_task):
@@ -80,7 +73,7 @@ def train_in_cluster(this_task):
     else:
         this_server = server.start_server(this_task, config, timeout)
         cifar10.maybe_download_and_extract()
-        settings = cifar10.training_settings()._replace(
+        settings = cifar10.training_settings(
             examples_per_step=FLAGS.batch_size * len(this_task.workers)
         )
         training.run_worker(this_task, this_server, train, settings, timeout, FLAGS.shard_data)
@@ -91,6 +84,7 @@ def main(argv=None):
     this_task = task.find_task()
     if this_task is None:
         cifar10.maybe_download_and_extract()
+        warn_of_unused_gpus(1)
         train()
     else:
         train_in_cluster(this_task)

@@ -19,7 +19,6 @@ from absl.testing import flagsaver
 import cifar10
 from support.base import command_line, options
 from support.ops.tensorflow_v1 import session_config, tf
-from support.run.training_run import training_graph
 
 FLAGS = flags.FLAGS
 
@@ -33,7 +32,8 @@ AVERAGED_STEPS = 20  # at the end of a run, because the loss of a single batch i
 
 def train(seed, fast_ops):
     """Returns the mean loss of the last steps of a run."""
-    with training_graph(seed), flagsaver.flagsaver(fast_ops=fast_ops):
+    with tf.Graph().as_default(), flagsaver.flagsaver(fast_ops=fast_ops):
+        tf.set_random_seed(seed)
         global_step = tf.train.get_or_create_global_step()
         images, labels = cifar10.distorted_inputs()
         loss = cifar10.loss(cifar10.inference(images), labels)

@@ -3,7 +3,6 @@
 import json
 import os
 import pathlib
-import shutil
 import sys
 import threading
 import time
@@ -29,7 +28,7 @@ from support.base.errors import CheckpointError, DataError, UserError
 from support.data import dataset
 from support.data.settings import TrainingSettings
 from support.ops.tensorflow_v1 import session_config, tf
-from support.run import checkpoints
+from support.run import checkpoints, evaluation
 
 FLAGS = cifar10_eval.FLAGS
 
@@ -251,13 +250,13 @@ def test_a_checkpoint_of_another_model_is_refused_and_the_error_names_the_flag(
 def test_class_names_that_change_during_an_evaluation_do_not_affect_it(records, monkeypatch):
     save_checkpoint(FLAGS.checkpoint_dir, 7)
     names = dataset.CLASS_NAMES
-    check_variables = checkpoints.check_variables
+    restore = checkpoints.restore
 
-    def change_names_and_check(*arguments):
+    def change_names_and_restore(*arguments):
         dataset.write_class_names(cifar10.find_dataset().folder, [*names, "emu"])
-        check_variables(*arguments)
+        restore(*arguments)
 
-    monkeypatch.setattr(checkpoints, "check_variables", change_names_and_check)
+    monkeypatch.setattr(checkpoints, "restore", change_names_and_restore)
     cifar10_eval.evaluate()
     assert len(dataset.read_class_names(cifar10.find_dataset().folder)) == 11
     (result,) = written_results()
@@ -532,7 +531,7 @@ def test_a_checkpoint_in_place_of_its_folder_is_evaluated_once(
         raise AssertionError("it waits for another checkpoint")
 
     clock = types.SimpleNamespace(sleep=sleep, monotonic=time.monotonic)
-    monkeypatch.setattr(cifar10_eval, "time", clock)
+    monkeypatch.setattr(evaluation, "time", clock)
     path = save_checkpoint(FLAGS.checkpoint_dir, 7)
     save_checkpoint(FLAGS.checkpoint_dir, 9)
     train_dir, FLAGS.checkpoint_dir = FLAGS.checkpoint_dir, f"{path}{suffix}"
@@ -564,28 +563,13 @@ def test_a_checkpoint_of_the_tutorial_of_2015_is_evaluated(records, capsys, vers
         saver = tf.train.Saver(write_version=version)
         saver.save(session, f"{FLAGS.checkpoint_dir}/model.ckpt", 100)
     state = pathlib.Path(FLAGS.checkpoint_dir) / "checkpoint"
-    state.write_text('model_checkpoint_path: "C:\\\\tmp\\\\cifar10_train\\\\model.ckpt-100"\n')
+    state.write_text('model_checkpoint_path: "/home/ann/cifar10_train/model.ckpt-100"\n')
     cifar10_eval.evaluate()
     state.unlink()
     cifar10_eval.evaluate()
     output = capsys.readouterr().out
     assert output.count(f"= {expected_correct(test, AVERAGED).mean():.3f}\n") == 2
     assert [result["step"] for result in written_results()] == [100, 100]
-
-
-def test_checkpoints_without_a_state_file_are_evaluated_while_training_goes_on(
-    records, monkeypatch
-):
-    def trainer(wait):
-        if wait == 0:
-            save_checkpoint(FLAGS.checkpoint_dir, 20)
-        if wait == 9:
-            raise Stop
-
-    save_checkpoint(FLAGS.checkpoint_dir, 10)
-    (pathlib.Path(FLAGS.checkpoint_dir) / "checkpoint").unlink()
-    evaluate_forever(monkeypatch, trainer)
-    assert evaluated_steps() == [10, 20]
 
 
 def test_running_out_of_memory_is_a_one_line_error(records, monkeypatch):
@@ -607,23 +591,6 @@ def test_running_out_of_memory_is_a_one_line_error(records, monkeypatch):
         cifar10_eval.evaluate()
     assert "\n" not in str(error.value)
     assert "Hint" not in str(error.value)
-
-
-def test_the_interval_separates_the_starts_of_evaluations(records, monkeypatch):
-    save_checkpoint(FLAGS.checkpoint_dir, 7)
-    FLAGS.eval_interval_secs = 5000
-    slept = []
-
-    def sleep(seconds):
-        slept.append(seconds)
-        raise Stop
-
-    clock = types.SimpleNamespace(sleep=sleep, monotonic=time.monotonic)
-    monkeypatch.setattr(cifar10_eval, "time", clock)
-    FLAGS.run_once = False
-    with pytest.raises(Stop):
-        cifar10_eval.evaluate()
-    assert 4900 < slept[0] < 5000
 
 
 def test_the_flags_configure_the_session(records, monkeypatch):
@@ -672,26 +639,25 @@ class Stop(Exception):  # noqa: N818
     """Ends an evaluation that would otherwise continue forever."""
 
 
-def evaluate_forever(monkeypatch, on_wait):
-    """Runs `evaluate` until `on_wait`, called with the number of the wait, raises `Stop`."""
-    waits = iter(range(1000))
-    clock = types.SimpleNamespace(sleep=lambda _: on_wait(next(waits)), monotonic=time.monotonic)
-    monkeypatch.setattr(cifar10_eval, "time", clock)
-    FLAGS.run_once = False
-    with pytest.raises(Stop):
-        cifar10_eval.evaluate()
+def test_without_run_once_each_new_checkpoint_is_evaluated(records, capsys, monkeypatch):
+    waits = []
 
-
-def test_every_new_checkpoint_is_evaluated_once(records, capsys, monkeypatch):
-    def trainer(wait):
-        if wait in (2, 6, 7):
-            save_checkpoint(FLAGS.checkpoint_dir, wait * 10)
-        if wait == 12:
+    def sleep(seconds):
+        waits.append(seconds)
+        if len(waits) in (2, 4):
+            save_checkpoint(FLAGS.checkpoint_dir, 10 * len(waits))
+        if len(waits) == 7:
             raise Stop
 
-    evaluate_forever(monkeypatch, trainer)
-    assert evaluated_steps() == [20, 60, 70]
+    clock = types.SimpleNamespace(sleep=sleep, monotonic=time.monotonic)
+    monkeypatch.setattr(evaluation, "time", clock)
+    FLAGS.run_once = False
+    FLAGS.eval_interval_secs = 5000
+    with pytest.raises(Stop):
+        cifar10_eval.evaluate()
+    assert evaluated_steps() == [20, 40]
     assert f"Waiting for a checkpoint in {FLAGS.checkpoint_dir}" in capsys.readouterr().err
+    assert len([seconds for seconds in waits if 4900 < seconds < 5000]) == 2
 
 
 def test_if_the_trainer_deletes_a_checkpoint_the_newest_one_is_evaluated_instead(
@@ -702,7 +668,7 @@ def test_if_the_trainer_deletes_a_checkpoint_the_newest_one_is_evaluated_instead
     restored = []
 
     def restore_after_the_trainer_has_continued(session, saver, checkpoint):
-        restored.append(os.path.basename(checkpoint))
+        restored.append(checkpoint.step)
         if len(restored) == 1:
             for path in pathlib.Path(FLAGS.checkpoint_dir).glob("model.ckpt-1.*"):
                 path.unlink()
@@ -711,53 +677,8 @@ def test_if_the_trainer_deletes_a_checkpoint_the_newest_one_is_evaluated_instead
 
     monkeypatch.setattr(checkpoints, "restore", restore_after_the_trainer_has_continued)
     cifar10_eval.evaluate()
-    assert restored == ["model.ckpt-1", "model.ckpt-2"]
+    assert restored == [1, 2]
     assert evaluated_steps() == [2]
-
-
-def test_after_all_checkpoints_have_disappeared_it_waits_for_a_new_one(records, monkeypatch):
-    save_checkpoint(FLAGS.checkpoint_dir, 1)
-    restore = checkpoints.restore
-
-    def restore_after_a_deletion(session, saver, checkpoint):
-        if checkpoint.endswith("-1"):
-            shutil.rmtree(FLAGS.checkpoint_dir)
-        return restore(session, saver, checkpoint)
-
-    def trainer(wait):
-        if wait == 2:
-            save_checkpoint(FLAGS.checkpoint_dir, 2)
-        if wait == 5:
-            raise Stop
-
-    monkeypatch.setattr(checkpoints, "restore", restore_after_a_deletion)
-    evaluate_forever(monkeypatch, trainer)
-    assert evaluated_steps() == [2]
-
-
-def test_after_a_damaged_checkpoint_it_waits_for_the_next_one(records, monkeypatch):
-    path = save_checkpoint(FLAGS.checkpoint_dir, 1)
-    pathlib.Path(f"{path}.data-00000-of-00001").write_bytes(b"")
-
-    def trainer(wait):
-        if wait == 3:
-            save_checkpoint(FLAGS.checkpoint_dir, 2)
-        if wait == 8:
-            raise Stop
-
-    evaluate_forever(monkeypatch, trainer)
-    assert evaluated_steps() == [2]
-
-
-def test_checkpoints_of_earlier_steps_are_skipped(records, monkeypatch):
-    def trainer(wait):
-        if wait < 6:
-            save_checkpoint(FLAGS.checkpoint_dir, (20, 10, 15, 30, 25, 40)[wait])
-        if wait == 12:
-            raise Stop
-
-    evaluate_forever(monkeypatch, trainer)
-    assert evaluated_steps() == [20, 30, 40]
 
 
 def test_an_unreadable_state_file_is_not_mistaken_for_a_folder_without_checkpoints(records):

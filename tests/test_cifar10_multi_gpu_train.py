@@ -210,8 +210,8 @@ def test_each_tower_has_its_own_batch(fixed_batch):
 
 
 def run_training(train_op, loss, options):
-    settings = TrainingSettings(dataset.CLASS_NAMES, 50000)
-    with training_run.training_session(loss, 8, options, settings) as sess:
+    settings = TrainingSettings(dataset.CLASS_NAMES, 50000, examples_per_step=8)
+    with training_run.TrainingRun(options, settings) as run, run.session(loss) as sess:
         while not sess.should_stop():
             sess.run(train_op)
 

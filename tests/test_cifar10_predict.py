@@ -204,7 +204,7 @@ def test_if_a_trainer_deletes_a_checkpoint_the_newest_one_predicts(images, capsy
     restore = checkpoints.restore
 
     def restore_after_the_trainer_has_continued(session, saver, checkpoint):
-        if checkpoint.endswith("-7"):
+        if checkpoint.step == 7:
             save_checkpoint(FLAGS.checkpoint_dir, 9)
             remove_checkpoint(7)
         return restore(session, saver, checkpoint)

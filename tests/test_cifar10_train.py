@@ -19,6 +19,7 @@ import cifar10
 import cifar10_multi_gpu_train
 import cifar10_train
 from support.base.errors import Interrupted, UserError
+from support.base.worker import ALONE
 from support.data import dataset, records
 from support.ops import tensorflow_v1
 from support.ops.tensorflow_v1 import (
@@ -28,8 +29,7 @@ from support.ops.tensorflow_v1 import (
     session_config,
     tf,
 )
-from support.run import training_run
-from support.run.checkpoints import read_settings
+from support.run import checkpoints, training_run
 
 FLAGS = cifar10_train.FLAGS
 
@@ -115,20 +115,38 @@ def test_the_training_session_gets_the_flags(tmp_path, monkeypatch, trainer, exa
     FLAGS.seed = 99
     FLAGS.log_device_placement = True
     FLAGS.use_fp16 = True
-    calls = []
+    runs = []
 
-    @contextlib.contextmanager
-    def training_session(loss, examples_per_step, options, settings, config, **named):
-        calls.append((loss, examples_per_step, options, settings, config, named))
-        yield types.SimpleNamespace(should_stop=lambda: True)
+    class Run:
+        """Records what it is given, and trains no step."""
 
-    monkeypatch.setattr(training_run, "training_session", training_session)
+        def __init__(self, options, settings, worker=ALONE):
+            runs.append((options, settings, worker))
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *exception):
+            pass
+
+        def has_steps_left(self):
+            return True
+
+        @contextlib.contextmanager
+        def graph(self, seed):
+            assert seed == 99
+            with tf.Graph().as_default():
+                yield
+
+        @contextlib.contextmanager
+        def session(self, loss):
+            assert loss.shape == []
+            yield types.SimpleNamespace(should_stop=lambda: True)
+
+    monkeypatch.setattr(trainer, "TrainingRun", Run)
     trainer.train()
-    ((loss, examples, options, settings, config, named),) = calls
-    assert loss.shape == []
-    assert loss.graph.seed == 99
-    assert examples == examples_per_step
-    assert options == training_run.Options(
+    ((options, settings, worker),) = runs
+    assert options._replace(check_input=None, flags=None) == training_run.Options(
         train_dir=str(tmp_path / "train"),
         max_steps=17,
         log_frequency=3,
@@ -137,12 +155,13 @@ def test_the_training_session_gets_the_flags(tmp_path, monkeypatch, trainer, exa
         max_checkpoints_to_keep=7,
         save_summaries_steps=8,
         save_histograms_steps=9,
+        config=session_config(use_fp16=True, log_device_placement=True),
+        check_input=None,
     )
-    assert settings == cifar10.training_settings()
-    assert config == session_config(use_fp16=True, log_device_placement=True)
-    named["check_input"]()
-    assert named["flags"]["max_steps"] == 17
-    assert named.get("worker") is None
+    options.check_input()
+    assert options.flags["max_steps"] == 17
+    assert settings == cifar10.training_settings(examples_per_step=examples_per_step)
+    assert worker is ALONE
 
 
 class Stop(Exception):  # noqa: N818
@@ -178,9 +197,9 @@ def test_gpus_that_stay_unused_are_reported(tmp_path, monkeypatch, trainer, gpus
     monkeypatch.setattr(tensorflow_v1, "GPUS", ["a GPU"] * gpus)
     monkeypatch.setattr(cifar10_multi_gpu_train, "GPUS", ["a GPU"] * gpus)
     monkeypatch.setattr(tf.logging, "warning", lambda text, *values: warnings.append(text % values))
-    monkeypatch.setattr(training_run, "training_graph", stop)
+    monkeypatch.setattr(training_run.TrainingRun, "graph", stop)
     with pytest.raises(Stop):
-        trainer.train()
+        trainer.main()
     assert warnings == [line] * (line is not None)
 
 
@@ -281,7 +300,7 @@ def test_the_schedule_counts_the_images_of_all_batch_sizes_and_towers(small_run,
         [0.1 * 0.5 ** (seen // 20) for seen in images_seen]
     )
     newest = tf.train.latest_checkpoint(FLAGS.train_dir)
-    assert read_settings(newest).examples_seen(25) == sum(images_per_step) == 80
+    assert checkpoints.read(newest).settings.images_seen(25) == sum(images_per_step) == 80
 
 
 def train_one_step(use_fp16):
@@ -435,7 +454,7 @@ def test_each_checkpoint_records_what_it_was_trained_on(small_run, tmp_path):
     assert shapes["local3/weights"] == [8, 8, 3, 3, 64, 32]  # a crop of 30, halved twice
     examples = records.count_records(folder, eval_data=False)
     settings = (tuple(names), examples, 30, "local", False)
-    assert read_settings(newest) == (*settings, FLAGS.batch_size, 0)
+    assert checkpoints.read(newest).settings == (*settings, FLAGS.batch_size, 0)
     (start,) = json.loads((tmp_path / "run" / "run.json").read_text())
     assert (start["class_names"], start["examples_per_epoch"]) == (names, examples)
 

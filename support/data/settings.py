@@ -31,7 +31,7 @@ class TrainingSettings(NamedTuple):
     examples_per_step: int | None = None
     examples_offset: int = 0
 
-    def examples_seen(self, step):
+    def images_seen(self, step):
         """Returns the number of images that the run has seen at a step; None if unknown."""
         if self.examples_per_step is None:
             return None

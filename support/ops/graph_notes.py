@@ -1,16 +1,11 @@
-"""Graph collections that pass information from the graph to the training session.
+"""What a graph tells the training session and, if it resumes a run, its own input and schedule.
 
 The model and the input record the learning rate, the tensors that must be finite, and the fill
-level of the training queue. When a run is resumed, its step and the number of images seen so far
-are recorded as well. The input uses the step to draw other random numbers than at the start of the
-run. The learning rate schedule uses the number of images, so that it continues correctly if the
-number of images per step has changed.
+level of the training queue. A run records at which step it starts and how many images it has seen
+by then. The learning rate schedule uses that number, so that it continues correctly if the number
+of images per step has changed. Everything is in collections of the graph.
 """
 
-import contextlib
-import random
-
-from support.base.errors import UserError
 from support.ops.tensorflow_v1 import tf
 
 # Graph collections that the functions below fill.
@@ -18,65 +13,32 @@ MUST_BE_FINITE = "must_be_finite"
 LEARNING_RATE = "learning_rate"
 QUEUE_LEVEL = "queue_level"
 FINITE_SCOPE = "must_be_finite/"
-# A graph collection of integers: the step and, if known, the number of images seen until then.
-_RESUMED_RUN = "resumed_run"
+_START = "resumed_run"  # the step at which the run starts and, if known, the images seen by then
 
 
-def record(step, settings=None):
-    """Records where the default graph resumes a run.
+def record_start(step, images_seen):
+    """Records where the run of the default graph starts.
 
     Args:
       step: int; the global step.
-      settings: `TrainingSettings` of the checkpoint; None if unknown.
+      images_seen: int; the number of images that the run has seen by then. None if unknown.
     """
-    tf.add_to_collection(_RESUMED_RUN, step)
-    if settings is not None and (seen := settings.examples_seen(step)) is not None:
-        tf.add_to_collection(_RESUMED_RUN, seen)
+    for number in (step, images_seen):
+        if number is not None:
+            tf.add_to_collection(_START, number)
 
 
-def check_step(read_step):
-    """Raises UserError if the default graph resumes another step than that of the checkpoint.
-
-    Args:
-      read_step: function that returns the step of the checkpoint; called only if the graph records
-        which step it resumes.
-    """
-    recorded = tf.get_collection(_RESUMED_RUN)
-    if recorded and recorded[0] != (step := read_step()):
-        raise UserError(
-            f"another process has trained from step {recorded[0]} to step {step} meanwhile; run "
-            "the same command again to resume from there"
-        )
-
-
-@contextlib.contextmanager
-def input_seed():
-    """Mixes the resumed step into the seed of the random operations that the block creates.
-
-    With the seed alone, a resumed run would see the same images as at its start.
-    """
-    graph = tf.get_default_graph()
-    seed = graph.seed
-    step, *_ = tf.get_collection(_RESUMED_RUN) or [0]
-    if seed is not None and step > 0:
-        tf.set_random_seed(random.Random(f"{seed} {step}").randrange(2**31))
-    try:
-        yield
-    finally:
-        graph.seed = seed
-
-
-def examples_offset(examples_per_step):
-    """Returns the images seen so far, minus the number that as many steps would consume now.
+def images_offset(examples_per_step):
+    """Returns `images_seen - step * examples_per_step` at the start of the run.
 
     Args:
       examples_per_step: int; images that one step consumes now, over all towers or workers.
 
     Returns:
-      int; 0 if no run is resumed, or if its checkpoint does not record the images.
+      int; 0 for a new run, and if it is unknown how many images the run has seen.
     """
-    step, *seen = tf.get_collection(_RESUMED_RUN) or [0]
-    return seen[0] - step * examples_per_step if seen else 0
+    step, *images_seen = tf.get_collection(_START) or [0]
+    return images_seen[0] - step * examples_per_step if images_seen else 0
 
 
 def check_finite(tensor, name=None):

@@ -1,4 +1,4 @@
-"""Checkpoints: finding, reading, checking and restoring them.
+"""Checkpoints: finding, reading, checking, restoring and saving them.
 
 TensorFlow saves the graph's collections in the `.meta` file of each checkpoint. One collection
 holds the training settings, so they accompany the checkpoint and add no variables to it.
@@ -8,6 +8,7 @@ import contextlib
 import functools
 import os
 import re
+from typing import NamedTuple
 
 import numpy as np
 from google.protobuf.message import DecodeError
@@ -25,6 +26,57 @@ _STATE_FILE = "checkpoint"  # TensorFlow's record of which checkpoint is the new
 _SETTINGS = "cifar10_settings"  # a graph collection of one string, a JSON object
 
 
+class Checkpoint(NamedTuple):
+    """What is known about a checkpoint; see `read`.
+
+    Attributes:
+      path: string; the path of its files without their suffixes.
+      step: int; the global step.
+      settings: `TrainingSettings` that it was trained with; None if its `.meta` file is missing.
+      shapes: dict from the names of its variables to their shapes, lists of ints.
+    """
+
+    path: str
+    step: int
+    settings: TrainingSettings | None
+    shapes: dict
+
+    def check_settings(self, wanted, folder_flag="--checkpoint_dir"):
+        """Raises CheckpointError unless the checkpoint matches `TrainingSettings`.
+
+        `folder_flag` is the flag that names the checkpoint's folder.
+        """
+        if reason := explain_mismatch(self.path, self.settings, wanted, folder_flag):
+            raise CheckpointError(reason)
+
+    def check_variables(self, variables, folder_flag="--checkpoint_dir"):
+        """Raises CheckpointError unless the checkpoint has all variables with the same shapes.
+
+        Args:
+          variables: dict of `tf.Variable` by name in the checkpoint.
+          folder_flag: string; the flag that names the checkpoint's folder.
+        """
+        differences = []
+        for name, variable in variables.items():
+            shape = variable.shape.as_list()
+            if name not in self.shapes:
+                differences.append(f"{name} is missing")
+            elif self.shapes[name] != shape:
+                differences.append(f"{name} is {self.shapes[name]}, not {shape}")
+        if not differences:
+            return
+        shown = differences[:5]
+        if len(differences) > len(shown):
+            shown.append(f"and {len(differences) - len(shown)} more differ")
+        raise CheckpointError(
+            f"{self.path} belongs to another model: in it, {', '.join(shown)}; choose another "
+            f"folder with {folder_flag}"
+        )
+
+
+# --- Finding.
+
+
 def find_latest_checkpoint(path):
     """Returns the path of the newest checkpoint, or None if there is none.
 
@@ -40,8 +92,8 @@ def find_latest_checkpoint(path):
     named = _find_named(path)
     if named is not None or (_has_state_file(path) and _read_state(path) is None):
         return named
-    readable = find_readable(path)
-    if readable is not None and (reason := explain_missing_checkpoint(path)):
+    readable = _find_readable(path)
+    if readable is not None and (reason := _explain_missing_checkpoint(path)):
         _warn_once(f"{reason}: using {readable}, which has the highest step.")
     return readable
 
@@ -49,10 +101,118 @@ def find_latest_checkpoint(path):
 def find_single_checkpoint(path):
     """Returns the checkpoint that a path names by itself or by one of its files, or None."""
     checkpoint = re.sub(r"\.(index|meta|data-[0-9]{5}-of-[0-9]{5})$", "", path)
-    return checkpoint if exists(checkpoint) and not os.path.isdir(path) else None
+    return checkpoint if _exists(checkpoint) and not os.path.isdir(path) else None
 
 
-def exists(checkpoint):
+def _require_checkpoint(path):
+    """Returns the path of the newest checkpoint; raises UserError if there is none."""
+    checkpoint = find_latest_checkpoint(path)
+    if checkpoint is not None:
+        return checkpoint
+    if reason := _explain_missing_checkpoint(path):
+        raise UserError(
+            f"{reason}; run cifar10_train.py on this folder; it prints how to repair it"
+        )
+    raise UserError(
+        f"there is no checkpoint in {path}; train first, or choose another folder with "
+        "--checkpoint_dir"
+    )
+
+
+def use_newest(path, use=lambda checkpoint: checkpoint):
+    """Calls a function with the newest `Checkpoint`, and returns what the function returns.
+
+    If a trainer deletes the checkpoint meanwhile, the function is called with the next one.
+
+    Args:
+      path: as for `find_latest_checkpoint`.
+      use: function of a `Checkpoint`; raises CheckpointError if it cannot use it.
+
+    Raises:
+      UserError: there is no checkpoint, or the newest one cannot be read.
+    """
+    while True:
+        newest = _require_checkpoint(path)
+        try:
+            return use(read(newest))
+        except CheckpointError:
+            if find_latest_checkpoint(path) == newest:
+                raise
+
+
+def find_checkpoint_to_resume(train_dir):
+    """Returns the newest `Checkpoint` in a training folder, or None if the folder has none.
+
+    Raises:
+      UserError: there are checkpoints, but the newest one is unknown or cannot be read.
+    """
+    newest = _find_named(train_dir) or _find_unnamed(train_dir)
+    if newest is None:
+        return None
+    try:
+        step, shapes = _read_variables(newest)
+    except CheckpointError as error:
+        readable = _find_readable(train_dir)
+        if readable is None:
+            raise
+        raise UserError(
+            f"{error}; remove the file `{_STATE_FILE}` in that folder to resume from {readable}"
+        ) from error
+    return Checkpoint(newest, step, _read_settings(newest), shapes)
+
+
+def _find_unnamed(train_dir):
+    """Returns the first checkpoint of a run, which no state file names yet; None without any.
+
+    The function writes that file, so that every script finds the checkpoint.
+
+    Raises:
+      UserError: it is unknown which checkpoint is the newest.
+    """
+    if not _list_checkpoints(train_dir):
+        return None
+    # From here on, returning None would start training again, on top of existing checkpoints.
+    readable = _find_readable(train_dir)
+    if readable is None:
+        raise UserError(
+            f"none of the checkpoints in {train_dir} can be read; move them away to start again, "
+            "or choose another folder with --train_dir"
+        )
+    if reason := _explain_missing_checkpoint(train_dir):
+        raise UserError(
+            f"{reason}; remove that file to resume from {readable}, or choose another folder with "
+            "--train_dir"
+        )
+    # A process that was killed during its first save leaves a checkpoint without a state file.
+    _write_state(train_dir, [os.path.basename(readable)])
+    return readable
+
+
+def _find_named(folder):
+    """Returns the existing checkpoint that the state file of a folder names, or None."""
+    missing = None
+    while (state := _read_state(folder)) is not None:
+        path = state.model_checkpoint_path
+        # If the folder was copied, an absolute path still names the original.
+        for checkpoint in (os.path.join(folder, os.path.basename(path)), path):
+            if _exists(checkpoint):
+                return checkpoint
+        if path == missing:
+            break
+        missing = path  # a trainer may have deleted it since, after writing a newer one
+    return None
+
+
+def _find_readable(folder):
+    """Returns the path of the readable checkpoint with the highest step in a folder, or None."""
+    for path in _list_checkpoints(folder):
+        with contextlib.suppress(CheckpointError):
+            _read_variables(path)
+            return path
+    return None
+
+
+def _exists(checkpoint):
     """Returns whether a checkpoint exists, in the current format or that of 2015."""
     # `tf.train.checkpoint_exists` would treat the path as a pattern.
     return os.path.isfile(f"{checkpoint}.index") or os.path.isfile(checkpoint)
@@ -70,94 +230,10 @@ def _read_state(folder):
         return None
 
 
-def _find_named(folder):
-    """Returns the existing checkpoint that the state file of a folder names, or None."""
-    missing = None
-    while (state := _read_state(folder)) is not None:
-        path = state.model_checkpoint_path
-        for checkpoint in (_move_to_folder(path, folder), path):
-            if exists(checkpoint):
-                return checkpoint
-        if path == missing:
-            break
-        missing = path  # a trainer may have deleted it since, after writing a newer one
-    return None
-
-
-def _move_to_folder(path, folder):
-    """Returns the path in `folder` with the last component of `path`, a POSIX or Windows path.
-
-    A state file can hold absolute paths. If the folder was copied, perhaps from another machine,
-    its checkpoints are next to the file.
-    """
-    name = os.path.basename(path)
-    if not exists(os.path.join(folder, name)):
-        name = name.rpartition("\\")[2]
-    return os.path.join(folder, name)
-
-
-def explain_missing_checkpoint(folder):
+def _explain_missing_checkpoint(folder):
     """Returns why the newest checkpoint is unknown, or None if there is no state file at all."""
     if _has_state_file(folder):
         return f"the file `{_STATE_FILE}` in {folder} is unreadable or names a missing checkpoint"
-    return None
-
-
-def require_checkpoint(path):
-    """Returns the newest checkpoint; see `find_latest_checkpoint`.
-
-    Raises:
-      UserError: there is none, or the state file cannot be read.
-    """
-    checkpoint = find_latest_checkpoint(path)
-    if checkpoint is not None:
-        return checkpoint
-    if reason := explain_missing_checkpoint(path):
-        raise UserError(
-            f"{reason}; run cifar10_train.py on this folder; it prints how to repair it"
-        )
-    raise UserError(
-        f"there is no checkpoint in {path}; train first, or choose another folder with "
-        "--checkpoint_dir"
-    )
-
-
-def find_checkpoint_to_resume(train_dir):
-    """Returns the newest checkpoint in a training folder, or None if the folder has none.
-
-    If no state file names it yet, the function writes one, so that every script finds it.
-
-    Raises:
-      UserError: there are checkpoints, but it is unknown which of them is the newest.
-    """
-    newest = _find_named(train_dir)
-    if newest is not None:
-        return newest
-    if not _list_checkpoints(train_dir):
-        return None
-    # From here on, returning None would start training again, on top of existing checkpoints.
-    readable = find_readable(train_dir)
-    if readable is None:
-        raise UserError(
-            f"none of the checkpoints in {train_dir} can be read; move them away to start again, "
-            "or choose another folder with --train_dir"
-        )
-    if reason := explain_missing_checkpoint(train_dir):
-        raise UserError(
-            f"{reason}; remove that file to resume from {readable}, or choose another folder with "
-            "--train_dir"
-        )
-    # A process that was killed during its first save leaves a checkpoint without a state file.
-    _write_state(train_dir, [os.path.basename(readable)])
-    return readable
-
-
-def find_readable(folder):
-    """Returns the path of the readable checkpoint with the highest step in a folder, or None."""
-    for path in _list_checkpoints(folder):
-        with contextlib.suppress(CheckpointError):
-            read_global_step(path)
-            return path
     return None
 
 
@@ -183,127 +259,43 @@ def _step_in_name(checkpoint):
     return match and int(match[1])
 
 
-def _files_of(checkpoint):
-    """Returns the paths of the files of a checkpoint. The one by which it is found comes first."""
-    folder, name = os.path.split(checkpoint)
-    names = re.compile(re.escape(name) + r"(\.index|\.meta|\.data-[0-9]{5}-of-[0-9]{5})?")
-    found = sorted(filter(names.fullmatch, os.listdir(folder or ".")))
-    found.sort(key=lambda file: file not in (name, f"{name}.index"))
-    return [os.path.join(folder, file) for file in found]
+# --- Reading and restoring.
 
 
-@contextlib.contextmanager
-def _reader(checkpoint):
-    """Yields TensorFlow's `CheckpointReader`; raises CheckpointError for its errors."""
-    try:
-        yield tf.train.load_checkpoint(checkpoint)
-    # TensorFlow's reader raises several of Python's own exceptions.
-    except (tf.errors.OpError, OSError, ValueError, IndexError, RuntimeError) as error:
-        raise CheckpointError(f"{checkpoint} cannot be read: {first_line(error)}") from error
+def read(path):
+    """Returns the `Checkpoint` at a path.
 
-
-def read_global_step(checkpoint):
-    """Returns the global step of a checkpoint.
-
-    The tutorial of 2015 called that variable `Variable`, and forks have other names for it. If
+    The tutorial of 2015 called the global step `Variable`, and forks have other names for it. If
     there is no `global_step`, the step is therefore the number at the end of the path.
 
     Raises:
-      CheckpointError: the checkpoint cannot be read, or has neither.
+      CheckpointError: the checkpoint or its settings cannot be read, or its step is unknown.
     """
-    with _reader(checkpoint) as reader:
+    step, shapes = _read_variables(path)
+    return Checkpoint(path, step, _read_settings(path), shapes)
+
+
+def _read_variables(path):
+    """Returns the global step of a checkpoint, and the shapes of its variables."""
+    try:
+        reader = tf.train.load_checkpoint(path)
+        step = _step_in_name(path)
         if reader.has_tensor(tf.GraphKeys.GLOBAL_STEP):
-            return int(reader.get_tensor(tf.GraphKeys.GLOBAL_STEP))
-    step = _step_in_name(checkpoint)
+            step = int(reader.get_tensor(tf.GraphKeys.GLOBAL_STEP))
+        shapes = reader.get_variable_to_shape_map()
+    # TensorFlow's reader raises several of Python's own exceptions.
+    except (tf.errors.OpError, OSError, ValueError, IndexError, RuntimeError) as error:
+        raise CheckpointError(f"{path} cannot be read: {first_line(error)}") from error
     if step is None:
         raise CheckpointError(
-            f"the step of {checkpoint} is unknown: it has no variable global_step; rename its "
-            "files so that its name ends in the step, for example model.ckpt-1000"
+            f"the step of {path} is unknown: it has no variable global_step; rename its files so "
+            "that its name ends in the step, for example model.ckpt-1000"
         )
-    return step
+    return step, shapes
 
 
-def save(session, saver, folder, step, max_to_keep):
-    """Saves a checkpoint, names it in the state file, and deletes older ones that the file named.
-
-    `tf.train.Saver.save` would do the same, but it deletes whatever matches the path as a pattern.
-    The `.meta` file, which holds the training settings, is written before the checkpoint, so no
-    checkpoint ever exists without its settings.
-
-    Args:
-      session: a `tf.Session`.
-      saver: a `tf.train.Saver` in its graph.
-      folder: path of an existing folder.
-      step: int; the global step.
-      max_to_keep: int; the number of checkpoints to keep.
-
-    Raises:
-      UserError: the checkpoint cannot be written. Unfinished files are deleted.
-    """
-    name = f"model.ckpt-{step}"
-    path = os.path.join(folder, name)
-    try:
-        _remove(path)  # left from before training resumed from an earlier step
-        saved = [*_list_saved(folder), name]
-        with session.graph.as_default():
-            saver.export_meta_graph(f"{path}.meta")
-        session.run(saver.saver_def.save_tensor_name, {saver.saver_def.filename_tensor_name: path})
-        _write_state(folder, saved[-max_to_keep:])
-    except (tf.errors.OpError, OSError) as error:
-        with contextlib.suppress(OSError):  # the folder may have become read-only
-            _remove_unfinished(folder, path)
-        raise UserError(
-            f"cannot save a checkpoint in {folder}: {first_line(error)}; free some space and run "
-            "the same command again to resume from the previous checkpoint"
-        ) from error
-    for old in saved[:-max_to_keep]:
-        try:
-            _remove(os.path.join(folder, old))
-        except OSError as error:
-            tf.logging.warning("An old checkpoint cannot be deleted: %s", error)
-
-
-def _list_saved(folder):
-    """Returns the names of the existing checkpoints that a state file lists, oldest first."""
-    state = _read_state(folder)
-    paths = state.all_model_checkpoint_paths if state is not None else []
-    paths = [_move_to_folder(path, folder) for path in paths]
-    return [os.path.basename(path) for path in paths if exists(path)]
-
-
-def _write_state(folder, names):
-    """Makes the last of `names` the newest checkpoint of a folder, and lists all of them."""
-    # Relative paths allow the folder to be moved.
-    tf.train.update_checkpoint_state(os.path.abspath(folder), names[-1], names)
-
-
-def _remove(checkpoint):
-    for path in _files_of(checkpoint):
-        os.remove(path)
-
-
-def _remove_unfinished(folder, checkpoint):
-    """Deletes what failed saves have left in a folder: it would fill the disk."""
-    if not os.path.isdir(folder):
-        return
-    for name in os.listdir(folder):
-        if re.fullmatch(r"model\.ckpt-.*\.(.*tempstate|meta\.tmp).*|checkpoint\.tmp.*", name):
-            os.remove(os.path.join(folder, name))
-    if not exists(checkpoint):
-        _remove(checkpoint)
-
-
-def record_settings(settings):
-    """Saves `TrainingSettings` with every checkpoint of the default graph."""
-    tf.add_to_collection(_SETTINGS, format_settings(settings))
-
-
-def read_settings(checkpoint):
-    """Returns the `TrainingSettings` saved with a checkpoint; None if its `.meta` file is missing.
-
-    Raises:
-      CheckpointError: the file cannot be read, or its settings are invalid.
-    """
+def _read_settings(checkpoint):
+    """Returns the settings in the `.meta` file of a checkpoint; None if there is no such file."""
     path = f"{checkpoint}.meta"
     try:
         with open(path, "rb") as file:
@@ -314,9 +306,10 @@ def read_settings(checkpoint):
             return TrainingSettings()
         (text,) = meta_graph.collection_def[_SETTINGS].bytes_list.value
         return parse_settings(text)
-    except FileNotFoundError:
-        if exists(checkpoint):  # otherwise a trainer has deleted it
-            _warn_once(f"{path} is missing, so the settings of this checkpoint are not checked.")
+    except FileNotFoundError as error:
+        if not _exists(checkpoint):
+            raise CheckpointError(f"{checkpoint} has been deleted") from error
+        _warn_once(f"{path} is missing, so the settings of this checkpoint are not checked.")
         return None
     except (OSError, DecodeError, ValueError, TypeError) as error:
         raise CheckpointError(
@@ -328,41 +321,6 @@ def read_settings(checkpoint):
 @functools.cache
 def _warn_once(message):
     tf.logging.warning("%s", message)
-
-
-def check_settings(checkpoint, wanted):
-    """Raises CheckpointError unless a checkpoint matches `TrainingSettings`."""
-    trained = read_settings(checkpoint)
-    if reason := explain_mismatch(checkpoint, trained, wanted, "--checkpoint_dir"):
-        raise CheckpointError(reason)
-
-
-def check_variables(checkpoint, variables, folder_flag="--checkpoint_dir"):
-    """Raises CheckpointError unless a checkpoint has all variables with the same shapes.
-
-    Args:
-      checkpoint: path.
-      variables: dict of `tf.Variable` by name in the checkpoint.
-      folder_flag: string; the flag that names the checkpoint's folder.
-    """
-    with _reader(checkpoint) as reader:
-        shapes = reader.get_variable_to_shape_map()
-    differences = []
-    for name, variable in variables.items():
-        shape = variable.shape.as_list()
-        if name not in shapes:
-            differences.append(f"{name} is missing")
-        elif shapes[name] != shape:
-            differences.append(f"{name} is {shapes[name]}, not {shape}")
-    if not differences:
-        return
-    shown = differences[:5]
-    if len(differences) > len(shown):
-        shown.append(f"and {len(differences) - len(shown)} more differ")
-    raise CheckpointError(
-        f"{checkpoint} belongs to another model: in it, {', '.join(shown)}; choose another folder "
-        f"with {folder_flag}"
-    )
 
 
 def find_variables(use_moving_averages):
@@ -378,64 +336,111 @@ def find_variables(use_moving_averages):
 
 
 def restore(session, saver, checkpoint):
-    """Restores the variables of a `tf.train.Saver` into the default graph.
-
-    Returns:
-      int; the checkpoint's global step.
+    """Restores the variables of a `tf.train.Saver` from a `Checkpoint` into the default graph.
 
     Raises:
       CheckpointError: the checkpoint cannot be read, or a variable is not finite.
     """
     try:
-        saver.restore(session, checkpoint)
+        saver.restore(session, checkpoint.path)
     # The Saver raises ValueError if files are missing.
     except (tf.errors.OpError, OSError, ValueError) as error:
-        raise CheckpointError(f"{checkpoint} cannot be restored: {first_line(error)}") from error
+        raise CheckpointError(
+            f"{checkpoint.path} cannot be restored: {first_line(error)}"
+        ) from error
     # Predictions would not reveal every NaN: some implementations of ReLU turn it into 0.
     variables = [v for v in tf.global_variables() if v.dtype.base_dtype.is_floating]
     for variable, value in zip(variables, session.run(variables), strict=True):
         if not np.isfinite(value).all():
-            raise CheckpointError(f"{checkpoint} has non-finite values in {variable.op.name}")
-    return read_global_step(checkpoint)
+            raise CheckpointError(f"{checkpoint.path} has non-finite values in {variable.op.name}")
 
 
-def restore_newest(session, saver, variables, folder, wanted):
-    """Restores the newest checkpoint in a folder into the default graph.
+# --- Saving.
+
+
+def record_settings(settings):
+    """Saves `TrainingSettings` with every checkpoint of the default graph."""
+    tf.add_to_collection(_SETTINGS, format_settings(settings))
+
+
+def save(session, saver, folder, step, max_to_keep):
+    """Saves a checkpoint, names it in the state file, and deletes older ones that the file named.
+
+    `tf.train.Saver.save` by itself writes the `.meta` file, which holds the settings, after the
+    checkpoint, and deletes it before the checkpoint. Here, no checkpoint is ever without settings.
 
     Args:
-      session: a `tf.Session` on that graph.
-      saver: a `tf.train.Saver` of `variables`.
-      variables: dict of `tf.Variable` by name in the checkpoint.
-      folder: path; or that of a checkpoint, as for `find_latest_checkpoint`.
-      wanted: `TrainingSettings` of the graph's model.
+      session: a `tf.Session`.
+      saver: a `tf.train.Saver` in its graph.
+      folder: path of an existing folder.
+      step: int; the global step.
+      max_to_keep: int; the number of checkpoints to keep.
 
     Returns:
-      (string, int): the checkpoint's path and its global step.
+      The path of the checkpoint.
 
     Raises:
-      UserError: there is no checkpoint, or it cannot be used.
+      UserError: the checkpoint cannot be written. Unfinished files are deleted.
     """
-    while True:
-        checkpoint = require_checkpoint(folder)
+    name = f"model.ckpt-{step}"
+    path = os.path.join(folder, name)
+    previous = [saved for saved in _list_saved(folder) if saved != name]
+    try:
+        _remove(path)  # left from before training resumed from an earlier step
+        with session.graph.as_default():
+            saver.export_meta_graph(f"{path}.meta")
+        saver.save(session, path, write_meta_graph=False, write_state=False)
+        _write_state(folder, [*previous, name][-max_to_keep:])
+    # The Saver raises ValueError if the folder is gone.
+    except (tf.errors.OpError, OSError, ValueError) as error:
+        with contextlib.suppress(OSError):  # the folder may have become read-only
+            _remove_unfinished(folder, path)
+        cure = " to resume from the previous checkpoint" if previous else ""
+        raise UserError(
+            f"cannot save a checkpoint in {folder}: {first_line(error)}; free some space and run "
+            f"the same command again{cure}"
+        ) from error
+    for old in [*previous, name][:-max_to_keep]:
         try:
-            check_settings(checkpoint, wanted)
-            check_variables(checkpoint, variables)
-            return checkpoint, restore(session, saver, checkpoint)
-        except CheckpointError:
-            # A trainer may have deleted it. Then there is a newer one.
-            if find_latest_checkpoint(folder) == checkpoint:
-                raise
+            _remove(os.path.join(folder, old))
+        except OSError as error:
+            tf.logging.warning("An old checkpoint cannot be deleted: %s", error)
+    return path
 
 
-def read_newest_settings(folder):
-    """Returns the `TrainingSettings` of the newest checkpoint in a folder; None if unknown.
+def _list_saved(folder):
+    """Returns the names of the existing checkpoints that a state file lists, oldest first."""
+    state = _read_state(folder)
+    names = map(os.path.basename, state.all_model_checkpoint_paths if state is not None else [])
+    return [name for name in names if _exists(os.path.join(folder, name))]
 
-    Raises:
-      UserError: there is no checkpoint, or its settings cannot be read.
-    """
-    while True:
-        checkpoint = require_checkpoint(folder)
-        settings = read_settings(checkpoint)
-        # If a trainer has deleted the checkpoint, the settings are None, but there is a newer one.
-        if settings is not None or find_latest_checkpoint(folder) == checkpoint:
-            return settings
+
+def _write_state(folder, names):
+    """Makes the last of `names` the newest checkpoint of a folder, and lists all of them."""
+    # Relative paths allow the folder to be moved.
+    tf.train.update_checkpoint_state(os.path.abspath(folder), names[-1], names)
+
+
+def _files_of(checkpoint):
+    """Returns the paths of the files of a checkpoint. The one by which it is found comes first."""
+    folder, name = os.path.split(checkpoint)
+    names = re.compile(re.escape(name) + r"(\.index|\.meta|\.data-[0-9]{5}-of-[0-9]{5})?")
+    found = sorted(filter(names.fullmatch, os.listdir(folder or ".")))
+    found.sort(key=lambda file: file not in (name, f"{name}.index"))
+    return [os.path.join(folder, file) for file in found]
+
+
+def _remove(checkpoint):
+    for path in _files_of(checkpoint):
+        os.remove(path)
+
+
+def _remove_unfinished(folder, checkpoint):
+    """Deletes what failed saves have left in a folder: it would fill the disk."""
+    if not os.path.isdir(folder):
+        return
+    for name in os.listdir(folder):
+        if re.fullmatch(r"model\.ckpt-.*\.(.*tempstate|meta\.tmp).*|checkpoint\.tmp.*", name):
+            os.remove(os.path.join(folder, name))
+    if not _exists(checkpoint):
+        _remove(checkpoint)

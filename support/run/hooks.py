@@ -27,7 +27,7 @@ class ProgressHook(tf.train.SessionRunHook):
       examples_per_step: int; images that one step consumes, over all towers or workers.
       options: `Options`. The first step of a run always has a line, and its speed includes the time
         to fill the queue.
-      worker: `support.cluster.training.Worker`, or None.
+      worker: `support.base.worker.Worker`.
 
     Attributes:
       step: int; the step that is being trained.
@@ -40,19 +40,15 @@ class ProgressHook(tf.train.SessionRunHook):
         self._examples_per_step = examples_per_step
         self._log_frequency = options.log_frequency
         self._metrics_path = None
-        if worker is None or worker.is_chief:
-            self._metrics_path = os.path.join(options.train_dir, METRICS_FILE)
-        self._is_alone = worker is None
         self._global_step = tf.train.get_or_create_global_step()
         self._must_be_finite = tf.get_collection(graph_notes.MUST_BE_FINITE) or [loss]
         self._learning_rate = []
-        if worker is None or worker.is_chief:  # the chief's rate applies to all workers
+        if worker.is_chief:  # its learning rate applies to all workers
+            self._metrics_path = os.path.join(options.train_dir, METRICS_FILE)
             self._learning_rate = tf.get_collection(graph_notes.LEARNING_RATE)
         self._last_learning_rate = []
 
     def after_create_session(self, session, coord):
-        # From here on, the hook counts the steps itself: if the global step were fetched together
-        # with the update, its value could be the one from before or after the update.
         self.step = int(session.run(self._global_step))
         self._first_step_since_line = self.step
         self._start_time = time.monotonic()
@@ -72,10 +68,8 @@ class ProgressHook(tf.train.SessionRunHook):
                 raise self.nonfinite_error(name, f"is {value}")
         if self._is_line_due or self.step % self._log_frequency == 0:
             self._print_line(loss)
-        if self._is_alone:
-            self.step += 1
-        else:  # other workers count in the global step, too
-            self.step = int(run_context.session.run(self._global_step))
+        # If the step were fetched together with the update, it could be the one from before it.
+        self.step = int(run_context.session.run(self._global_step))
 
     def nonfinite_error(self, name, problem, step=None):
         """Returns the UserError for a non-finite tensor at a step, the current one if None."""
@@ -123,35 +117,38 @@ class CheckpointHook(tf.train.SessionRunHook):
       progress: `ProgressHook`, which must run before this one.
       saver: a `tf.train.Saver` of all variables.
       options: `Options`.
-      is_resumed: bool; whether the session restores a checkpoint.
+      resumed: the `Checkpoint` that the session restores, or None.
     """
 
-    def __init__(self, progress, saver, options, is_resumed):
+    def __init__(self, progress, saver, options, resumed):
         self._progress = progress
         self._saver = saver
         self._options = options
-        self._is_resumed = is_resumed
-        self._timer = tf.train.SecondOrStepTimer(
-            every_secs=None if options.save_checkpoint_steps else options.save_checkpoint_secs,
-            every_steps=options.save_checkpoint_steps,
-        )
+        self._saved_step = resumed and resumed.step
         self._global_step = tf.train.get_or_create_global_step()
         self._variables = [v for v in tf.global_variables() if v.dtype.base_dtype.is_floating]
         with tf.name_scope(graph_notes.FINITE_SCOPE):
             self._sums = [tf.reduce_sum(variable) for variable in self._variables]
 
     def after_create_session(self, session, coord):
-        self._saved_step = None
-        self._timer.update_last_triggered_step(self._progress.step)
-        if self._is_resumed:
-            self._saved_step = self._progress.step
-            self._check_variables(session, self._saved_step)
-        else:
+        self._last = (
+            time.monotonic(),
+            self._progress.step,
+        )  # when a checkpoint was due, or the start
+        if self._saved_step is None:
             self._save(session)
+        else:
+            self._check_variables(session, self._saved_step)
 
     def after_run(self, run_context, run_values):
-        if self._timer.should_trigger_for_step(self._progress.step):
-            self._timer.update_last_triggered_step(self._progress.step)
+        # Not `SecondOrStepTimer`, which would wait if the system's clock were set back.
+        now, step = time.monotonic(), self._progress.step
+        if every_steps := self._options.save_checkpoint_steps:
+            is_due = step - self._last[1] >= every_steps
+        else:
+            is_due = now - self._last[0] >= self._options.save_checkpoint_secs
+        if is_due:
+            self._last = now, step
             self._save(run_context.session)
 
     def end(self, session):
@@ -185,7 +182,7 @@ class CheckpointHook(tf.train.SessionRunHook):
 
 
 class SummaryHook(tf.train.SessionRunHook):
-    """Writes the graph, and its summaries and the throughput, for TensorBoard.
+    """Writes the summaries of the graph and the throughput for TensorBoard.
 
     It fetches the summaries in the step that they describe, and records them under its number.
     Histograms and images have an interval of their own, because they are much larger than scalars.
@@ -206,7 +203,6 @@ class SummaryHook(tf.train.SessionRunHook):
         self._scalars, self._histograms = summaries.merge_collected()
 
     def after_create_session(self, session, coord):
-        self._writer.add_graph(session.graph)
         self._writer.add_restart(self._progress.step)  # a killed run may have gone further
         self._previous = None
 
@@ -273,17 +269,16 @@ class StopHook(tf.train.SessionRunHook):
 
     Args:
       progress: `ProgressHook`.
-      max_steps: int.
+      options: `Options`. Its `check_input` is called once a second.
       signals: `DeferredSignals`.
-      check_input: called once a second; raises `UserError` when the input is unusable.
-      worker: `support.cluster.training.Worker`, whose peers are checked as well; or None.
+      worker: `support.base.worker.Worker`, whose peers are checked once a second as well.
     """
 
-    def __init__(self, progress, max_steps, signals, check_input, worker):
+    def __init__(self, progress, options, signals, worker):
         self._progress = progress
-        self._max_steps = max_steps
+        self._max_steps = options.max_steps
         self._signals = signals
-        self._check_input = check_input
+        self._check_input = options.check_input
         self._worker = worker
 
     def after_create_session(self, session, coord):
@@ -310,8 +305,7 @@ class StopHook(tf.train.SessionRunHook):
             elif now >= next_check:
                 try:
                     self._check_input()
-                    if self._worker is not None:
-                        self._worker.check_peers()
+                    self._worker.check_peers()
                 except UserError as error:
                     self._stop(coord, error)
                 next_check = now + 1.0
@@ -319,7 +313,7 @@ class StopHook(tf.train.SessionRunHook):
         # Something else stopped training, for example an input thread that failed. A step that
         # waits for other workers does not notice.
         deadline = time.monotonic() + 5.0
-        while self._worker is not None and self._progress.is_in_step:
+        while self._progress.is_in_step:
             time.sleep(0.1)
             if time.monotonic() >= deadline:
                 self._worker.release(self._session)
@@ -327,5 +321,4 @@ class StopHook(tf.train.SessionRunHook):
 
     def _stop(self, coord, error=None):
         coord.request_stop(error)
-        if self._worker is not None:
-            self._worker.release(self._session)
+        self._worker.release(self._session)

@@ -25,12 +25,12 @@ def test_settings_that_were_saved_before_the_images_were_counted_can_be_read():
     text = json.dumps({name: getattr(OWN, name) for name in fields})
     settings = parse_settings(text)
     assert settings == OWN
-    assert settings.examples_seen(7) is None
+    assert settings.images_seen(7) is None
 
 
 def test_settings_give_the_number_of_images_seen_at_a_step():
-    assert OWN._replace(examples_per_step=64).examples_seen(61) == 3904
-    assert OWN._replace(examples_per_step=64, examples_offset=-4).examples_seen(61) == 3900
+    assert OWN._replace(examples_per_step=64).images_seen(61) == 3904
+    assert OWN._replace(examples_per_step=64, examples_offset=-4).images_seen(61) == 3900
 
 
 @pytest.mark.parametrize(

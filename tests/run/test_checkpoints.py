@@ -69,8 +69,8 @@ def test_the_newest_checkpoint_is_the_one_that_the_state_file_names(tmp_path):
     save(tmp_path, 7)
     newest = save(tmp_path, 3)  # by number, step 7 comes later
     assert checkpoints.find_latest_checkpoint(str(tmp_path)) == newest
-    assert checkpoints.require_checkpoint(str(tmp_path)) == newest
-    assert checkpoints.find_checkpoint_to_resume(str(tmp_path)) == newest
+    assert checkpoints._require_checkpoint(str(tmp_path)) == newest
+    assert checkpoints.find_checkpoint_to_resume(str(tmp_path)).path == newest
 
 
 def test_the_newest_checkpoint_is_found_while_a_trainer_saves_and_deletes(tmp_path):
@@ -103,13 +103,13 @@ def test_a_folder_without_checkpoints_is_an_error_only_if_one_is_required(tmp_pa
     if exists:
         folder.mkdir()
     assert checkpoints.find_latest_checkpoint(str(folder)) is None
-    assert checkpoints.explain_missing_checkpoint(str(folder)) is None
+    assert checkpoints._explain_missing_checkpoint(str(folder)) is None
     assert checkpoints.find_checkpoint_to_resume(str(folder)) is None
     message = f"there is no checkpoint in {folder}; train first, or .* --checkpoint_dir$"
     with pytest.raises(UserError, match=message):
-        checkpoints.require_checkpoint(str(folder))
+        checkpoints._require_checkpoint(str(folder))
     with pytest.raises(UserError, match=message):
-        checkpoints.read_newest_settings(str(folder))
+        checkpoints.use_newest(str(folder))
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff not a checkpoint", b"garbage"])
@@ -121,7 +121,7 @@ def test_an_unreadable_state_file_is_not_mistaken_for_a_folder_without_checkpoin
     assert checkpoints.find_latest_checkpoint(str(tmp_path)) is None
     reason = f"the file `checkpoint` in {tmp_path} is unreadable or names a missing checkpoint"
     with pytest.raises(UserError, match=f"^{reason}; run cifar10_train.py on this folder; it "):
-        checkpoints.require_checkpoint(str(tmp_path))
+        checkpoints._require_checkpoint(str(tmp_path))
     with pytest.raises(UserError, match=f"^{reason}; remove that file to resume from {readable},"):
         checkpoints.find_checkpoint_to_resume(str(tmp_path))
     assert (tmp_path / "checkpoint").read_bytes() == content
@@ -133,7 +133,7 @@ def test_resuming_names_a_first_checkpoint_that_no_state_file_names_yet(tmp_path
     readable = save(folder)
     (folder / "checkpoint").unlink()
     (folder / "model.ckpt-7.index").write_bytes(b"")  # a save that was killed
-    assert checkpoints.find_checkpoint_to_resume(str(folder)) == readable
+    assert checkpoints.find_checkpoint_to_resume(str(folder)).path == readable
     assert checkpoints.find_latest_checkpoint(str(folder)) == readable
     moved = folder.rename(tmp_path / "after")
     assert checkpoints.find_latest_checkpoint(str(moved)) == str(moved / "model.ckpt-3")
@@ -160,9 +160,9 @@ def test_a_folder_means_itself_whatever_its_name(tmp_path, name, matched):
     save(other, 4, OWN, x=4.5)
     save(other, 3, OWN, x=2.5)
     assert checkpoints.find_latest_checkpoint(str(folder)) == path
-    assert checkpoints.find_checkpoint_to_resume(str(folder)) == path
-    assert checkpoints.find_readable(str(folder)) == path
-    assert checkpoints.read_newest_settings(str(folder)) == OWN
+    assert checkpoints.find_checkpoint_to_resume(str(folder)).path == path
+    assert checkpoints._find_readable(str(folder)) == path
+    assert checkpoints.use_newest(str(folder)).settings == OWN
     assert restore(folder) == (path, 3, 3.5)
     shutil.rmtree(other)
     assert restore(folder) == (path, 3, 3.5)
@@ -177,8 +177,6 @@ def test_a_folder_means_itself_whatever_its_name(tmp_path, name, matched):
         "/home/ann/train/model.ckpt-7",
         "gs://bucket/train/model.ckpt-7",
         "train/model.ckpt-7",
-        "C:\\Users\\ann\\train\\model.ckpt-7",
-        "\\\\server\\train/model.ckpt-7",
     ],
 )
 def test_a_state_file_from_elsewhere_names_the_checkpoint_next_to_it(tmp_path, warnings, path):
@@ -186,8 +184,8 @@ def test_a_state_file_from_elsewhere_names_the_checkpoint_next_to_it(tmp_path, w
     named = save(tmp_path, 7)
     tf.train.update_checkpoint_state(str(tmp_path), path)
     assert checkpoints.find_latest_checkpoint(str(tmp_path)) == named
-    assert checkpoints.require_checkpoint(str(tmp_path)) == named
-    assert checkpoints.find_checkpoint_to_resume(str(tmp_path)) == named
+    assert checkpoints._require_checkpoint(str(tmp_path)) == named
+    assert checkpoints.find_checkpoint_to_resume(str(tmp_path)).path == named
     assert warnings == []
 
 
@@ -224,7 +222,7 @@ def test_without_the_named_checkpoint_the_highest_step_is_used_but_not_resumed(
     tf.train.update_checkpoint_state(str(tmp_path), path)
     for _ in range(2):
         assert checkpoints.find_latest_checkpoint(str(tmp_path)) == newest
-    assert checkpoints.require_checkpoint(str(tmp_path)) == newest
+    assert checkpoints._require_checkpoint(str(tmp_path)) == newest
     assert warnings == [
         f"the file `checkpoint` in {tmp_path} is unreadable or names a missing checkpoint: using "
         f"{newest}, which has the highest step."
@@ -242,7 +240,7 @@ def test_without_a_state_file_the_readable_checkpoint_of_the_highest_step_is_use
     (tmp_path / "model.ckpt-300.index").write_bytes(b"")  # a save that was killed
     newest = str(tmp_path / "model.ckpt-100")
     assert checkpoints.find_latest_checkpoint(str(tmp_path)) == newest
-    assert checkpoints.require_checkpoint(str(tmp_path)) == newest
+    assert checkpoints._require_checkpoint(str(tmp_path)) == newest
     assert warnings == []
     assert not (tmp_path / "checkpoint").exists()
 
@@ -250,7 +248,7 @@ def test_without_a_state_file_the_readable_checkpoint_of_the_highest_step_is_use
 def test_a_folder_that_cannot_be_listed_is_a_one_line_error():
     message = "^cannot read the folder /tmp/x+: File name too long$"
     with pytest.raises(UserError, match=message):
-        checkpoints.require_checkpoint(f"/tmp/{'x' * 300}")
+        checkpoints._require_checkpoint(f"/tmp/{'x' * 300}")
 
 
 @pytest.mark.parametrize("suffix", ["", ".index", ".meta", ".data-00000-of-00001"])
@@ -262,28 +260,28 @@ def test_a_path_may_name_one_checkpoint_or_one_of_its_files(tmp_path, suffix, na
     save(folder, 4, OWN, x=4.5)
     assert checkpoints.find_single_checkpoint(f"{path}{suffix}") == path
     assert checkpoints.find_latest_checkpoint(f"{path}{suffix}") == path
-    assert checkpoints.require_checkpoint(f"{path}{suffix}") == path
+    assert checkpoints._require_checkpoint(f"{path}{suffix}") == path
     assert restore(f"{path}{suffix}") == (path, 3, 3.5)
     assert checkpoints.find_single_checkpoint(str(folder)) is None
     assert checkpoints.find_single_checkpoint(str(folder / f"model.ckpt-5{suffix}")) is None
 
 
 def test_the_newest_readable_checkpoint_is_found_by_its_step(tmp_path):
-    assert checkpoints.find_readable(str(tmp_path)) is None
+    assert checkpoints._find_readable(str(tmp_path)) is None
     for step in (3, 20, 100):
         save(tmp_path, step)
-    assert checkpoints.find_readable(str(tmp_path)).endswith("ckpt-100")
+    assert checkpoints._find_readable(str(tmp_path)).endswith("ckpt-100")
     (tmp_path / "model.ckpt-100.data-00000-of-00001").write_bytes(b"")
-    assert checkpoints.find_readable(str(tmp_path)).endswith("ckpt-20")
+    assert checkpoints._find_readable(str(tmp_path)).endswith("ckpt-20")
 
 
 def test_the_global_step_of_a_checkpoint_is_read(tmp_path):
     path = save(tmp_path, 12)
-    assert checkpoints.read_global_step(path) == 12
+    assert checkpoints.read(path).step == 12
     for name in os.listdir(tmp_path):
         if name.startswith("model.ckpt-12."):
             (tmp_path / name).rename(tmp_path / name.replace("12", "99"))
-    assert checkpoints.read_global_step(str(tmp_path / "model.ckpt-99")) == 12
+    assert checkpoints.read(str(tmp_path / "model.ckpt-99")).step == 12
 
 
 def save_as_in_2015(path, step, **options):
@@ -302,7 +300,7 @@ def test_the_step_of_a_checkpoint_of_2015_is_the_number_in_its_name(tmp_path, ve
     folder.mkdir()
     for step in (70, 600):
         path = save_as_in_2015(folder / "model.ckpt", step, write_version=version)
-    assert checkpoints.read_global_step(path) == 600
+    assert checkpoints.read(path).step == 600
     assert restore(folder, TrainingSettings()) == (path, 600, 3.5)
     (folder / "checkpoint").unlink()
     assert restore(folder, TrainingSettings()) == (path, 600, 3.5)
@@ -313,7 +311,7 @@ def test_the_step_of_a_checkpoint_of_2015_is_the_number_in_its_name(tmp_path, ve
 def test_a_checkpoint_without_any_step_is_a_one_line_error(tmp_path):
     path = save_as_in_2015(tmp_path / "model.ckpt", None)
     with pytest.raises(CheckpointError, match=f"^the step of {path} is unknown: .*; rename its"):
-        checkpoints.read_global_step(path)
+        checkpoints.read(path)
 
 
 @pytest.mark.parametrize("name", ["model.ckpt-3.data-00000-of-00001", "model.ckpt-3.index"])
@@ -321,7 +319,7 @@ def test_a_damaged_checkpoint_is_a_one_line_error_that_names_it(tmp_path, name):
     path = save(tmp_path)
     (tmp_path / name).write_bytes(b"")
     with pytest.raises(CheckpointError, match=f"^{path} cannot be read: ") as caught:
-        checkpoints.read_global_step(path)
+        checkpoints.read(path)
     assert "\n" not in str(caught.value)
 
 
@@ -329,11 +327,11 @@ def test_a_damaged_checkpoint_is_a_one_line_error_that_names_it(tmp_path, name):
 
 
 def test_settings_are_read_as_they_were_recorded(tmp_path):
-    assert checkpoints.read_settings(save(tmp_path, settings=OWN)) == OWN
+    assert checkpoints.read(save(tmp_path, settings=OWN)).settings == OWN
 
 
 def test_a_checkpoint_without_settings_is_treated_as_one_of_the_original_tutorial(tmp_path):
-    assert checkpoints.read_settings(save(tmp_path)) == (None, None, 24, "full", True, None, 0)
+    assert checkpoints.read(save(tmp_path)).settings == (None, None, 24, "full", True, None, 0)
 
 
 def test_recorded_settings_add_no_variables_to_a_checkpoint(tmp_path):
@@ -347,16 +345,17 @@ def test_a_missing_meta_file_causes_one_warning_and_leaves_the_settings_unknown(
     path = save(tmp_path, settings=OWN)
     (tmp_path / "model.ckpt-3.meta").unlink()
     for _ in range(2):
-        assert checkpoints.read_settings(path) is None
+        assert checkpoints.read(path).settings is None
     assert warnings == [
         f"{path}.meta is missing, so the settings of this checkpoint are not checked."
     ]
 
 
-def test_a_deleted_checkpoint_has_unknown_settings_without_a_warning(tmp_path, warnings):
+def test_a_deleted_checkpoint_is_an_error_without_a_warning(tmp_path, warnings):
     path = save(tmp_path)
     remove(path)
-    assert checkpoints.read_settings(path) is None
+    with pytest.raises(CheckpointError, match=f"^{path} cannot be read: "):
+        checkpoints.read(path)
     assert warnings == []
 
 
@@ -381,7 +380,7 @@ def test_a_deleted_checkpoint_has_unknown_settings_without_a_warning(tmp_path, w
 def test_invalid_settings_are_refused(tmp_path, text):
     path = save_with_settings_text(tmp_path, text)
     with pytest.raises(CheckpointError, match="ckpt-3.meta cannot be read .*; move it away to use"):
-        checkpoints.read_settings(path)
+        checkpoints.read(path)
     with pytest.raises((ValueError, TypeError)):
         parse_settings(text)
 
@@ -389,7 +388,7 @@ def test_invalid_settings_are_refused(tmp_path, text):
 def test_two_sets_of_settings_in_a_checkpoint_are_refused(tmp_path):
     path = save_with_settings_text(tmp_path, *[format_settings(OWN)] * 2)
     with pytest.raises(CheckpointError, match="ckpt-3.meta cannot be read"):
-        checkpoints.read_settings(path)
+        checkpoints.read(path)
 
 
 def test_a_damaged_meta_file_is_refused(tmp_path):
@@ -398,38 +397,22 @@ def test_a_damaged_meta_file_is_refused(tmp_path):
     for content in (b"", b"\xff" * 99, meta.read_bytes()[:-7]):
         meta.write_bytes(content)
         with pytest.raises(CheckpointError, match="ckpt-3.meta cannot be read"):
-            checkpoints.read_settings(path)
+            checkpoints.read(path)
 
 
 def test_settings_that_do_not_match_are_a_checkpoint_error(tmp_path):
     path = save(tmp_path, settings=OWN)
-    checkpoints.check_settings(path, OWN)
+    checkpoints.read(path).check_settings(OWN)
     with pytest.raises(CheckpointError, match="--crop_size=32, not .*=24; .* --checkpoint_dir$"):
-        checkpoints.check_settings(path, OWN._replace(crop_size=24))
+        checkpoints.read(path).check_settings(OWN._replace(crop_size=24))
 
 
 def test_the_settings_of_the_newest_checkpoint_are_read(tmp_path):
     save(tmp_path, 3, settings=OWN)
     save(tmp_path, 4, settings=OWN._replace(crop_size=24))
-    assert checkpoints.read_newest_settings(str(tmp_path)).crop_size == 24
+    assert checkpoints.use_newest(str(tmp_path)).settings.crop_size == 24
     (tmp_path / "model.ckpt-4.meta").unlink()
-    assert checkpoints.read_newest_settings(str(tmp_path)) is None
-
-
-def test_a_trainer_that_deletes_a_checkpoint_does_not_hide_the_settings_of_the_next(
-    tmp_path, monkeypatch
-):
-    save(tmp_path, 3)
-    read_settings = checkpoints.read_settings
-
-    def read_after_the_trainer_moved_on(checkpoint):
-        if checkpoint.endswith("-3"):
-            save(tmp_path, 4, settings=OWN)
-            remove(checkpoint)
-        return read_settings(checkpoint)
-
-    monkeypatch.setattr(checkpoints, "read_settings", read_after_the_trainer_moved_on)
-    assert checkpoints.read_newest_settings(str(tmp_path)) == OWN
+    assert checkpoints.use_newest(str(tmp_path)).settings is None
 
 
 # --- Variables.
@@ -437,7 +420,7 @@ def test_a_trainer_that_deletes_a_checkpoint_does_not_hide_the_settings_of_the_n
 
 def test_a_checkpoint_with_all_variables_matches_whatever_else_it_holds(tmp_path, graph):
     path = save(tmp_path, same=[1.0], another=2.0)
-    checkpoints.check_variables(path, {"same": tf.get_variable("mine", [1])})
+    checkpoints.read(path).check_variables({"same": tf.get_variable("mine", [1])})
 
 
 def test_variables_that_are_missing_or_differ_in_shape_are_named(tmp_path, graph):
@@ -448,31 +431,38 @@ def test_variables_that_are_missing_or_differ_in_shape_are_named(tmp_path, graph
         match=rf"^{path} belongs to another model: in it, wide is \[2\], not \[3\], deep is "
         "missing; choose another folder with --train_dir$",
     ):
-        checkpoints.check_variables(path, variables, "--train_dir")
+        checkpoints.read(path).check_variables(variables, "--train_dir")
 
 
 def test_no_more_than_five_variables_are_named(tmp_path, graph):
     variables = {name: tf.get_variable(name, []) for name in "abcdefg"}
     with pytest.raises(CheckpointError, match="e is missing, and 2 more differ; .*checkpoint_dir$"):
-        checkpoints.check_variables(save(tmp_path), variables)
+        checkpoints.read(save(tmp_path)).check_variables(variables)
 
 
 def test_the_variables_of_a_damaged_checkpoint_are_a_one_line_error(tmp_path):
     path = save(tmp_path)
     (tmp_path / "model.ckpt-3.index").write_bytes(b"")
     with pytest.raises(CheckpointError, match=f"^{path} cannot be read: ") as caught:
-        checkpoints.check_variables(path, {})
+        checkpoints.read(path).check_variables({})
     assert "\n" not in str(caught.value)
 
 
 def restore(folder, wanted=OWN):
-    """Restores the newest checkpoint into a variable `x`; returns what it returns, and `x`."""
+    """Restores the newest checkpoint into a variable `x`; returns its path, its step and `x`."""
     with tf.Graph().as_default(), tf.Session() as session:
         variable = tf.get_variable("x", [])
         variables = {"x": variable}
         saver = tf.train.Saver(variables)
-        found = checkpoints.restore_newest(session, saver, variables, str(folder), wanted)
-        return *found, session.run(variable)
+
+        def use(checkpoint):
+            checkpoint.check_settings(wanted)
+            checkpoint.check_variables(variables)
+            checkpoints.restore(session, saver, checkpoint)
+            return checkpoint
+
+        found = checkpoints.use_newest(str(folder), use)
+        return found.path, found.step, session.run(variable)
 
 
 def test_the_newest_checkpoint_is_restored(tmp_path):
@@ -505,9 +495,9 @@ def test_a_checkpoint_of_another_dataset_or_model_is_not_restored(tmp_path):
         restore(tmp_path)
 
 
-@pytest.mark.parametrize("moment", ["check_settings", "check_variables", "restore"])
-def test_the_next_checkpoint_is_restored_if_a_trainer_deletes_one_meanwhile(
-    tmp_path, monkeypatch, moment
+@pytest.mark.parametrize("moment", ["_read_variables", "_read_settings", "restore"])
+def test_the_next_checkpoint_is_used_if_a_trainer_deletes_one_meanwhile(
+    tmp_path, monkeypatch, warnings, moment
 ):
     first = save(tmp_path, 3, OWN, x=3.5)
     function = getattr(checkpoints, moment)
@@ -520,6 +510,20 @@ def test_the_next_checkpoint_is_restored_if_a_trainer_deletes_one_meanwhile(
 
     monkeypatch.setattr(checkpoints, moment, move_on_first)
     assert restore(tmp_path) == (str(tmp_path / "model.ckpt-4"), 4, 4.5)
+    assert warnings == []
+
+
+def test_an_error_with_the_newest_checkpoint_is_raised_at_once(tmp_path):
+    save(tmp_path, 3)
+    used = []
+
+    def fail(checkpoint):
+        used.append(checkpoint.step)
+        raise CheckpointError("it is not finite")
+
+    with pytest.raises(CheckpointError, match="^it is not finite$"):
+        checkpoints.use_newest(str(tmp_path), fail)
+    assert used == [3]
 
 
 # --- Saving.
@@ -601,8 +605,8 @@ def test_a_checkpoint_that_replaces_another_one_has_its_own_settings_at_every_mo
     new = OWN._replace(random_flip=True)
     save_as_trainer(tmp_path, steps=[4], max_to_keep=2, settings=new)
     assert steps_in(tmp_path) == [3, 4]
-    assert checkpoints.read_settings(str(tmp_path / "model.ckpt-3")) == OWN
-    assert checkpoints.read_settings(str(tmp_path / "model.ckpt-4")) == new
+    assert checkpoints.read(str(tmp_path / "model.ckpt-3")).settings == OWN
+    assert checkpoints.read(str(tmp_path / "model.ckpt-4")).settings == new
 
 
 @pytest.mark.parametrize("name", ["train", "train 1"])
@@ -627,6 +631,24 @@ def test_a_failed_save_leaves_nothing_of_its_own_and_everything_else(tmp_path, m
         save_as_trainer(folder, steps=[4])
     assert sorted(os.listdir(folder)) == before
     assert all(path.exists() for path in others)
+
+
+def test_only_a_failed_save_after_the_first_one_mentions_an_earlier_checkpoint(
+    tmp_path, monkeypatch
+):
+    saved = tf.train.Saver.save
+
+    def fail_at_step_4(saver, session, path, **arguments):
+        if path.endswith("-4"):
+            raise tf.errors.ResourceExhaustedError(None, None, "No space left on device")
+        return saved(saver, session, path, **arguments)
+
+    monkeypatch.setattr(tf.train.Saver, "save", fail_at_step_4)
+    message = "^cannot save a checkpoint in .*; free some space and run the same command again"
+    with pytest.raises(UserError, match=f"{message}$"):
+        save_as_trainer(tmp_path, steps=[4])
+    with pytest.raises(UserError, match=f"{message} to resume from the previous checkpoint$"):
+        save_as_trainer(tmp_path, steps=[3, 4])
 
 
 def test_saving_to_a_folder_that_is_gone_is_a_one_line_error(tmp_path):

@@ -14,13 +14,13 @@ import subprocess
 import sys
 import threading
 import time
-import types
 
 import numpy as np
 import pytest
 from conftest import ROOT, lost_stream
 
 from support.base.errors import DataError, Interrupted, UserError
+from support.base.worker import ALONE, Worker
 from support.data.settings import TrainingSettings
 from support.ops import graph_notes, summaries
 from support.ops.tensorflow_v1 import tf
@@ -28,26 +28,32 @@ from support.run import checkpoints, training_run
 
 pytestmark = pytest.mark.usefixtures("graph")
 
-SETTINGS = TrainingSettings(("cat", "dog"), 100)
+SETTINGS = TrainingSettings(("cat", "dog"), 100, examples_per_step=8)
 LINE = re.compile(
     r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d{6}: step (\d+), loss = (\S+) "
     r"\((\d+\.\d) examples/sec; (\d+\.\d{3}) sec/batch\)"
 )
 
 
-def run(train_op, train_dir, max_steps, loss=None, settings=SETTINGS, **arguments):
+def make_run(train_dir, max_steps, settings=SETTINGS, worker=ALONE, **options):
+    """Returns a `TrainingRun`. `options` are fields of `Options`."""
+    options = training_run.Options(str(train_dir), max_steps, **options)
+    return training_run.TrainingRun(options, settings, worker)
+
+
+def run(train_op, train_dir, max_steps, loss=None, hooks=(), **arguments):
     """Trains in the default graph, on a loss of 1 by default; returns the number of steps.
 
-    `arguments` are fields of `Options` or arguments of `training_session`.
+    `arguments` are those of `make_run`.
     """
-    options = training_run.Options(
-        str(train_dir),
-        max_steps,
-        **{name: arguments.pop(name) for name in training_run.Options._fields if name in arguments},
-    )
-    loss = tf.constant(1.0) if loss is None else loss
+    with make_run(train_dir, max_steps, **arguments) as training:
+        return run_loop(training, train_op, loss, hooks)
+
+
+def run_loop(training, train_op, loss=None, hooks=()):
+    """Trains in the default graph with a `TrainingRun`; returns the number of steps."""
     steps = 0
-    with training_run.training_session(loss, 8, options, settings, **arguments) as sess:
+    with training.session(tf.constant(1.0) if loss is None else loss, hooks) as sess:
         while not sess.should_stop():
             sess.run(train_op)
             steps += 1
@@ -79,8 +85,8 @@ def train(train_dir, max_steps, losses=None, before_step=lambda step: None, **ar
 
 
 def has_steps_left(train_dir, max_steps, settings=SETTINGS, **arguments):
-    options = training_run.Options(str(train_dir), max_steps)
-    return training_run.has_steps_left(options, settings, **arguments)
+    with make_run(train_dir, max_steps, settings, **arguments) as training:
+        return training.has_steps_left()
 
 
 def saved_step(train_dir):
@@ -181,44 +187,6 @@ def test_a_run_resumes_from_the_newest_checkpoint_and_keeps_all_other_files(tmp_
     assert foreign.read_text() == "mine"
 
 
-def test_a_run_that_another_process_has_finished_meanwhile_trains_no_further_step(tmp_path, capsys):
-    train(tmp_path, max_steps=3)
-    assert has_steps_left(tmp_path, 5)
-    train(tmp_path, max_steps=5)  # the other process, between that check and the lock
-    capsys.readouterr()
-    trained = []
-    assert train(tmp_path, max_steps=5, before_step=trained.append) == 0
-    assert train(tmp_path, max_steps=4, before_step=trained.append) == 0
-    assert trained == []
-    assert capsys.readouterr().out == ""
-    assert saved_step(tmp_path) == 5
-
-
-def test_a_run_of_another_model_that_another_process_has_started_meanwhile_is_refused(tmp_path):
-    assert has_steps_left(tmp_path, 5)
-    train(tmp_path, max_steps=3, settings=SETTINGS._replace(class_names=("a", "b")))
-    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
-    with pytest.raises(UserError, match="model.ckpt-3 was trained .*--train_dir"):
-        train(tmp_path, max_steps=5)
-    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
-
-
-def test_a_graph_that_was_built_before_another_process_trained_is_refused(tmp_path):
-    train(tmp_path, max_steps=3)
-    with training_run.training_graph(1, train_dir=str(tmp_path)):
-        count, loss = count_step(), tf.constant(1.0)
-        with tf.Graph().as_default():
-            train(tmp_path, max_steps=5)  # the other process
-        before = checkpoint_files_in(tmp_path)
-        options = training_run.Options(str(tmp_path), 9)
-        with (
-            pytest.raises(UserError, match="^another process has trained from step 3 to step 5 "),
-            training_run.training_session(loss, 8, options, SETTINGS) as sess,
-        ):
-            sess.run(count)
-    assert checkpoint_files_in(tmp_path) == before
-
-
 def test_checkpoints_are_saved_and_kept_as_the_options_say(tmp_path):
     train(tmp_path, max_steps=9, save_checkpoint_steps=2, max_checkpoints_to_keep=2)
     assert saved_steps(tmp_path) == {8, 9}
@@ -239,30 +207,37 @@ def test_checkpoints_are_saved_after_as_many_seconds_as_the_options_say(
     assert bool(steps - {0, 8}) is is_saved_between
 
 
+def test_checkpoints_are_saved_in_time_although_the_clock_goes_back(tmp_path, monkeypatch):
+    now = time.time()
+
+    def set_back(step):
+        time.sleep(0.3)
+        monkeypatch.setattr(time, "time", lambda: now - 3600.0)
+
+    train(tmp_path, max_steps=8, before_step=set_back, save_checkpoint_secs=1)
+    assert saved_steps(tmp_path) - {0, 8}
+
+
 def test_each_checkpoint_records_the_settings(tmp_path):
     settings = SETTINGS._replace(crop_size=30, top_layers="local", random_flip=False)
     train(tmp_path, max_steps=3, settings=settings, save_checkpoint_steps=1)
     for step in range(4):
-        recorded = checkpoints.read_settings(str(tmp_path / f"model.ckpt-{step}"))
-        assert recorded == settings._replace(examples_per_step=8)
+        recorded = checkpoints.read(str(tmp_path / f"model.ckpt-{step}")).settings
+        assert recorded == settings
 
 
 def test_checkpoints_record_the_images_seen_whatever_the_number_of_images_per_step(tmp_path):
     def train_up_to(max_steps, examples_per_step):
-        with training_run.training_graph(1, train_dir=str(tmp_path)):
-            options = training_run.Options(str(tmp_path), max_steps)
-            count, loss = count_step(), tf.constant(1.0)
-            with training_run.training_session(loss, examples_per_step, options, SETTINGS) as sess:
-                while not sess.should_stop():
-                    sess.run(count)
+        settings = SETTINGS._replace(examples_per_step=examples_per_step)
+        with make_run(tmp_path, max_steps, settings) as training, training.graph():
+            run_loop(training, count_step())
 
-    def examples_seen(step):
-        settings = checkpoints.read_settings(str(tmp_path / f"model.ckpt-{step}"))
-        return settings.examples_seen(step)
+    def images_seen(step):
+        return checkpoints.read(str(tmp_path / f"model.ckpt-{step}")).settings.images_seen(step)
 
     for max_steps, examples_per_step in ((5, 64), (8, 128), (9, 128), (11, 2)):
         train_up_to(max_steps, examples_per_step)
-    assert [examples_seen(step) for step in (5, 8, 9, 11)] == [320, 704, 832, 836]
+    assert [images_seen(step) for step in (5, 8, 9, 11)] == [320, 704, 832, 836]
 
 
 def test_no_checkpoint_exists_without_the_file_that_holds_its_settings(tmp_path, monkeypatch):
@@ -303,7 +278,7 @@ def test_a_step_from_which_training_resumes_is_not_saved_again(tmp_path):
     train(tmp_path, max_steps=5, settings=changed)
     assert {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in before} == before
     random_flips = [
-        checkpoints.read_settings(str(tmp_path / f"model.ckpt-{step}")).random_flip
+        checkpoints.read(str(tmp_path / f"model.ckpt-{step}")).settings.random_flip
         for step in (0, 3, 5)
     ]
     assert random_flips == [True, True, False]
@@ -378,8 +353,7 @@ def test_the_last_step_is_saved_while_an_exception_is_being_handled(tmp_path):
 def test_an_error_in_the_training_loop_is_raised_unchanged(tmp_path):
     def train_and_fail():
         count = count_step()
-        options = training_run.Options(str(tmp_path), 5)
-        with training_run.training_session(tf.constant(1.0), 8, options, SETTINGS) as sess:
+        with make_run(tmp_path, 5) as training, training.session(tf.constant(1.0)) as sess:
             sess.run(count)
             1 / 0  # noqa: B018
 
@@ -391,9 +365,10 @@ def test_a_session_uses_the_given_configuration(tmp_path):
     devices = []
     config = tf.ConfigProto(device_count={"CPU": 3})
     count = count_step()
-    with training_run.training_session(
-        tf.constant(1.0), 8, training_run.Options(str(tmp_path), 1), SETTINGS, config
-    ) as sess:
+    with (
+        make_run(tmp_path, 1, config=config) as training,
+        training.session(tf.constant(1.0)) as sess,
+    ):
         devices += sess.raw_session().list_devices()
         sess.run(count)
     assert len(devices) == 3
@@ -434,8 +409,17 @@ def test_a_damaged_checkpoint_is_a_one_line_error(tmp_path):
         has_steps_left(tmp_path, 5)
     assert "\n" not in str(caught.value)
     assert "resume from" not in str(caught.value)  # no checkpoint is readable
-    with pytest.raises(UserError, match="^cannot start in --train_dir=.*: .*; choose") as caught:
-        train(tmp_path, max_steps=5)
+
+
+def test_a_checkpoint_that_is_damaged_while_the_graph_is_built_is_a_one_line_error(tmp_path):
+    train(tmp_path, max_steps=3)
+    with make_run(tmp_path, 5) as training:
+        assert training.has_steps_left()
+        (tmp_path / "model.ckpt-3.data-00000-of-00001").write_bytes(b"")
+        with pytest.raises(
+            UserError, match="^cannot start in --train_dir=.*: .*; choose"
+        ) as caught:
+            run_loop(training, count_step())
     assert "\n" not in str(caught.value)
 
 
@@ -544,9 +528,8 @@ def test_an_unusable_train_dir_is_a_one_line_error(tmp_path, start):
 
 
 def test_a_second_trainer_is_refused_with_a_description_of_the_first(tmp_path):
-    options = training_run.Options(str(tmp_path), 1)
-    count = count_step()
-    with training_run.training_session(tf.constant(1.0), 8, options, SETTINGS) as sess:
+    with make_run(tmp_path, 1) as training:
+        count = count_step()
         before = {path: path.read_bytes() for path in tmp_path.iterdir()}
         with pytest.raises(
             UserError,
@@ -555,7 +538,7 @@ def test_a_second_trainer_is_refused_with_a_description_of_the_first(tmp_path):
         ):
             train(tmp_path, max_steps=9)
         assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
-        sess.run(count)
+        assert run_loop(training, count) == 1
     assert saved_step(tmp_path) == 1
 
 
@@ -567,14 +550,31 @@ def test_the_lock_is_released_after_success_and_failure(tmp_path, losses):
     assert train(tmp_path, max_steps=3) >= 1
 
 
+@pytest.mark.parametrize("kind", [ZeroDivisionError, Interrupted])
+def test_the_lock_is_held_while_the_graph_is_built_and_released_by_an_error(tmp_path, kind):
+    def fail():
+        with pytest.raises(UserError, match="^another process is training in "):
+            train(tmp_path, max_steps=5)
+        raise kind(signal.SIGTERM)
+
+    def build_graph():
+        with make_run(tmp_path, 5) as training, training.graph():
+            fail()
+
+    with pytest.raises(kind):
+        build_graph()
+    assert os.listdir(tmp_path) == []
+
+
 # --- The record of each start.
 
 
 def test_each_start_of_training_is_recorded_after_the_earlier_ones(tmp_path):
-    with training_run.training_graph(seed=7):
-        run(count_step(), tmp_path, max_steps=2, flags={"seed": 7, "batch_size": 4})
-    with training_run.training_graph():
-        run(count_step(), tmp_path, max_steps=3, flags={"seed": None})
+    flags = {"seed": 7, "batch_size": 4}
+    for max_steps, seed in ((2, 7), (3, None)):
+        with make_run(tmp_path, max_steps, flags=flags) as training, training.graph(seed):
+            run_loop(training, count_step())
+        flags = {"seed": None}
     first, second = json.loads((tmp_path / "run.json").read_text())
     assert first["flags"] == {"seed": 7, "batch_size": 4}
     assert first["seed"] == 7
@@ -600,6 +600,24 @@ def test_flags_that_json_cannot_represent_are_recorded_as_strings(tmp_path):
     (start,) = json.loads((tmp_path / "run.json").read_text())
     assert start["flags"] == {"color": "Color.RED", "colors": ["Color.RED"], "folder": "a"}
     assert not (tmp_path / "run.json.part").exists()
+
+
+def test_the_seed_of_a_resumed_run_is_recorded_as_it_was_given(tmp_path):
+    for max_steps in (2, 3):
+        with make_run(tmp_path, max_steps) as training, training.graph(seed=7):
+            run_loop(training, count_step())
+    assert [start["seed"] for start in json.loads((tmp_path / "run.json").read_text())] == [7, 7]
+
+
+def test_the_commit_is_not_that_of_a_repository_around_the_project(tmp_path):
+    for command in (
+        ["init", "-q"],
+        ["-c", "user.name=A", "-c", "user.email=a@b", "commit", "-qm", "A", "--allow-empty"],
+    ):
+        subprocess.run(["git", *command], cwd=tmp_path, check=True)
+    (tmp_path / "project").mkdir()
+    assert len(training_run._find_commit(tmp_path)) == 40
+    assert training_run._find_commit(tmp_path / "project") is None
 
 
 def test_the_record_of_a_start_names_the_commit_of_the_project(tmp_path):
@@ -707,6 +725,65 @@ def test_a_histogram_of_values_that_are_not_finite_stops_training_with_one_line(
     with pytest.raises(UserError, match="^activations/conv1 is not finite at step 0") as caught:
         run(count_step(), tmp_path, max_steps=5)
     assert "\n" not in str(caught.value)
+
+
+# --- An early end, and hooks.
+
+
+def test_leaving_the_loop_early_is_an_ordinary_end_that_saves_the_last_step(tmp_path, capsys):
+    with make_run(tmp_path, 100) as training:
+        count = count_step()
+        with training.session(tf.constant(1.0)) as sess:
+            while not sess.should_stop():
+                if sess.run(count) == 4:
+                    break
+    assert saved_step(tmp_path) == 4
+    assert [step for step, *_ in printed(capsys)] == [0]
+    assert train(tmp_path, max_steps=6) == 2
+
+
+class StopAt(tf.train.SessionRunHook):
+    """Records its calls, and ends training after a number of steps."""
+
+    def __init__(self, steps):
+        self.calls = []
+        self._steps = steps
+
+    def begin(self):
+        self.calls.append("begin")
+
+    def before_run(self, run_context):
+        self.calls.append("step")
+        return tf.train.SessionRunArgs(tf.train.get_global_step())
+
+    def after_run(self, run_context, run_values):
+        assert run_values.results in (len(self.calls) - 2, len(self.calls) - 1)
+        if len(self.calls) > self._steps:
+            run_context.request_stop()
+
+    def end(self, session):
+        self.calls.append("end")
+
+
+def test_a_hook_of_the_user_runs_and_may_end_training(tmp_path, capsys):
+    hook = StopAt(3)
+    assert run(count_step(), tmp_path, max_steps=100, hooks=[hook]) == 3
+    assert hook.calls == ["begin", "step", "step", "step", "end"]
+    assert saved_step(tmp_path) == 3
+    assert "error" not in capsys.readouterr().err
+
+
+def test_what_a_hook_of_the_user_restores_is_saved_in_the_first_checkpoint(tmp_path):
+    variable = tf.get_variable("layer/weights", initializer=1.0)
+    assign = tf.assign(variable, 7.0)
+
+    class Restore(tf.train.SessionRunHook):
+        def after_create_session(self, session, coord):
+            session.run(assign)
+
+    run(count_step(), tmp_path, max_steps=1, hooks=[Restore()])
+    first = tf.train.load_checkpoint(str(tmp_path / "model.ckpt-0"))
+    assert first.get_tensor("layer/weights") == 7.0
 
 
 # --- The input.
@@ -1049,10 +1126,10 @@ def test_training_goes_on_when_a_stream_is_lost(tmp_path, monkeypatch, name):
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 5
 
 
-def test_a_training_graph_can_be_built_when_stdout_is_lost(monkeypatch):
+def test_a_graph_can_be_built_when_stdout_is_lost(tmp_path, monkeypatch):
     with lost_stream() as stream:
         monkeypatch.setattr(sys, "stdout", stream)
-        with training_run.training_graph():
+        with make_run(tmp_path, 5) as training, training.graph():
             print("Filling queue", flush=True)
 
 
@@ -1067,67 +1144,79 @@ def test_a_session_outside_the_main_thread_trains_without_signals(tmp_path):
 # --- Seeds.
 
 
-def draw(seed=None, worker=None):
-    """Returns numbers that a training graph draws, and whether it is the default graph inside."""
-    with training_run.training_graph(seed, worker) as graph, tf.Session() as sess:
+def draw(folder, seed=None, worker=ALONE):
+    """Returns numbers that the graph of a run draws."""
+    with make_run(folder, 5, worker=worker) as training, training.graph(seed) as graph:
         assert tf.get_default_graph() is graph
-        return tuple(sess.run([tf.random.uniform([]), tf.random.normal([])]))
+        with tf.Session() as sess:
+            return tuple(sess.run([tf.random.uniform([]), tf.random.normal([])]))
 
 
-def make_worker(index, **attributes):
-    """Returns what a session needs of a `Worker`, for a worker that is not the chief."""
+def make_worker(index, step=0, **attributes):
+    """Returns a worker that is not the chief of its cluster."""
     defaults = {
         "index": index,
         "is_chief": False,
-        "is_over": False,
-        "device_filters": [],
-        "device_setter": lambda: None,
-        "make_hook": tf.train.SessionRunHook,
-        "check_peers": lambda: None,
+        "read_global_step": lambda: step,
         "release": lambda session: session.close(),
         "explain_end": lambda: "the chief has stopped training",
     }
-    return types.SimpleNamespace(**defaults | attributes)
+    worker = Worker()
+    for name, value in (defaults | attributes).items():
+        setattr(worker, name, value)
+    return worker
 
 
-def test_a_seed_determines_all_random_numbers_of_a_training_graph():
-    assert draw(5) == draw(5)
-    assert draw(0) == draw(0)
-    assert not set(draw(5)) & set(draw(6))
+def test_a_seed_determines_all_random_numbers_of_a_new_run(tmp_path):
+    assert draw(tmp_path, 5) == draw(tmp_path, 5)
+    assert draw(tmp_path, 0) == draw(tmp_path, 0)
+    assert not set(draw(tmp_path, 5)) & set(draw(tmp_path, 6))
 
 
-def test_without_a_seed_each_training_graph_draws_different_numbers():
-    assert not set(draw()) & set(draw())
+def test_without_a_seed_each_run_draws_different_numbers(tmp_path):
+    assert not set(draw(tmp_path)) & set(draw(tmp_path))
+
+
+def test_a_resumed_run_draws_other_numbers_than_at_its_start(tmp_path):
+    drawn = set(draw(tmp_path, 5))
+    for max_steps in (2, 3):
+        train(tmp_path, max_steps)
+        resumed = draw(tmp_path, 5)
+        assert resumed == draw(tmp_path, 5)
+        assert not drawn & set(resumed)
+        drawn |= set(resumed)
 
 
 def test_a_worker_that_is_restarted_draws_from_the_step_of_the_cluster(tmp_path):
-    worker = make_worker(1, read_global_step=lambda: 7)
-    with training_run.training_graph(5, worker, train_dir=tmp_path) as graph:
-        assert graph.seed == 6
-        with graph_notes.input_seed():
-            at_step_7 = graph.seed
-    with training_run.training_graph(6) as graph:
-        graph_notes.record(7)
-        with graph_notes.input_seed():
-            assert graph.seed == at_step_7 != 6
+    draws = [draw(tmp_path, 5, make_worker(1, step)) for step in (0, 7, 7, 8)]
+    assert draws[1] == draws[2]
+    assert len({number for numbers in draws for number in numbers}) == 6
 
 
-def test_workers_draw_different_numbers_from_the_same_seed():
-    assert draw(7, make_worker(0)) == draw(7)
-    assert draw(7, make_worker(1)) == draw(7, make_worker(1))
-    assert not set(draw(7, make_worker(0))) & set(draw(7, make_worker(1)))
+def test_workers_draw_different_numbers_from_the_same_seed(tmp_path):
+    draws = [draw(tmp_path, 7, make_worker(index)) for index in (0, 1, 1)]
+    assert draws[0] == draw(tmp_path, 7)
+    assert draws[1] == draws[2]
+    assert not set(draws[0]) & set(draws[1])
 
 
 @pytest.mark.parametrize("seed", [2**31 - 1, None])
-def test_the_seed_of_a_worker_stays_within_31_bits(seed):
-    with training_run.training_graph(seed, make_worker(3)) as graph:
+@pytest.mark.parametrize("step", [0, 5])
+def test_the_seed_of_a_worker_stays_within_31_bits(tmp_path, seed, step):
+    worker = make_worker(3, step)
+    with make_run(tmp_path, 5, worker=worker) as training, training.graph(seed) as graph:
         assert 0 <= graph.seed < 2**31
 
 
-def test_a_worker_places_the_variables_of_its_training_graph():
-    setter = tf.train.replica_device_setter(ps_tasks=1)
-    with training_run.training_graph(7, make_worker(1, device_setter=lambda: setter)):
+def test_a_worker_places_the_variables_of_its_graph(tmp_path):
+    worker = make_worker(1, device_setter=lambda: tf.train.replica_device_setter(ps_tasks=1))
+    with make_run(tmp_path, 5, worker=worker) as training, training.graph():
         assert tf.get_variable("x", []).device == "/job:ps/task:0"
+
+
+def test_a_run_that_trains_alone_places_nothing(tmp_path):
+    with make_run(tmp_path, 5) as training, training.graph():
+        assert tf.get_variable("x", []).device == ""
 
 
 # --- Workers of a cluster.
@@ -1226,6 +1315,6 @@ def test_the_loss_of_a_parameter_server_is_not_blamed_on_train_dir(tmp_path, ser
         def after_create_session(self, session, coord):
             raise kind(None, None, "connection reset")
 
-    worker = make_worker(1, target=server.target, make_hook=LosesServer)
+    worker = make_worker(1, target=server.target, hooks=lambda: [LosesServer()])
     with pytest.raises(kind):
         train(tmp_path, max_steps=5, worker=worker)

@@ -1,0 +1,208 @@
+"""Which checkpoints are evaluated, and what is counted."""
+
+import shutil
+import types
+
+import numpy as np
+import pytest
+
+from support.base.errors import CheckpointError, UserError
+from support.ops.tensorflow_v1 import tf
+from support.run import checkpoints, evaluation
+
+# --- Which checkpoints and images to evaluate.
+
+
+def save(folder, step):
+    """Saves a checkpoint; returns its path."""
+    with tf.Graph().as_default(), tf.Session() as session:
+        tf.get_variable("global_step", initializer=tf.constant(step, tf.int64), trainable=False)
+        session.run(tf.global_variables_initializer())
+        return tf.train.Saver().save(session, str(folder / "model.ckpt"), step)
+
+
+class Stop(Exception):  # noqa: N818
+    """Ends an evaluation that would otherwise continue forever."""
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """The clock of the evaluation: `trainer` is called with the number of each wait."""
+    clock = types.SimpleNamespace(now=0.0, waits=[], trainer=lambda wait: None)
+
+    def sleep(seconds):
+        clock.waits.append(seconds)
+        clock.now += seconds
+        clock.trainer(len(clock.waits) - 1)
+
+    clock.sleep, clock.monotonic = sleep, lambda: clock.now
+    monkeypatch.setattr(evaluation, "time", clock)
+    return clock
+
+
+def evaluate(folder, clock, steps, wait_to_stop, on_use=lambda checkpoint: None, **arguments):
+    """Returns the steps that are evaluated until a wait. `steps` are saved during the waits."""
+    used = []
+
+    def trainer(wait):
+        if wait in steps:
+            save(folder, steps[wait])
+        if wait == wait_to_stop:
+            raise Stop
+
+    def use(checkpoint):
+        on_use(checkpoint)
+        used.append(checkpoint.step)
+
+    clock.trainer = trainer
+    with pytest.raises(Stop):
+        evaluation.use_new_checkpoints(str(folder), use, 0, **arguments)
+    return used
+
+
+def test_every_new_checkpoint_is_used_once(tmp_path, clock, capsys):
+    assert evaluate(tmp_path, clock, {2: 20, 6: 60, 7: 70}, 12) == [20, 60, 70]
+    assert capsys.readouterr().err == f"Waiting for a checkpoint in {tmp_path}\n"
+
+
+def test_checkpoints_of_earlier_steps_are_skipped(tmp_path, clock):
+    steps = dict(enumerate((20, 10, 15, 30, 25, 40)))
+    assert evaluate(tmp_path, clock, steps, 12) == [20, 30, 40]
+
+
+def test_after_all_checkpoints_have_disappeared_it_waits_for_a_new_one(tmp_path, clock):
+    save(tmp_path / "train", 1)
+
+    def delete(checkpoint):
+        if checkpoint.step == 1:
+            shutil.rmtree(tmp_path / "train")
+            raise CheckpointError("it has gone")
+
+    assert evaluate(tmp_path / "train", clock, {2: 2}, 5, delete) == [2]
+
+
+def test_after_a_damaged_checkpoint_it_waits_for_the_next_one(tmp_path, clock):
+    save(tmp_path, 1)
+    (tmp_path / "model.ckpt-1.data-00000-of-00001").write_bytes(b"")
+    assert evaluate(tmp_path, clock, {3: 2}, 8) == [2]
+
+
+def test_checkpoints_without_a_state_file_are_used_while_training_continues(tmp_path, clock):
+    save(tmp_path, 10)
+    (tmp_path / "checkpoint").unlink()
+    assert evaluate(tmp_path, clock, {0: 20}, 9) == [10, 20]
+
+
+def test_the_interval_separates_the_starts_of_evaluations(tmp_path, clock):
+    save(tmp_path, 7)
+
+    def use(checkpoint):
+        clock.now += 30.0
+
+    def stop(wait):
+        raise Stop
+
+    clock.trainer = stop
+    with pytest.raises(Stop):
+        evaluation.use_new_checkpoints(str(tmp_path), use, 300)
+    assert clock.waits == [270.0]
+
+
+def test_it_ends_after_the_last_step_and_when_the_trainer_is_lost(tmp_path, clock):
+    save(tmp_path, 7)
+    used = []
+    evaluation.use_new_checkpoints(str(tmp_path), used.append, 0, last_step=7)
+    assert [checkpoint.step for checkpoint in used] == [7]
+
+    def check_trainer():
+        raise UserError("no response")
+
+    with pytest.raises(UserError, match="^no response$"):
+        evaluation.use_new_checkpoints(
+            str(tmp_path), used.append, 0, last_step=8, check_trainer=check_trainer
+        )
+    assert [checkpoint.step for checkpoint in used] == [7, 7]
+
+
+def test_eval_dir_must_differ_from_the_folder_of_the_checkpoints(tmp_path):
+    path = save(tmp_path, 7)
+    for checkpoint_dir in (str(tmp_path), path, f"{path}.index"):
+        with pytest.raises(UserError, match="--eval_dir and --checkpoint_dir are both"):
+            evaluation.check_eval_dir(f"{tmp_path}/../{tmp_path.name}", checkpoint_dir)
+        evaluation.check_eval_dir(f"{tmp_path}/eval", checkpoint_dir)
+
+
+@pytest.mark.parametrize(
+    ("available", "is_default", "expected", "line"),
+    [
+        (99, True, 99, "--num_examples=100, but there are only 99 images: evaluating all of them"),
+        (100, True, 100, None),
+        (101, True, 100, "There are 101 images: evaluating the first 100 of them (--num_examples)"),
+        (101, False, 100, None),
+    ],
+)
+def test_images_that_are_left_out_or_missing_are_reported(
+    capsys, available, is_default, expected, line
+):
+    assert evaluation.limit_examples(available, 100, is_default) == expected
+    assert capsys.readouterr().err == ("" if line is None else f"{line}\n")
+
+
+# --- Counting.
+
+
+def count(limit, *batches):
+    """Returns `Counts` of batches of (label, prediction) pairs."""
+    counts = evaluation.Counts(["cat", "dog"], limit)
+    with counts.show_progress():
+        for pairs in batches:
+            labels, predictions = np.array(pairs).T
+            outputs = {
+                "images": np.zeros([len(pairs), 8, 8, 3]),
+                "labels": labels,
+                "predictions": predictions,
+                "cross_entropy": np.ones(len(pairs), np.float32),
+            }
+            counts.add(labels == predictions, outputs)
+    return counts
+
+
+def test_images_beyond_the_limit_are_not_counted():
+    counts = count(5, [(0, 0), (1, 1), (1, 0)], [(0, 1), (1, 1), (0, 0)])
+    assert (counts.total, counts.correct, counts.precision) == (5, 3, 0.6)
+    assert counts.are_complete
+    results = counts._find_results()
+    assert results["confusion_matrix"] == [[1, 1], [1, 2]]
+    assert results["recall_of_class"] == {"cat": 1 / 2, "dog": 2 / 3}
+    assert results["precision_of_class"] == {"cat": 1 / 2, "dog": 2 / 3}
+    assert results["cross_entropy"] == 1.0
+
+
+def test_a_class_without_images_has_no_recall_and_one_without_predictions_no_precision():
+    results = count(9, [(0, 0), (0, 0)])._find_results()
+    assert results["recall_of_class"] == {"cat": 1.0, "dog": None}
+    assert results["precision_of_class"] == {"cat": 1.0, "dog": None}
+
+
+def test_missing_images_are_an_error():
+    checkpoint = checkpoints.Checkpoint("model.ckpt-7", 7, None, {})
+    count(9, [(0, 0)]).check(checkpoint)
+    count(9, [(0, 0)]).check(checkpoint, num_examples=1)
+    with pytest.raises(UserError, match="^the input ended after 1 of 9 images$"):
+        count(9, [(0, 0)]).check(checkpoint, num_examples=9)
+    with pytest.raises(UserError, match="^the input ended after 0 images$"):
+        count(9).check(checkpoint)
+
+
+def test_results_that_are_not_finite_are_an_error():
+    counts = evaluation.Counts(["cat", "dog"], 1)
+    outputs = {
+        "images": np.zeros([1, 8, 8, 3]),
+        "labels": np.array([0]),
+        "predictions": np.array([0]),
+        "cross_entropy": np.array([np.nan]),
+    }
+    with counts.show_progress():
+        counts.add(np.array([True]), outputs)
+    with pytest.raises(CheckpointError, match="^model.ckpt-7 produces a cross-entropy of nan$"):
+        counts.check(checkpoints.Checkpoint("model.ckpt-7", 7, None, {}))
