@@ -21,7 +21,7 @@ import cifar10_train  # noqa: F401
 
 SOURCES = [*ROOT.glob("*.py"), *(ROOT / "support").rglob("*.py")]
 # Flags of programs that are not part of this project.
-OTHER_FLAGS = {"logdir", "logdir_spec", "help", "helpfull", "version"}
+OTHER_FLAGS = {"logdir", "logdir_spec", "help", "helpfull", "version", "signal"}
 
 on_each_page = pytest.mark.parametrize("page", pages.PAGES, ids=lambda page: page.name)
 

@@ -27,8 +27,9 @@ def run(main, takes_arguments=False):
 
     An error that the user can fix (`UserError`) is printed on one line, with exit code 1. Unknown
     flags, invalid values and stray arguments print a usage message, with exit code 1. Ctrl-C
-    (SIGINT), SIGTERM and SIGHUP end the script with exit codes 130, 143 and 129 after a line that
-    says how to resume. A second SIGINT or SIGTERM ends it at once, but not in a notebook.
+    (SIGINT), SIGTERM, SIGHUP, SIGUSR1, SIGUSR2 and SIGXCPU end the script with exit code 128 plus
+    the signal's number, after a line that says how to resume. A second SIGINT or SIGTERM ends it at
+    once, but not in a notebook.
 
     If stdout can no longer be written, the script ends, except within `streams.dispensable`. It
     ends silently if the reader of stdout, for example `head`, has exited.

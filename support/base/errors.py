@@ -19,7 +19,7 @@ class CheckpointError(UserError):
 
 
 class Interrupted(KeyboardInterrupt):
-    """SIGINT, SIGTERM or SIGHUP asked the script to stop.
+    """One of the signals of `support.base.signals` asked the script to stop.
 
     Attributes:
       signal_number: int.

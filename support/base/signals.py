@@ -1,4 +1,4 @@
-"""Signals that stop a script: SIGINT, SIGTERM and SIGHUP."""
+"""Signals that stop a script: Ctrl-C, and those of schedulers and of a lost terminal."""
 
 import contextlib
 import gc
@@ -9,8 +9,10 @@ import sys
 import threading
 
 _REQUESTS = (signal.SIGINT, signal.SIGTERM)
-# SIGHUP: the terminal goes away, for example with its ssh connection.
-_STOP_SIGNALS = (*_REQUESTS, signal.SIGHUP)
+# SIGHUP: the terminal goes away, for example with its ssh connection. SIGUSR1 and SIGUSR2: Slurm
+# and other schedulers send one before a job's time ends. SIGXCPU: the CPU time has been used up.
+_NOTICES = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
+_STOP_SIGNALS = (*_REQUESTS, *_NOTICES)
 
 _runs_script = False  # whether the process does nothing but run a script, so that it may be ended
 
@@ -32,18 +34,20 @@ def running_script():
 
 
 class StopSignals:
-    """A context in which the first SIGINT, SIGTERM or SIGHUP calls a function.
+    """A context in which the first SIGINT, SIGTERM, SIGHUP, SIGUSR1, SIGUSR2 or SIGXCPU is handled.
 
-    A second SIGINT or SIGTERM ends a script at once. SIGHUP does not count for that: when a
-    terminal goes away, the shell, the kernel and the session manager can each send SIGHUP or
-    SIGTERM. In a process that does more than run a script, for example a notebook's kernel, the
-    second signal raises KeyboardInterrupt instead.
+    A second SIGINT or SIGTERM ends a script at once. The other signals do not count for that. When
+    a terminal goes away, the shell, the kernel and the session manager can each send SIGHUP or
+    SIGTERM. A scheduler sends SIGUSR1 or SIGUSR2 and SIGTERM later. The kernel repeats SIGXCPU
+    every second. In a process that does more than run a script, for example a notebook's kernel,
+    the second signal raises KeyboardInterrupt instead.
 
     Python runs signal handlers only in the main thread and only between two of its instructions,
     but a call into TensorFlow can take minutes. So a thread is notified of the signals as well.
 
-    A signal that is ignored, as in `nohup` or a shell's background job, stays ignored. Outside the
-    main thread, where Python allows no signal handlers, the context has no effect.
+    A signal that is ignored, as in `nohup` or a shell's background job, stays ignored. A handler
+    that a C library installed before Python started stays, because Python could not restore it.
+    Outside the main thread, where Python allows no signal handlers, the context has no effect.
 
     Args:
       on_first_signal: function of the signal's number, called in the main thread.
@@ -67,7 +71,7 @@ class StopSignals:
         self._thread = threading.Thread(target=self._receive, daemon=True)
         self._thread.start()
         for number in _STOP_SIGNALS:
-            if signal.getsignal(number) is not signal.SIG_IGN:
+            if signal.getsignal(number) not in (signal.SIG_IGN, None):  # None: not from Python
                 self._previous[number] = signal.signal(number, self._handle)
         return self
 
@@ -100,9 +104,9 @@ class StopSignals:
 
 
 class DeferredSignals(StopSignals):
-    """A context in which the first SIGINT, SIGTERM or SIGHUP interrupts nothing.
+    """A context in which the first signal interrupts nothing: the program polls `signal_number`.
 
-    The program polls `signal_number`. For a second signal, see the base class.
+    For the signals, and for a second one, see the base class.
     """
 
     def __init__(self):

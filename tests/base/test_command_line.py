@@ -29,8 +29,6 @@ COMMANDS = (
     "cifar10_convert.py",
 )
 
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-
 
 # --- How a script ends.
 
@@ -127,7 +125,15 @@ SLEEPS = """
 
 
 @pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
+    ("number", "code"),
+    [
+        (signal.SIGINT, 130),
+        (signal.SIGTERM, 143),
+        (signal.SIGHUP, 129),
+        (signal.SIGUSR1, 128 + signal.SIGUSR1),  # 138 on Linux
+        (signal.SIGUSR2, 128 + signal.SIGUSR2),  # 140 on Linux
+        (signal.SIGXCPU, 152),
+    ],
 )
 def test_a_signal_ends_a_script_with_its_exit_code_and_one_line(write_script, number, code):
     with running_file(write_script(SLEEPS)) as process:

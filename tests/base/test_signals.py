@@ -14,7 +14,8 @@ from conftest import ROOT, run_file, running_file
 
 from support.base.signals import DeferredSignals
 
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+NOTICES = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, *NOTICES)
 
 
 WAITS = """
@@ -63,14 +64,16 @@ def test_the_first_signal_is_recorded_and_a_second_one_ends_the_process_during_a
 
 
 @pytest.mark.parametrize("call", ["sleep", "uninterruptible"])
-def test_a_lost_terminal_may_send_its_signal_several_times_without_ending_the_process(
-    write_script, call
+@pytest.mark.parametrize("notice", NOTICES)
+def test_a_lost_terminal_or_a_scheduler_may_send_several_signals_without_ending_the_process(
+    write_script, call, notice
 ):
     with running_file(write_script(WAITS), call) as process:
-        process.send_signal(signal.SIGHUP)
-        assert process.stdout.readline() == f"received {signal.SIGHUP.value}\n"
+        process.send_signal(notice)
+        assert process.stdout.readline() == f"received {notice.value}\n"
         # A shell and the kernel each send SIGHUP, and a session manager sends SIGTERM as well.
-        for number in (signal.SIGHUP, signal.SIGTERM, signal.SIGHUP):
+        # The kernel repeats SIGXCPU every second.
+        for number in (notice, signal.SIGTERM, notice):
             process.send_signal(number)
             time.sleep(0.1)
             assert process.poll() is None
@@ -99,13 +102,13 @@ def test_other_signals_are_not_recorded(write_script):
         import os, signal, time
         from support.base.signals import DeferredSignals
 
-        signal.signal(signal.SIGUSR1, lambda number, frame: print("usr1"))
+        signal.signal(signal.SIGALRM, lambda number, frame: print("alarm"))
         with DeferredSignals() as signals:
-            os.kill(os.getpid(), signal.SIGUSR1)
+            os.kill(os.getpid(), signal.SIGALRM)
             time.sleep(0.2)
             print(signals.signal_number)
         """)
-    assert run_file(path) == (0, "usr1\nNone\n", "")
+    assert run_file(path) == (0, "alarm\nNone\n", "")
 
 
 @pytest.mark.parametrize("ignored", STOP_SIGNALS)
@@ -127,6 +130,19 @@ def test_ignored_signals_stay_ignored_while_others_are_deferred(write_script, ig
         assert signal.getsignal({ignored.value}) is signal.SIG_IGN
         """)
     assert run_file(path) == (0, f"None\n{other.value}\n", "")
+
+
+def test_a_handler_that_was_not_installed_from_python_stays(monkeypatch):
+    # A library that was loaded before Python started, for example a profiler, has installed it.
+    get_handler = signal.getsignal
+    before = get_handler(signal.SIGUSR1)
+    monkeypatch.setattr(
+        signal, "getsignal", lambda number: {signal.SIGUSR1: None}.get(number, get_handler(number))
+    )
+    with DeferredSignals():
+        assert get_handler(signal.SIGUSR1) is before
+        assert get_handler(signal.SIGUSR2) is not before
+    assert get_handler(signal.SIGUSR1) is before
 
 
 def signal_state():
