@@ -7,6 +7,7 @@ TensorBoard. If the graph already has a summary with the tag, it keeps that one.
 
 import contextlib
 import os
+import re
 import socket
 import time
 
@@ -103,6 +104,20 @@ def _has(tag):
     return True
 
 
+def _new_file_name(folder):
+    """Returns a unique name for an event file, which sorts after those in the folder.
+
+    TensorBoard reads the files in the order of their names, which contain the time. If the clock
+    was set back, the events of a resumed run would be read before those that they replace.
+    """
+    now = time.time_ns()
+    second = now // 10**9
+    for name in os.listdir(folder):
+        if match := re.match(r"events\.out\.tfevents\.([0-9]{10})\b", name):
+            second = max(second, int(match[1]) + 1)
+    return f"events.out.tfevents.{second:010d}.{socket.gethostname()}.{os.getpid()}.{now}"
+
+
 class Writer:
     """Writes an event file for TensorBoard; usable as a context manager.
 
@@ -118,13 +133,9 @@ class Writer:
     def __init__(self, folder, flag):
         self._folder = folder
         self._flag = flag
-        # TensorBoard reads the files in the order of their names. The name is unique.
-        now = time.time_ns()
-        host = f"{socket.gethostname()}.{os.getpid()}"
-        name = f"events.out.tfevents.{now // 10**9:010d}.{host}.{now}"
         with self._explain_errors():
             os.makedirs(folder, exist_ok=True)
-            self._file = tf.io.TFRecordWriter(os.path.join(folder, name))
+            self._file = tf.io.TFRecordWriter(os.path.join(folder, _new_file_name(folder)))
         self._add(file_version="brain.Event:2")
 
     def get_logdir(self):

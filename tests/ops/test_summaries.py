@@ -140,6 +140,40 @@ def test_writers_that_start_in_the_same_second_have_files_of_their_own_in_order(
     assert all(path.name.startswith("events.out.tfevents.") for path in tmp_path.iterdir())
 
 
+def read_values(folder):
+    return [v.simple_value for event in read_events(folder) for v in event.summary.value]
+
+
+def add_file(folder, value):
+    with summaries.Writer(folder, "--dir") as writer:
+        writer.add_summary(make_summary(value), 1)
+
+
+def test_a_new_file_is_the_last_one_although_the_clock_was_set_back(tmp_path, monkeypatch):
+    add_file(tmp_path, 0)
+    now = time.time_ns()
+    for hours in (1, 2):
+        monkeypatch.setattr(time, "time_ns", lambda hours=hours: now - hours * 3600 * 10**9)
+        add_file(tmp_path, hours)
+    assert read_values(tmp_path) == [0, 1, 2]
+    monkeypatch.setattr(time, "time_ns", lambda: now + 5 * 10**9)
+    add_file(tmp_path, 3)
+    assert read_values(tmp_path) == [0, 1, 2, 3]
+    assert max(os.listdir(tmp_path)).startswith(f"events.out.tfevents.{now // 10**9 + 5}.")
+
+
+def test_a_new_file_follows_those_of_other_writers(tmp_path):
+    later = int(time.time()) + 1000
+    names = [f"events.out.tfevents.{later}.zebra", f"events.out.tfevents.{later + 5}.a.1.0.v2"]
+    for name in [*names, "events.out.tfevents.", "events.out.tfevents.a", "events.out.tfevents.7"]:
+        (tmp_path / name).touch()
+    (tmp_path / "model.ckpt-9999999999.index").touch()
+    add_file(tmp_path, 1)
+    (name,) = [path.name for path in tmp_path.iterdir() if path.stat().st_size]
+    assert name.startswith(f"events.out.tfevents.{later + 6}.")
+    assert name > max(names)
+
+
 def test_a_folder_that_cannot_be_written_is_a_one_line_error(tmp_path):
     (tmp_path / "file").write_text("in the way")
     for folder in (tmp_path / "file", "/proc"):
