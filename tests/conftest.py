@@ -125,6 +125,23 @@ def all_batches(session, fetches):
     return results
 
 
+def written_nodes(folder):
+    """Returns the nodes by name that TensorBoard gets of the default graph; none lacks an input."""
+    from support.ops import summaries
+    from support.ops.tensorflow_v1 import tf
+
+    with summaries.Writer(folder, "--train_dir") as writer:
+        writer.add_graph(tf.get_default_graph())
+    (path,) = folder.iterdir()
+    _, event = tf.train.summary_iterator(str(path))
+    graph = tf.GraphDef.FromString(event.graph_def)
+    assert not graph.library.function
+    nodes = {node.name: node for node in graph.node}
+    inputs = {each for node in graph.node for each in node.input}
+    assert {each.removeprefix("^").partition(":")[0] for each in inputs} <= nodes.keys()
+    return nodes
+
+
 RAW, AVERAGED = 14, 12  # seeds of the variables and of their moving averages
 
 

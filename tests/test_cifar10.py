@@ -9,7 +9,7 @@ import numpy as np
 import numpy_model
 import pytest
 from absl import flags
-from conftest import write_dataset
+from conftest import write_dataset, written_nodes
 
 import cifar10
 import cifar10_input
@@ -697,6 +697,17 @@ def test_the_graph_of_training_has_no_functions(tmp_path, fast_ops):
     cifar10.train(total_loss, tf.train.get_or_create_global_step())
     functions = tf.get_default_graph().as_graph_def().library.function
     assert [function.signature.name for function in functions] == []
+
+
+def test_tensorboard_shows_the_layers_the_losses_and_the_update(tmp_path, fast_ops):
+    write_dataset(tmp_path)
+    FLAGS.data_dir = str(tmp_path)
+    images, labels = cifar10.distorted_inputs(4)
+    total_loss = cifar10.loss(cifar10.inference(images), labels)
+    cifar10.train(total_loss, tf.train.get_or_create_global_step())
+    scopes = {name.partition("/")[0] for name in written_nodes(tmp_path / "events")}
+    assert scopes >= {"distorted_inputs", "conv1", "softmax_linear", "total_loss", "update"}
+    assert scopes.isdisjoint({"summaries", "must_be_finite"})
 
 
 def test_training_on_one_batch_reduces_its_loss(fast_ops):

@@ -5,7 +5,7 @@ import re
 
 import numpy as np
 import pytest
-from conftest import write_dataset
+from conftest import write_dataset, written_nodes
 
 import cifar10
 import cifar10_multi_gpu_train
@@ -195,6 +195,13 @@ def test_a_step_of_several_towers_is_the_step_of_one_on_all_their_batches(fixed_
         assert loss == pytest.approx(expected_loss, rel=1e-5)
         for variable, reference in zip(found, expected, strict=True):
             np.testing.assert_allclose(variable, reference, atol=1e-6)
+
+
+def test_tensorboard_shows_the_towers_without_their_summaries_and_checks(small_dataset, tmp_path):
+    cifar10_multi_gpu_train.build_training(2, 2)
+    scopes = {name.partition("/")[0] for name in written_nodes(tmp_path / "events")}
+    assert scopes >= {"distorted_inputs", "conv1", "tower_0", "tower_1", "update"}
+    assert scopes.isdisjoint({"summaries", "must_be_finite"})
 
 
 def test_each_tower_has_its_own_batch(fixed_batch):

@@ -12,6 +12,7 @@ import socket
 import time
 
 from support.base.errors import UserError, first_line
+from support.ops import graph_notes
 from support.ops.tensorflow_v1 import tf
 
 SCOPE = "summaries/"
@@ -104,6 +105,17 @@ def _has(tag):
     return True
 
 
+def _draw(graph_def):
+    """Returns the `tf.GraphDef` that TensorBoard shows. It cannot be run."""
+    hidden = (SCOPE, graph_notes.FINITE_SCOPE)
+    nodes = [node for node in graph_def.node if not node.name.startswith(hidden)]
+    for node in nodes:  # an operation of the user may merge the summaries, for example
+        node.input[:] = [
+            name for name in node.input if not name.removeprefix("^").startswith(hidden)
+        ]
+    return tf.GraphDef(node=nodes, versions=graph_def.versions)
+
+
 def _new_file_name(folder):
     """Returns a unique name for an event file, which sorts after those in the folder.
 
@@ -143,8 +155,8 @@ class Writer:
         return self._folder
 
     def add_graph(self, graph):
-        """Adds a `tf.Graph`."""
-        self._add(graph_def=graph.as_graph_def(add_shapes=True).SerializeToString())
+        """Adds a `tf.Graph`, without summaries, checks and functions: a picture of the model."""
+        self._add(graph_def=_draw(graph.as_graph_def(add_shapes=True)).SerializeToString())
 
     def add_restart(self, step):
         """Makes TensorBoard discard what earlier runs have written for this step and later ones."""

@@ -6,11 +6,12 @@ import time
 
 import numpy as np
 import pytest
+from conftest import written_nodes
 from PIL import Image
 from tensorboard.backend.event_processing import event_accumulator
 
 from support.base.errors import UserError
-from support.ops import summaries
+from support.ops import graph_notes, summaries
 from support.ops.tensorflow_v1 import tf
 
 pytestmark = pytest.mark.usefixtures("graph")
@@ -129,6 +130,24 @@ def test_events_are_on_disk_as_soon_as_they_are_added(tmp_path, graph, name):
     assert (summary.step, summary.summary) == (7, make_summary(2.5))
     assert abs(summary.wall_time - time.time()) < 60
     assert os.listdir(tmp_path / "new") == [name]
+
+
+def test_the_graph_in_tensorboard_has_no_summaries_no_checks_and_no_functions(tmp_path, graph):
+    with tf.name_scope("tower_0/summaries"):  # not the scope of this module
+        value = tf.identity(2.0, name="value")
+    value = tf.cond(value > 1.0, lambda: value, lambda: 2.0 * value, name="branch")
+    graph_notes.check_finite(value, "value")
+    summaries.scalar("a", value)
+    merged = tf.summary.merge_all(name="merged")
+    with tf.control_dependencies([merged]):
+        tf.identity(value, name="last")
+    before = graph.as_graph_def()
+    assert before.library.function
+    nodes = written_nodes(tmp_path / "events")
+    assert {"tower_0/summaries/value", "branch", "merged/merged", "last"} <= nodes.keys()
+    assert {name.partition("/")[0] for name in nodes}.isdisjoint({"summaries", "must_be_finite"})
+    assert list(nodes["last"].input) == [value.op.name, "^merged/merged"]
+    assert graph.as_graph_def() == before
 
 
 def test_writers_that_start_in_the_same_second_have_files_of_their_own_in_order(tmp_path):
