@@ -41,27 +41,40 @@ def lock(path, on_wait=None):
       LockedError: another process holds the lock, and `on_wait` is None.
       OSError: the file cannot be created or locked.
     """
-    file_lock = filelock.FileLock(path, on_acquired=_write_holder)
+    # A soft lock would stay locked after a kill.
+    file_lock = filelock.FileLock(path, fallback_to_soft=False)
     try:
         try:
-            file_lock.acquire(blocking=False)
-        except filelock.Timeout:
-            holder = _read_holder(path)
-            if on_wait is None:
-                raise LockedError(holder) from None
-            on_wait(holder)
-            file_lock.acquire()
-    except OSError as error:
-        if error.errno not in _NO_LOCKS:
-            raise
-        _warn_of_missing_locks(path, error)
-    try:
+            _acquire(file_lock, path, on_wait)
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+            _warn_of_missing_locks(path, error)
+            _remove(path)
+        else:
+            _write_holder(path)
         yield
-    finally:
-        # This is safe: a waiting process that locks the removed file opens the path again.
-        with contextlib.suppress(OSError):  # the folder may have become read-only
-            pathlib.Path(path).unlink(missing_ok=True)
+    finally:  # also if a signal has interrupted the acquisition
+        if file_lock.is_locked:
+            # This is safe: a waiting process that locks the removed file opens the path again.
+            _remove(path)
         file_lock.release()
+
+
+def _acquire(file_lock, path, on_wait):
+    try:
+        file_lock.acquire(blocking=False)
+    except filelock.Timeout:
+        holder = _read_holder(path)
+        if on_wait is None:
+            raise LockedError(holder) from None
+        on_wait(holder)
+        file_lock.acquire()
+
+
+def _remove(path):
+    with contextlib.suppress(OSError):  # the folder may have become read-only
+        pathlib.Path(path).unlink(missing_ok=True)
 
 
 def _warn_of_missing_locks(path, error):
@@ -78,14 +91,11 @@ def _warn_of_missing_locks(path, error):
         )
 
 
-def _write_holder(descriptor):
+def _write_holder(path):
     script = os.path.basename(sys.argv[0])
     start = time.strftime("%Y-%m-%d %H:%M:%S")
-    os.ftruncate(descriptor, 0)
-    os.write(
-        descriptor,
-        f"process {os.getpid()} on {socket.gethostname()} ({script}, since {start})\n".encode(),
-    )
+    holder = f"process {os.getpid()} on {socket.gethostname()} ({script}, since {start})\n"
+    pathlib.Path(path).write_bytes(holder.encode())
 
 
 def _read_holder(path):

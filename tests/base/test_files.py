@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 
+import filelock
 import pytest
 from conftest import ROOT
 
@@ -153,6 +154,40 @@ def test_a_lock_excludes_other_threads_of_the_same_process(tmp_path):
         may_end.set()
         thread.join()
     assert not is_locked(path)
+
+
+@pytest.mark.parametrize(
+    ("target", "name"), [(filelock.FileLock, "acquire"), (files, "_write_holder")]
+)
+def test_an_interruption_of_a_process_that_has_just_locked_releases_the_lock(
+    tmp_path, monkeypatch, target, name
+):
+    function = getattr(target, name)
+
+    def interrupt(*arguments, **options):
+        function(*arguments, **options)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(target, name, interrupt)
+        with pytest.raises(KeyboardInterrupt) as caught, files.lock(tmp_path / "a.lock"):
+            pass
+    assert os.listdir(tmp_path) == []
+    assert not is_locked(tmp_path / "a.lock")
+    assert caught.traceback  # the objects in it, which refer to the lock, are still alive
+
+
+def test_an_interruption_of_a_waiting_process_leaves_the_lock_to_its_holder(tmp_path):
+    def interrupt(holder):
+        raise KeyboardInterrupt
+
+    path = tmp_path / "a.lock"
+    with holder(path) as process:
+        assert process.stdout.readline() == "held\n"
+        with pytest.raises(KeyboardInterrupt), files.lock(path, on_wait=interrupt):
+            pass
+        assert path.read_text().startswith(f"process {process.pid} on ")
+        assert is_locked(path)
 
 
 @pytest.fixture
