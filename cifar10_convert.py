@@ -80,7 +80,7 @@ def report(train_count, test_count, class_names, suffix=""):
     )
 
 
-@streams.dispensable()
+@streams.tolerate_lost_output()
 def main(argv=None):
     given = [name for name in SOURCE_FLAGS if FLAGS[name].value]
     if len(given) != 1:

@@ -47,7 +47,7 @@ options.DEFINE_integer(
 options.define("checkpoint")
 
 
-@streams.dispensable()
+@streams.tolerate_lost_output()
 def eval_once(
     saver,
     summary_writer,

@@ -31,8 +31,9 @@ def run(main, takes_arguments=False):
     the signal's number, after a line that says how to resume. A second SIGINT or SIGTERM ends it at
     once, but not in a notebook.
 
-    If stdout can no longer be written, the script ends, except within `streams.dispensable`. It
-    ends silently if the reader of stdout, for example `head`, has exited.
+    If stdout can no longer be written, the script ends, except within
+    `streams.tolerate_lost_output`. It ends silently if the reader of stdout, for example `head`,
+    has exited.
 
     The flags of a command line have no effect on later runs in the same process: at the end of a
     run, all flags have the values that they had before.

@@ -60,7 +60,7 @@ def _redirect_to_null_device(descriptor):
 
 
 @contextlib.contextmanager
-def dispensable():
+def tolerate_lost_output():
     """A context in which work continues when stdout or stderr can no longer be written.
 
     One line on stderr reports the loss of stdout.
@@ -81,8 +81,8 @@ def guarded():
     """A context for a whole script, which yields its stdout.
 
     In the context, the loss of stderr has no effect. The loss of stdout raises an OSError, which is
-    also the attribute `error` of the yielded stream, except within `dispensable`. Characters that
-    cannot be encoded are escaped.
+    also the attribute `error` of the yielded stream, except within `tolerate_lost_output`.
+    Characters that cannot be encoded are escaped.
     """
     with contextlib.ExitStack() as stack:
         for name, descriptor in (("stdout", 1), ("stderr", 2)):

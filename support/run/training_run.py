@@ -109,7 +109,7 @@ class TrainingRun:
 
     def __enter__(self):
         with contextlib.ExitStack() as stack:
-            stack.enter_context(streams.dispensable())
+            stack.enter_context(streams.tolerate_lost_output())
             if self._worker.is_chief:
                 stack.enter_context(_lock(self._options.train_dir))
                 with _usable(self._options.train_dir):

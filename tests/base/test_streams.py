@@ -27,7 +27,7 @@ def test_work_continues_when_stdout_is_lost_and_one_line_says_so(monkeypatch, ca
     done = []
     with lost_stream(reason) as stream:
         monkeypatch.setattr(sys, "stdout", stream)
-        with streams.dispensable():
+        with streams.tolerate_lost_output():
             for number in range(3):
                 print("a line", flush=True)
                 done.append(number)
@@ -41,7 +41,7 @@ def test_work_continues_when_stdout_is_lost_and_one_line_says_so(monkeypatch, ca
 def test_work_continues_when_stderr_is_lost(monkeypatch, capsys, reason):
     with lost_stream(reason) as stream:
         monkeypatch.setattr(sys, "stderr", stream)
-        with streams.dispensable():
+        with streams.tolerate_lost_output():
             print("a message", file=sys.stderr, flush=True)
             print("a line")
     assert capsys.readouterr().out == "a line\n"
@@ -51,7 +51,7 @@ def test_a_progress_bar_survives_the_loss_of_its_terminal(monkeypatch, reason):
     with lost_stream(reason) as stream:
         monkeypatch.setattr(sys, "stderr", stream)
         monkeypatch.setattr(stream, "isatty", lambda: True, raising=False)
-        with streams.dispensable(), show_progress("Drawing", 1000, " images") as bar:
+        with streams.tolerate_lost_output(), show_progress("Drawing", 1000, " images") as bar:
             bar.refresh()
             bar.write_line("house.png cannot be read")
             bar.update(300)
@@ -62,7 +62,7 @@ def test_a_progress_bar_survives_the_loss_of_its_terminal(monkeypatch, reason):
 def test_what_is_printed_without_a_flush_is_lost_within_the_context(monkeypatch, capsys, reason):
     with lost_stream(reason) as stream:
         monkeypatch.setattr(sys, "stdout", stream)
-        with streams.dispensable():
+        with streams.tolerate_lost_output():
             print("a line")
         assert os.strerror(REASONS[reason]) in capsys.readouterr().err
         stream.flush()  # as Python does when it exits
@@ -80,11 +80,11 @@ def test_a_guarded_script_learns_once_that_its_stdout_is_lost(monkeypatch, capsy
     assert capsys.readouterr().err == ""
 
 
-def test_guarded_work_continues_where_its_output_is_dispensable(monkeypatch, capsys, reason):
+def test_guarded_work_continues_where_lost_output_is_tolerated(monkeypatch, capsys, reason):
     with lost_stream(reason) as stream:
         monkeypatch.setattr(sys, "stdout", stream)
         with streams.guarded():
-            with streams.dispensable():
+            with streams.tolerate_lost_output():
                 print("a line", flush=True)
             print("a line", flush=True)
     assert capsys.readouterr().err.count("\n") == 1
@@ -99,7 +99,7 @@ def test_a_guarded_script_continues_when_stderr_is_lost(monkeypatch, capsys, rea
     assert capsys.readouterr().out == "a line\n"
 
 
-@pytest.mark.parametrize("context", [streams.dispensable, streams.guarded])
+@pytest.mark.parametrize("context", [streams.tolerate_lost_output, streams.guarded])
 @pytest.mark.parametrize("error", [None, ValueError])
 def test_each_context_returns_the_streams_as_they_were(capsys, context, error):
     before = sys.stdout, sys.stderr, sys.stdout.errors
@@ -153,7 +153,7 @@ def test_streams_that_are_closed_at_the_start_do_not_get_into_files(tmp_path, re
         from support.base import streams
         from support.base.progress import show_progress
 
-        with streams.guarded(), streams.dispensable(), open({path!r}, "w") as file:
+        with streams.guarded(), streams.tolerate_lost_output(), open({path!r}, "w") as file:
             with show_progress("Drawing", 1000, " images") as bar:
                 bar.update(1)
                 bar.write_line("a message")
