@@ -27,6 +27,7 @@ from conftest import (
 import cifar10_eval
 from support.data import dataset, records
 from support.ops.tensorflow_v1 import tf
+from support.run import checkpoints
 
 pytestmark = pytest.mark.slow
 
@@ -112,12 +113,15 @@ def test_twenty_kills_lose_no_complete_checkpoint(data_dir, train_dir):
             else:
                 time.sleep(generator.uniform(2, 4))  # about when it restores and first saves
         assert (saved_step(train_dir) or 0) >= before
+        for index in train_dir.glob("model.ckpt-*.index"):
+            assert checkpoints.read(str(index.with_suffix(""))).settings.class_names
     assert resumed >= 5
     last = saved_step(train_dir) + 3
     with training(data_dir, train_dir, f"--max_steps={last}") as process:
         code, _, errors = finish(process)
     assert (code, errors) == (0, [])
     assert saved_step(train_dir) == last
+    assert len(list(train_dir.glob("model.ckpt-*.index"))) == 5
     assert (train_dir / "notes.txt").read_text() == "unrelated"
 
 
@@ -200,6 +204,7 @@ def test_a_signal_before_training_begins_ends_the_script(data_dir, train_dir):
         "cifar10_train.py: stopped by SIGTERM: .*; run the same command again( to resume from it)?",
         line,
     )
+    assert not (train_dir / ".trainer.lock").exists()
 
 
 def test_a_second_signal_ends_the_script_at_once(data_dir, train_dir):

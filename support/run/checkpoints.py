@@ -376,21 +376,23 @@ def save(session, saver, folder, step, max_to_keep):
       step: int; the global step.
       max_to_keep: int; the number of checkpoints to keep.
 
-    Returns:
-      The path of the checkpoint.
-
     Raises:
       UserError: the checkpoint cannot be written. Unfinished files are deleted.
     """
     name = f"model.ckpt-{step}"
     path = os.path.join(folder, name)
     previous = [saved for saved in _list_saved(folder) if saved != name]
+    saved = [*previous, name]
     try:
         _remove(path)  # left from before training resumed from an earlier step
         with session.graph.as_default():
             saver.export_meta_graph(f"{path}.meta")
         saver.save(session, path, write_meta_graph=False, write_state=False)
-        _write_state(folder, [*previous, name][-max_to_keep:])
+        # After a kill, the next save deletes those that are still listed.
+        _write_state(folder, saved)
+        for old in saved[:-max_to_keep]:
+            _remove_old(os.path.join(folder, old))
+        _write_state(folder, saved[-max_to_keep:])
     # The Saver raises ValueError if the folder is gone.
     except (tf.errors.OpError, OSError, ValueError) as error:
         with contextlib.suppress(OSError):  # the folder may have become read-only
@@ -400,12 +402,6 @@ def save(session, saver, folder, step, max_to_keep):
             f"cannot save a checkpoint in {folder}: {first_line(error)}; free some space and run "
             f"the same command again{cure}"
         ) from error
-    for old in [*previous, name][:-max_to_keep]:
-        try:
-            _remove(os.path.join(folder, old))
-        except OSError as error:
-            tf.logging.warning("An old checkpoint cannot be deleted: %s", error)
-    return path
 
 
 def _list_saved(folder):
@@ -433,6 +429,13 @@ def _files_of(checkpoint):
 def _remove(checkpoint):
     for path in _files_of(checkpoint):
         os.remove(path)
+
+
+def _remove_old(checkpoint):
+    try:
+        _remove(checkpoint)
+    except OSError as error:
+        tf.logging.warning("An old checkpoint cannot be deleted: %s", error)
 
 
 def _remove_unfinished(folder, checkpoint):

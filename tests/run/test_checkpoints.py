@@ -576,6 +576,25 @@ def test_tensorflow_finds_and_restores_what_is_saved_here_and_counts_it(tmp_path
     assert steps_in(tmp_path) == [5, 6]
 
 
+def test_a_kill_before_old_checkpoints_are_deleted_does_not_leave_them_forever(
+    tmp_path, monkeypatch
+):
+    save_as_trainer(tmp_path, steps=[1, 2], max_to_keep=2)
+
+    def kill(checkpoint):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as context:
+        context.setattr(checkpoints, "_remove_old", kill)
+        with pytest.raises(KeyboardInterrupt):
+            save_as_trainer(tmp_path, steps=[3], max_to_keep=2)
+    assert checkpoints.find_latest_checkpoint(str(tmp_path)).endswith("-3")
+    save_as_trainer(tmp_path, steps=[4], max_to_keep=2)
+    assert steps_in(tmp_path) == [3, 4]
+    state = tf.train.get_checkpoint_state(str(tmp_path))
+    assert [path[-1] for path in state.all_model_checkpoint_paths] == ["3", "4"]
+
+
 def test_saving_deletes_no_checkpoint_that_the_state_file_does_not_list(tmp_path):
     save(tmp_path, 9)
     (tmp_path / "checkpoint").unlink()
