@@ -28,6 +28,18 @@ def test_settings_that_were_saved_before_the_images_were_counted_can_be_read():
     assert settings.images_seen(7) is None
 
 
+def test_the_keys_in_checkpoints_stay():
+    assert json.loads(format_settings(OWN._replace(examples_per_step=64, examples_offset=-4))) == {
+        "class_names": ["cat", "hot dog"],
+        "examples_per_epoch": 123,
+        "crop_size": 32,
+        "top_layers": "local",
+        "random_flip": False,
+        "examples_per_step": 64,
+        "examples_offset": -4,
+    }
+
+
 def test_settings_give_the_number_of_images_seen_at_a_step():
     assert OWN._replace(examples_per_step=64).images_seen(61) == 3904
     assert OWN._replace(examples_per_step=64, examples_offset=-4).images_seen(61) == 3900
