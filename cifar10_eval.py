@@ -104,22 +104,19 @@ def evaluate(last_step=None, check_trainer=lambda: None):
 
     Args:
       last_step: int; stop after evaluating a checkpoint of this step or a later one. Never if None.
-      check_trainer: called while waiting for a new checkpoint; raises UserError if there will be
-        none.
+      check_trainer: called once a second while waiting; raises UserError to stop waiting.
 
     Raises:
       UserError: --eval_dir cannot be written, or the dataset has changed. With --run_once also:
         there is no checkpoint, or it cannot be evaluated.
     """
     options.values()  # checks them: a constant may have been edited
-    evaluation.check_eval_dir(FLAGS.eval_dir, FLAGS.checkpoint_dir)
-    run_once = (
-        FLAGS.run_once or checkpoints.find_single_checkpoint(FLAGS.checkpoint_dir) is not None
-    )
+    checkpoint_dir, eval_test = FLAGS.checkpoint_dir, FLAGS.eval_data == "test"
+    evaluation.check_eval_dir(FLAGS.eval_dir, checkpoint_dir)
     settings = cifar10.training_settings()
+    run_once = FLAGS.run_once or checkpoints.find_single_checkpoint(checkpoint_dir) is not None
     if run_once:  # before spending time on the graph
-        checkpoints.use_newest(FLAGS.checkpoint_dir, lambda newest: newest.check_settings(settings))
-    eval_test = FLAGS.eval_data == "test"
+        checkpoints.use_newest(checkpoint_dir, lambda newest: newest.check_settings(settings))
     detector = cifar10.make_change_detector(eval_test)
     num_examples = evaluation.limit_examples(
         records.count_records(cifar10.find_data_folder(), eval_test),
@@ -135,33 +132,24 @@ def evaluate(last_step=None, check_trainer=lambda: None):
         saver = tf.train.Saver(variables)
         # Without the sparsity of the layers, which training already shows.
         _, summary_op = summaries.merge_collected()
+        with summaries.Writer(FLAGS.eval_dir, "--eval_dir") as writer:
+            writer.add_graph(graph)
 
-        def evaluate_one(checkpoint):
-            checkpoint.check_settings(settings)
-            checkpoint.check_variables(variables)
-            eval_once(
-                saver,
-                summary_writer,
-                top_k_op,
-                summary_op,
-                checkpoint,
-                num_examples,
-                outputs,
-                settings.class_names,
-            )
+            def evaluate_one(checkpoint):
+                checkpoint.check_settings(settings)
+                checkpoint.check_variables(variables)
+                names = settings.class_names
+                eval_once(
+                    saver, writer, top_k_op, summary_op, checkpoint, num_examples, outputs, names
+                )
 
-        with summaries.Writer(FLAGS.eval_dir, "--eval_dir") as summary_writer:
-            summary_writer.add_graph(graph)
             try:
                 if run_once:
-                    checkpoints.use_newest(FLAGS.checkpoint_dir, evaluate_one)
+                    checkpoints.use_newest(checkpoint_dir, evaluate_one)
                 else:
+                    interval = FLAGS.eval_interval_secs
                     evaluation.use_new_checkpoints(
-                        FLAGS.checkpoint_dir,
-                        evaluate_one,
-                        FLAGS.eval_interval_secs,
-                        last_step,
-                        check_trainer,
+                        checkpoint_dir, evaluate_one, interval, last_step, check_trainer
                     )
             except (UserError, tf.errors.OpError):
                 detector.check()  # a change of the data may be the cause

@@ -4,6 +4,8 @@
 class Worker:
     """A worker that trains alone. A worker of a cluster overrides what differs.
 
+    One that is not the chief also has `read_global_step()` and `explain_end()`.
+
     Attributes:
       index: int; the number of the worker among all that train. The chief is 0.
       count: int; the number of workers, including the chief.
@@ -24,7 +26,7 @@ class Worker:
     is_over = False
 
     def device_setter(self):
-        """Returns what to pass to `tf.device` for the worker's graph."""
+        """Returns what to pass to `tf.device` for the graph of this worker."""
         return
 
     def synchronize(self, gradients, global_step, apply_gradients):
@@ -37,27 +39,19 @@ class Worker:
             applies them, counts the step and updates the moving averages.
 
         Returns:
-          The operation that does so, with the average of the gradients of all workers.
+          That operation, for the average of the gradients of all workers.
         """
         return apply_gradients(gradients)
 
     def hooks(self):
-        """Returns the hooks that the session needs to run the update: list."""
+        """Returns a list of the hooks that the session needs to run the update."""
         return []
 
-    def read_global_step(self):
-        """Returns the step from which a worker that is not the chief continues: int."""
-        raise NotImplementedError
-
     def check_peers(self):
-        """Checks the other workers; called once a second. Raises UserError to end training."""
+        """Raises UserError if training must end; called once a second."""
 
     def release(self, session):
         """Ends a step that waits for other workers."""
-
-    def explain_end(self):
-        """Returns why a worker that is not the chief has ended before the last step: string."""
-        raise NotImplementedError
 
 
 ALONE = Worker()
