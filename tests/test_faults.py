@@ -207,6 +207,25 @@ def test_a_signal_before_training_begins_ends_the_script(data_dir, train_dir):
     assert not (train_dir / ".trainer.lock").exists()
 
 
+def test_a_break_in_the_training_loop_saves_the_last_step(
+    data_dir, train_dir, tmp_path, monkeypatch
+):
+    text = (ROOT / "cifar10_train.py").read_text()
+    line = "sess.run(train_op)\n"
+    assert text.count(line) == 1
+    indent = " " * (text.index(line) - text.rindex("\n", 0, text.index(line)) - 1)
+    edited = tmp_path / "my_train.py"
+    edited.write_text(
+        text.replace(line, f"{line}{indent}if sess.run(global_step) == 4:\n{indent}    break\n")
+    )
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    with training(data_dir, train_dir, script=edited) as process:
+        code, output, errors = finish(process)
+    assert (code, errors) == (0, [])
+    assert re.findall(r": step (\d+), ", output) == ["0", "1", "2", "3"]
+    assert saved_step(train_dir) == 4
+
+
 def test_a_second_signal_ends_the_script_at_once(data_dir, train_dir):
     # A step with 10,000 images takes seconds.
     with training(data_dir, train_dir, "--batch_size=10000") as process:

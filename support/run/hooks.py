@@ -66,10 +66,12 @@ class ProgressHook(tf.train.SessionRunHook):
             if not math.isfinite(value):  # NanTensorHook would ignore infinity
                 name = tensor.op.name.removeprefix(graph_notes.FINITE_SCOPE)
                 raise self.nonfinite_error(name, f"is {value}")
-        if self._is_line_due or self.step % self._log_frequency == 0:
-            self._print_line(loss)
         # If the step were fetched together with the update, it could be the one from before it.
-        self.step = int(run_context.session.run(self._global_step))
+        next_step = int(run_context.session.run(self._global_step))
+        is_due = self._is_line_due or self.step % self._log_frequency == 0
+        if is_due and next_step > self.step:  # otherwise, the loop has run something else
+            self._print_line(loss)
+        self.step = next_step
 
     def nonfinite_error(self, name, problem, step=None):
         """Returns the UserError for a non-finite tensor at a step, the current one if None."""

@@ -134,6 +134,17 @@ def test_a_line_every_log_frequency_steps_shows_the_loss_of_that_step(tmp_path, 
     assert [loss for _, loss, *_ in lines] == [100, 105, 110, 115, 120]
 
 
+def test_updates_that_accumulate_gradients_count_as_one_step_with_one_line(tmp_path, capsys):
+    counter = tf.get_variable("accumulated", initializer=0, trainable=False)
+    global_step = tf.train.get_or_create_global_step()
+    with tf.control_dependencies([tf.assign_add(counter, 1)]):
+        is_complete = tf.equal(counter.read_value() % 3, 0)
+        train_op = tf.assign_add(global_step, tf.cast(is_complete, tf.int64))
+    assert run(train_op, tmp_path, max_steps=4, log_frequency=1) == 12
+    assert [step for step, *_ in printed(capsys)] == [0, 1, 2, 3]
+    assert saved_step(tmp_path) == 4
+
+
 def test_the_throughput_is_that_of_the_steps_since_the_last_line(tmp_path, capsys):
     train(tmp_path, max_steps=5, log_frequency=4, before_step=lambda step: time.sleep(0.2))
     (_, _, first_speed, first_seconds), (_, _, speed, seconds) = printed(capsys)
