@@ -104,7 +104,8 @@ def evaluate(last_step=None, check_trainer=lambda: None):
 
     Args:
       last_step: int; stop after evaluating a checkpoint of this step or a later one. Never if None.
-      check_trainer: called once a second while waiting; raises UserError to stop waiting.
+      check_trainer: called once a second if no checkpoint is left to evaluate; raises UserError to
+        stop waiting for the next one.
 
     Raises:
       UserError: --eval_dir cannot be written, or the dataset has changed. With --run_once also:
@@ -136,6 +137,7 @@ def evaluate(last_step=None, check_trainer=lambda: None):
             writer.add_graph(graph)
 
             def evaluate_one(checkpoint):
+                detector.check()
                 checkpoint.check_settings(settings)
                 checkpoint.check_variables(variables)
                 names = settings.class_names
@@ -152,7 +154,7 @@ def evaluate(last_step=None, check_trainer=lambda: None):
                         checkpoint_dir, evaluate_one, interval, last_step, check_trainer
                     )
             except (UserError, tf.errors.OpError):
-                detector.check()  # a change of the data may be the cause
+                detector.check()  # the cause may be a change of the data meanwhile
                 raise
 
 

@@ -425,7 +425,7 @@ def test_after_a_change_of_the_images_per_step_the_schedule_counts_the_images_se
 ):
     FLAGS.num_epochs_per_decay = 0.04  # 2,000 of 50,000 images
     seen = 61 * 64
-    graph_notes.record_start(61, images_seen=seen)
+    graph_notes.record_images_offset(seen - 61 * examples_per_step)
     global_step = tf.placeholder(tf.int32, [])
     rate = cifar10.decayed_learning_rate(global_step, examples_per_step)
     with tf.Session() as session:
@@ -440,7 +440,7 @@ def test_after_a_change_of_the_images_per_step_the_schedule_counts_the_images_se
 def test_more_images_than_a_step_counter_of_32_bits_can_hold_are_counted():
     FLAGS.num_epochs_per_decay = 20000.0  # 1e9 images
     FLAGS.learning_rate_decay_factor = 0.5
-    graph_notes.record_start(10**6, images_seen=10**6)
+    graph_notes.record_images_offset(10**6 - 10**6 * 10**5)
     global_step = tf.placeholder(tf.int32, [])
     rate = cifar10.decayed_learning_rate(global_step, 10**5)
     with tf.Session() as session:
@@ -456,7 +456,7 @@ def test_without_a_change_the_graph_is_the_same_as_for_a_new_run(resumed):
     for is_resumed in (False, resumed):
         with tf.Graph().as_default() as graph:
             if is_resumed:
-                graph_notes.record_start(7, images_seen=7 * 128)
+                graph_notes.record_images_offset(0)
             cifar10.decayed_learning_rate(tf.train.get_or_create_global_step(), 128)
             operations.append(list(graph.as_graph_def().node))
     assert operations[0] == operations[1]

@@ -681,13 +681,6 @@ def test_if_the_trainer_deletes_a_checkpoint_the_newest_one_is_evaluated_instead
     assert evaluated_steps() == [2]
 
 
-def test_an_unreadable_state_file_is_not_mistaken_for_a_folder_without_checkpoints(records):
-    save_checkpoint(FLAGS.checkpoint_dir, 7)
-    (pathlib.Path(FLAGS.checkpoint_dir) / "checkpoint").write_text("garbage")
-    with pytest.raises(UserError, match="the file `checkpoint` in .* is unreadable or names"):
-        cifar10_eval.evaluate()
-
-
 def test_eval_dir_must_differ_from_checkpoint_dir(records):
     save_checkpoint(FLAGS.checkpoint_dir, 7)
     FLAGS.eval_dir = FLAGS.checkpoint_dir + "/../" + pathlib.Path(FLAGS.checkpoint_dir).name
@@ -711,6 +704,23 @@ def test_test_data_that_is_truncated_during_an_evaluation_is_an_error(records, m
     with pytest.raises(DataError, match=message):
         cifar10_eval.evaluate()
     assert evaluated_steps() == []
+
+
+def test_test_data_that_changes_between_two_evaluations_is_an_error(records, monkeypatch):
+    save_checkpoint(FLAGS.checkpoint_dir, 7)
+    test_file = pathlib.Path(cifar10.find_dataset().folder) / "test_batch.bin"
+
+    def change_and_save(seconds):
+        os.utime(test_file)
+        test_file.write_bytes(test_file.read_bytes()[::-1])  # of the same size
+        save_checkpoint(FLAGS.checkpoint_dir, 8)
+
+    clock = types.SimpleNamespace(sleep=change_and_save, monotonic=time.monotonic)
+    monkeypatch.setattr(evaluation, "time", clock)
+    FLAGS.run_once = False
+    with pytest.raises(DataError, match="test_batch.bin was modified after the script started"):
+        cifar10_eval.evaluate()
+    assert evaluated_steps() == [7]
 
 
 def test_evaluations_leave_no_threads_behind(records):

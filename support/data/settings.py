@@ -81,23 +81,6 @@ def find_mismatch(trained, wanted):
     return None
 
 
-def explain_mismatch(checkpoint, trained, wanted, folder_flag):
-    """Returns a sentence that says why a checkpoint cannot be used; an empty string if it can.
-
-    `folder_flag` is the flag that names the checkpoint's folder. For `trained` and `wanted`, see
-    `find_mismatch`.
-    """
-    mismatch = find_mismatch(trained, wanted)
-    if mismatch is None:
-        return ""
-    has, requested = mismatch
-    cure = f"use {has}" if has.startswith("--") else "use the dataset that it was trained on"
-    return (
-        f"{checkpoint} was trained with {has}, not with {requested}; {cure}, or choose another "
-        f"folder with {folder_flag}"
-    )
-
-
 def find_changes(trained, wanted):
     """Returns descriptions of the changed settings with which training can resume: list of strings.
 

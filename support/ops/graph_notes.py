@@ -1,9 +1,9 @@
-"""What a graph tells the training session and, if it resumes a run, its own input and schedule.
+"""What a graph tells the training session, and a resumed run the learning rate schedule.
 
 The model and the input record the learning rate, the tensors that must be finite, and the fill
-level of the training queue. A run records at which step it starts and how many images it has seen
-by then. The learning rate schedule uses that number, so that it continues correctly if the number
-of images per step has changed. Everything is in collections of the graph.
+level of the training queue. A resumed run records how many images it has seen, so that the schedule
+continues correctly if the number of images per step has changed. Everything is in collections of
+the graph.
 """
 
 from support.ops.tensorflow_v1 import tf
@@ -13,32 +13,20 @@ MUST_BE_FINITE = "must_be_finite"
 LEARNING_RATE = "learning_rate"
 QUEUE_LEVEL = "queue_level"
 FINITE_SCOPE = "must_be_finite/"
-_START = "resumed_run"  # the step at which the run starts and, if known, the images seen by then
+_IMAGES_OFFSET = "images_offset"
 
 
-def record_start(step, images_seen):
-    """Records where the run of the default graph starts.
+def record_images_offset(offset):
+    """Records `images_seen - step * examples_per_step`, an int, at the start of a run.
 
-    Args:
-      step: int; the global step.
-      images_seen: int; the number of images that the run has seen by then. None if unknown.
+    It differs from 0 if earlier steps consumed more or fewer images than a step does now.
     """
-    for number in (step, images_seen):
-        if number is not None:
-            tf.add_to_collection(_START, number)
+    tf.add_to_collection(_IMAGES_OFFSET, offset)
 
 
-def images_offset(examples_per_step):
-    """Returns `images_seen - step * examples_per_step` at the start of the run.
-
-    Args:
-      examples_per_step: int; images that one step consumes now, over all towers or workers.
-
-    Returns:
-      int; 0 for a new run, and if it is unknown how many images the run has seen.
-    """
-    step, *images_seen = tf.get_collection(_START) or [0]
-    return images_seen[0] - step * examples_per_step if images_seen else 0
+def images_offset():
+    """Returns the recorded offset, an int; 0 if none is recorded."""
+    return sum(tf.get_collection(_IMAGES_OFFSET))
 
 
 def check_finite(tensor, name=None):

@@ -16,7 +16,7 @@ from google.protobuf.message import DecodeError
 from support.base.errors import CheckpointError, UserError, first_line
 from support.data.settings import (
     TrainingSettings,
-    explain_mismatch,
+    find_mismatch,
     format_settings,
     parse_settings,
 )
@@ -46,8 +46,14 @@ class Checkpoint(NamedTuple):
 
         `folder_flag` is the flag that names the checkpoint's folder.
         """
-        if reason := explain_mismatch(self.path, self.settings, wanted, folder_flag):
-            raise CheckpointError(reason)
+        if (mismatch := find_mismatch(self.settings, wanted)) is None:
+            return
+        has, requested = mismatch
+        cure = f"use {has}" if has.startswith("--") else "use the dataset that it was trained on"
+        raise CheckpointError(
+            f"{self.path} was trained with {has}, not with {requested}; {cure}, or choose another "
+            f"folder with {folder_flag}"
+        )
 
     def check_variables(self, variables, folder_flag="--checkpoint_dir"):
         """Raises CheckpointError unless the checkpoint has all variables with the same shapes.
@@ -81,7 +87,8 @@ def find_latest_checkpoint(path):
     """Returns the path of the newest checkpoint, or None if there is none.
 
     It is the one named in the state file `checkpoint`, which TensorFlow writes. If there is no
-    such file, or it names a missing checkpoint, it is the readable one with the highest step.
+    such file, or it is damaged or names a missing checkpoint, the newest checkpoint is the readable
+    one with the highest step.
 
     Args:
       path: a folder; or a checkpoint, which is then returned itself. For a checkpoint, this may
@@ -89,8 +96,7 @@ def find_latest_checkpoint(path):
     """
     if (single := find_single_checkpoint(path)) is not None:
         return single
-    named = _find_named(path)
-    if named is not None or (_has_state_file(path) and _read_state(path) is None):
+    if (named := _find_named(path)) is not None:
         return named
     readable = _find_readable(path)
     if readable is not None and (reason := _explain_missing_checkpoint(path)):
@@ -106,17 +112,12 @@ def find_single_checkpoint(path):
 
 def _require_checkpoint(path):
     """Returns the path of the newest checkpoint; raises UserError if there is none."""
-    checkpoint = find_latest_checkpoint(path)
-    if checkpoint is not None:
-        return checkpoint
-    if reason := _explain_missing_checkpoint(path):
+    if (checkpoint := find_latest_checkpoint(path)) is None:
         raise UserError(
-            f"{reason}; run cifar10_train.py on this folder; it prints how to repair it"
+            f"there is no checkpoint in {path}; train first, or choose another folder with "
+            "--checkpoint_dir"
         )
-    raise UserError(
-        f"there is no checkpoint in {path}; train first, or choose another folder with "
-        "--checkpoint_dir"
-    )
+    return checkpoint
 
 
 def use_newest(path, use=lambda checkpoint: checkpoint):
@@ -143,6 +144,8 @@ def use_newest(path, use=lambda checkpoint: checkpoint):
 def find_checkpoint_to_resume(train_dir):
     """Returns the newest `Checkpoint` in a training folder, or None if the folder has none.
 
+    If no state file names it yet, the function writes one, so that every script finds it.
+
     Raises:
       UserError: there are checkpoints, but the newest one is unknown or cannot be read.
     """
@@ -150,24 +153,21 @@ def find_checkpoint_to_resume(train_dir):
     if newest is None:
         return None
     try:
-        step, shapes = _read_variables(newest)
+        return read(newest)
     except CheckpointError as error:
         readable = _find_readable(train_dir)
-        if readable is None:
+        if readable in (None, newest):
             raise
         raise UserError(
             f"{error}; remove the file `{_STATE_FILE}` in that folder to resume from {readable}"
         ) from error
-    return Checkpoint(newest, step, _read_settings(newest), shapes)
 
 
 def _find_unnamed(train_dir):
-    """Returns the first checkpoint of a run, which no state file names yet; None without any.
-
-    The function writes that file, so that every script finds the checkpoint.
+    """Returns the readable checkpoint with the highest step, and writes a state file; or None.
 
     Raises:
-      UserError: it is unknown which checkpoint is the newest.
+      UserError: there are checkpoints, but it is unknown which of them is the newest.
     """
     if not _list_checkpoints(train_dir):
         return None
@@ -384,19 +384,22 @@ def save(session, saver, folder, step, max_to_keep):
     previous = [saved for saved in _list_saved(folder) if saved != name]
     saved = [*previous, name]
     try:
+        _remove_unfinished(folder)
         _remove(path)  # left from before training resumed from an earlier step
         with session.graph.as_default():
             saver.export_meta_graph(f"{path}.meta")
         saver.save(session, path, write_meta_graph=False, write_state=False)
-        # After a kill, the next save deletes those that are still listed.
         _write_state(folder, saved)
         for old in saved[:-max_to_keep]:
             _remove_old(os.path.join(folder, old))
-        _write_state(folder, saved[-max_to_keep:])
+        # The next save deletes what is still listed, because of a kill or an error.
+        _write_state(folder, _list_saved(folder))
     # The Saver raises ValueError if the folder is gone.
     except (tf.errors.OpError, OSError, ValueError) as error:
         with contextlib.suppress(OSError):  # the folder may have become read-only
-            _remove_unfinished(folder, path)
+            _remove_unfinished(folder)
+            if not _exists(path):
+                _remove(path)
         cure = " to resume from the previous checkpoint" if previous else ""
         raise UserError(
             f"cannot save a checkpoint in {folder}: {first_line(error)}; free some space and run "
@@ -438,12 +441,8 @@ def _remove_old(checkpoint):
         tf.logging.warning("An old checkpoint cannot be deleted: %s", error)
 
 
-def _remove_unfinished(folder, checkpoint):
-    """Deletes what failed saves have left in a folder: it would fill the disk."""
-    if not os.path.isdir(folder):
-        return
+def _remove_unfinished(folder):
+    """Deletes what failed or killed saves have left in a folder: it would fill the disk."""
     for name in os.listdir(folder):
         if re.fullmatch(r"model\.ckpt-.*\.(.*tempstate|meta\.tmp).*|checkpoint\.tmp.*", name):
             os.remove(os.path.join(folder, name))
-    if not _exists(checkpoint):
-        _remove(checkpoint)

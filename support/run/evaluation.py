@@ -25,8 +25,8 @@ def use_new_checkpoints(folder, use, interval_secs, last_step=None, check_traine
 
     Args:
       folder: path of the folder with the checkpoints.
-      use: function of a `checkpoints.Checkpoint`; raises CheckpointError if it cannot use it. Only
-        checkpoints of increasing steps are passed to it.
+      use: function of a `checkpoints.Checkpoint`; raises CheckpointError if it cannot use it. No
+        checkpoint of an earlier step than the last one is passed to it.
       interval_secs: int; the minimum number of seconds between the starts of two calls.
       last_step: int; return after a checkpoint of this step or a later one. Never if None.
       check_trainer: called while waiting; raises UserError if there will be no new checkpoint.

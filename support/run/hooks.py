@@ -174,6 +174,8 @@ class CheckpointHook(tf.train.SessionRunHook):
             if math.isfinite(value):
                 continue
             name = variable.op.name
+            if self._saved_step is None:
+                raise UserError(f"{name} is not finite at the start; check its initial value")
             if not self._progress.has_trained:
                 raise UserError(
                     f"{name} is not finite in the checkpoint of step {step}; choose another folder "

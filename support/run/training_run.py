@@ -156,20 +156,23 @@ class TrainingRun:
         """
         seed = secrets.randbelow(2**31) if seed is None else seed
         self._seed = (seed + self._worker.index) % 2**31
-        step, images_seen = self._find_start()
+        step, images_offset = self._find_start()
         with tf.Graph().as_default() as graph, tf.device(self._worker.device_setter()):
             tf.set_random_seed(_mix(self._seed, step))
-            graph_notes.record_start(step, images_seen)
+            graph_notes.record_images_offset(images_offset)
             yield graph
 
     def _find_start(self):
-        """Returns the step at which the run starts, and the images seen by then or None."""
-        if not self._worker.is_chief:  # it continues where the parameter servers are
-            return self._worker.read_global_step(), None
+        """Returns the step at which the run starts, and the offset for `graph_notes`."""
+        if not self._worker.is_chief:  # the schedule of the chief applies to all workers
+            return self._worker.read_global_step(), 0
         if self._checkpoint is None:
             return 0, 0
         step, settings = self._checkpoint.step, self._checkpoint.settings
-        return step, settings and settings.images_seen(step)
+        images_seen = settings and settings.images_seen(step)
+        if images_seen is None:  # unknown
+            return step, 0
+        return step, images_seen - step * self._settings.examples_per_step
 
     @contextlib.contextmanager
     def session(self, loss, hooks=()):
@@ -216,7 +219,10 @@ class TrainingRun:
         `stack` is the `ExitStack` that closes the files.
         """
         train_dir, examples_per_step = self._options.train_dir, self._settings.examples_per_step
-        offset = graph_notes.images_offset(examples_per_step)
+        if self._checkpoint is not None:
+            variables = checkpoints.find_variables(use_moving_averages=False)
+            self._checkpoint.check_variables(variables, "--train_dir")
+        offset = graph_notes.images_offset()
         checkpoints.record_settings(self._settings._replace(examples_offset=offset))
         self._record_start()
         writer = stack.enter_context(summaries.Writer(train_dir, "--train_dir"))
@@ -238,9 +244,6 @@ class TrainingRun:
                 scaffold = tf.train.Scaffold(init_op=tf.no_op())
             else:
                 scaffold = tf.train.Scaffold(saver=saver)
-            if newest is not None:
-                variables = {v.op.name: v for v in tf.global_variables()}
-                newest.check_variables(variables, "--train_dir")
             # Unlike MonitoredTrainingSession, it does not retry a lost connection forever, and it
             # runs the hooks in the given order.
             return tf.train.SingularMonitoredSession(
@@ -345,7 +348,7 @@ def _usable(train_dir):
     try:
         os.makedirs(train_dir, exist_ok=True)
         yield
-    except OSError as error:
+    except (OSError, tf.errors.OpError) as error:
         raise UserError(f"cannot use --train_dir={train_dir}: {first_line(error)}") from error
 
 

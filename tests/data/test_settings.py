@@ -6,7 +6,6 @@ import pytest
 
 from support.data.settings import (
     TrainingSettings,
-    explain_mismatch,
     find_changes,
     find_mismatch,
     format_settings,
@@ -66,21 +65,6 @@ def test_settings_give_the_number_of_images_seen_at_a_step():
 )
 def test_a_mismatch_is_described_with_both_values(trained, expected):
     assert find_mismatch(trained, OWN) == expected
-
-
-def test_the_explanation_of_a_mismatch_names_the_checkpoint_and_the_cure():
-    def explain(trained):
-        return explain_mismatch("model.ckpt-3", trained, OWN, "--train_dir")
-
-    assert explain(OWN) == explain(None) == ""
-    assert explain(OWN._replace(crop_size=24)) == (
-        "model.ckpt-3 was trained with --crop_size=24, not with --crop_size=32; use "
-        "--crop_size=24, or choose another folder with --train_dir"
-    )
-    assert explain(OWN._replace(class_names=("dog", "cat", "cow"))) == (
-        "model.ckpt-3 was trained with 3 classes (dog, cat, cow), not with 2 classes (cat, hot "
-        "dog); use the dataset that it was trained on, or choose another folder with --train_dir"
-    )
 
 
 @pytest.mark.parametrize(

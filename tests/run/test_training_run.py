@@ -476,6 +476,8 @@ def test_a_checkpoint_of_another_model_is_refused_with_the_variables_that_differ
         ):
             run(count_step(), tmp_path, max_steps=4)
     assert saved_step(tmp_path) == 2
+    assert len(json.loads((tmp_path / "run.json").read_text())) == 1
+    assert len(list(tmp_path.glob("events*"))) == 1
 
 
 @pytest.mark.parametrize(
@@ -714,6 +716,14 @@ def test_a_variable_that_is_not_finite_is_not_saved(tmp_path):
     ):
         run(train_op, tmp_path, max_steps=9, save_checkpoint_steps=1)
     assert saved_step(tmp_path) == 1  # float32 can hold 2e38
+
+
+def test_an_initial_value_that_is_not_finite_is_not_saved(tmp_path):
+    tf.get_variable("layer/statistics", initializer=[math.nan])
+    message = "^layer/statistics is not finite at the start; check its initial value$"
+    with pytest.raises(UserError, match=message):
+        run(count_step(), tmp_path, max_steps=9)
+    assert not saved_steps(tmp_path)
 
 
 def test_training_does_not_resume_from_a_checkpoint_that_is_not_finite(tmp_path):
