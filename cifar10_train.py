@@ -16,7 +16,7 @@ from absl import flags
 import cifar10
 from support.base import command_line, options
 from support.base.worker import ALONE
-from support.cluster import server, task, training
+from support.cluster import launch, server, task
 from support.ops.tensorflow_v1 import (
     session_config,
     tf,
@@ -62,21 +62,21 @@ def train_in_cluster(this_task):
     config = session_config(FLAGS.use_fp16)
     timeout = FLAGS.cluster_timeout_secs
     if this_task.type == "ps":
-        training.serve_parameters(this_task, config, timeout)
+        launch.serve_parameters(this_task, config, timeout)
     elif this_task.type == "evaluator":
         import cifar10_eval
 
         if not FLAGS["checkpoint_dir"].present:
             FLAGS.checkpoint_dir = FLAGS.train_dir
         cifar10.maybe_download_and_extract()
-        cifar10_eval.evaluate(FLAGS.max_steps, training.make_chief_check(this_task, timeout))
+        cifar10_eval.evaluate(FLAGS.max_steps, server.make_chief_check(this_task, timeout))
     else:
         this_server = server.start_server(this_task, config, timeout)
         cifar10.maybe_download_and_extract()
         settings = cifar10.training_settings(
             examples_per_step=FLAGS.batch_size * len(this_task.workers)
         )
-        training.run_worker(this_task, this_server, train, settings, timeout, FLAGS.shard_data)
+        launch.run_worker(this_task, this_server, train, settings, timeout, FLAGS.shard_data)
 
 
 def main(argv=None):

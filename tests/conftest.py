@@ -5,10 +5,12 @@ import os
 import pathlib
 import re
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
 import threading
+import types
 
 import numpy as np
 import numpy_model
@@ -171,6 +173,21 @@ def save_checkpoint(checkpoint_dir, step, settings=None):
         return tf.train.Saver().save(session, str(checkpoint_dir / "model.ckpt"), step)
 
 
+def free_addresses(count):
+    """Returns loopback addresses whose ports are free."""
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [f"127.0.0.1:{one.getsockname()[1]}" for one in sockets]
+
+
+def listen(address):
+    """Returns a socket that listens at an address, like the server of a task of a cluster."""
+    host, _, port = address.rpartition(":")
+    return socket.create_server((host, int(port)))
+
+
 def script_environment():
     """Returns the environment for scripts: no GPU, and nothing that the user or a test has set."""
     settings = ("TF_CONFIG", "TF_CPP_MIN_LOG_LEVEL")  # importing TensorFlow sets the second one
@@ -292,6 +309,25 @@ def running_file(path, *arguments):
 def messages(stderr):
     """Returns the lines of a script's stderr, without TensorFlow's own start-up notices."""
     return [line for line in stderr.splitlines() if not START_UP_NOTICES.fullmatch(line)]
+
+
+@pytest.fixture
+def set_time(monkeypatch):
+    """A function that sets the time in seconds, 0 at first, for the timeouts of a cluster.
+
+    Sleeping takes no time, but sets the time as well.
+    """
+    from support.cluster import server
+
+    clock = types.SimpleNamespace(now=0.0)
+
+    def set_time(seconds):
+        clock.now = seconds
+
+    clock.monotonic = lambda: clock.now
+    clock.sleep = lambda seconds: set_time(clock.now + seconds)
+    monkeypatch.setattr(server, "time", clock)
+    return set_time
 
 
 @pytest.fixture(autouse=True)

@@ -13,6 +13,32 @@ POLL_INTERVAL = 0.3  # seconds between two attempts to reach the other tasks
 NOTICE_DELAY = 5.0  # seconds to wait for other tasks before a message names them
 
 
+class Wait:
+    """A wait for something that is missing: one notice after a delay, an error after a timeout.
+
+    Args:
+      timeout: seconds.
+      notice_delay: seconds.
+    """
+
+    def __init__(self, timeout, notice_delay=NOTICE_DELAY):
+        self._timeout, self._notice_delay = timeout, notice_delay
+        self._start, self._is_announced = time.monotonic(), False
+
+    @property
+    def seconds(self):
+        """How long the wait has been so far."""
+        return time.monotonic() - self._start
+
+    def check(self, notice, error):
+        """Prints the notice on stderr, or raises UserError, if it is time. Call it repeatedly."""
+        if self.seconds >= self._timeout:
+            raise UserError(error)
+        if self.seconds >= self._notice_delay and not self._is_announced:
+            print(notice, file=sys.stderr, flush=True)
+            self._is_announced = True
+
+
 def start_server(task, config, timeout=0):
     """Starts the server of this task, once its host name can be resolved.
 
@@ -51,39 +77,24 @@ def start_server(task, config, timeout=0):
 
 
 def _resolve(address, timeout):
-    """Returns what `getaddrinfo` finds for `host:port`.
-
-    A host name may be unknown at first: the record of a new pod appears in DNS some time after the
-    pod starts.
-    """
-    start, is_announced = time.monotonic(), False
+    """Returns what `getaddrinfo` finds for `host:port`, which DNS may not know yet in a new pod."""
+    wait = Wait(timeout)
     while True:
         try:
             return socket.getaddrinfo(*split_address(address), type=socket.SOCK_STREAM)
         except OSError as error:
-            waited = time.monotonic() - start
-            if waited >= timeout:
-                raise UserError(
-                    f"cannot resolve {address} from TF_CONFIG: {error}; correct the address, or "
-                    "wait longer with --cluster_timeout_secs"
-                ) from error
-        if waited >= NOTICE_DELAY and not is_announced:
-            notice = f"Waiting until the host name of {address} can be resolved"
-            print(notice, file=sys.stderr, flush=True)
-            is_announced = True
+            wait.check(
+                f"Waiting until the host name of {address} can be resolved",
+                f"cannot resolve {address} from TF_CONFIG: {error}; correct the address, or wait "
+                "longer with --cluster_timeout_secs",
+            )
         time.sleep(POLL_INTERVAL)
 
 
 def _check_own_address(address, found):
-    """Raises UserError unless `host:port` is a free port of this machine that others can reach.
-
-    TensorFlow would accept an address of another machine, and would print several lines about a
-    port in use.
-
-    Args:
-      address: string.
-      found: what `getaddrinfo` finds for it.
-    """
+    """Raises UserError unless the address is a free port of this machine that others can reach."""
+    # TensorFlow would accept an address of another machine, and would print several lines about a
+    # port in use.
     is_own = False
     for family, kind, _, _, socket_address in found:
         if socket_address[0] in ("0.0.0.0", "::"):
@@ -120,6 +131,37 @@ def is_reachable(address):
     return True
 
 
+def find_missing(task, peers):
+    """Returns those of the tasks, given as (type, index), that do not respond: list."""
+    return [peer for peer in peers if not is_reachable(task.address_of(peer))]
+
+
+def _make_check(task, peers, timeout):
+    """Returns a function that returns whether tasks respond, reports it, and may give up."""
+    wait = Wait(timeout)
+
+    def check():
+        nonlocal wait
+        if missing := find_missing(task, peers):
+            names = task.describe(*missing)
+            wait.check(f"Waiting for {names}", explain_timeout(names, timeout))
+        else:
+            wait = Wait(timeout)
+        return not missing
+
+    return check
+
+
+def make_chief_check(task, timeout):
+    """Returns a function to call repeatedly while this task waits for the chief.
+
+    The function reports on stderr that the chief is missing, and raises UserError when that has
+    lasted for `timeout` seconds. It does nothing in a cluster without parameter servers, whose only
+    worker has no server that could respond.
+    """
+    return _make_check(task, task.workers[:1] if task.parameter_servers else [], timeout)
+
+
 def wait_for_peers(task, peers, timeout):
     """Waits until the servers of other tasks accept connections.
 
@@ -131,17 +173,14 @@ def wait_for_peers(task, peers, timeout):
     Raises:
       UserError: some servers did not respond in time. The message lists them.
     """
-    start, is_announced = time.monotonic(), False
-    missing = peers
-    while missing := [peer for peer in missing if not is_reachable(task.address_of(peer))]:
-        names = ", ".join(task.describe(peer) for peer in missing)
-        waited = time.monotonic() - start
-        if waited >= timeout:
-            raise UserError(
-                f"no response from {names} for {timeout} s (--cluster_timeout_secs); start the "
-                "missing tasks, or correct their addresses in TF_CONFIG"
-            )
-        if waited >= NOTICE_DELAY and not is_announced:
-            print(f"Waiting for {names}", file=sys.stderr, flush=True)
-            is_announced = True
+    check = _make_check(task, peers, timeout)
+    while not check():
         time.sleep(POLL_INTERVAL)
+
+
+def explain_timeout(names, timeout):
+    """Returns the error message for tasks that have been missing for too long."""
+    return (
+        f"no response from {names} for {timeout} s (--cluster_timeout_secs); start the missing "
+        "tasks, or correct their addresses in TF_CONFIG"
+    )

@@ -38,11 +38,6 @@ class Task(NamedTuple):
         return [("ps", index) for index in range(len(self.cluster.get("ps", [])))]
 
     @property
-    def worker_index(self):
-        """The number of this task among the tasks that train; the chief is 0."""
-        return self.workers.index((self.type, self.index))
-
-    @property
     def is_chief(self):
         """Whether this task restores and saves checkpoints."""
         return (self.type, self.index) == self.workers[0]
@@ -56,9 +51,11 @@ class Task(NamedTuple):
         """Returns the address of a task given as (type, index)."""
         return self.cluster[peer[0]][peer[1]]
 
-    def describe(self, peer):
-        """Returns the name and the address of a task given as (type, index), for messages."""
-        return f"{peer[0]} {peer[1]} ({self.address_of(peer)})"
+    def describe(self, *peers):
+        """Returns the names and addresses of tasks given as (type, index), for messages."""
+        return ", ".join(
+            f"{type_} {index} ({self.address_of((type_, index))})" for type_, index in peers
+        )
 
 
 def find_task():

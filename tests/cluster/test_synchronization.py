@@ -1,14 +1,22 @@
 """The synchronized step and the chief's status, between servers in this process."""
 
-import contextlib
-import socket
 import threading
+import time
 import types
 
 import pytest
+from conftest import free_addresses
 
 from support.cluster.server import start_server
-from support.cluster.synchronization import ChiefStatus, SynchronizationHook, SynchronizedStep
+from support.cluster.synchronization import (
+    DONE,
+    FAILED,
+    READY,
+    SETTINGS,
+    STATE,
+    ChiefStatus,
+    SynchronizedStep,
+)
 from support.cluster.task import Task
 from support.ops.tensorflow_v1 import session_config, tf
 
@@ -21,13 +29,8 @@ def running_servers():
 
     Servers cannot be stopped, and each starts dozens of threads: all tests share these three.
     """
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(3)]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        addresses = [f"127.0.0.1:{one.getsockname()[1]}" for one in sockets]
     types_ = ("ps", "chief", "worker")
-    cluster = {type_: [address] for type_, address in zip(types_, addresses, strict=True)}
+    cluster = {type_: [address] for type_, address in zip(types_, free_addresses(3), strict=True)}
     tasks = [Task(cluster, type_, 0) for type_ in types_]
     running = [start_server(task, session_config()) for task in tasks]
     return {task.type: (task, server.target) for task, server in zip(tasks, running, strict=True)}
@@ -50,27 +53,25 @@ def statuses(servers):
     return {type_: ChiefStatus(task, target, 0) for type_, (task, target) in servers.items()}
 
 
-def test_all_tasks_see_the_states_that_the_chief_sets(statuses):
-    assert not statuses["worker"].has(ChiefStatus.READY)
-    statuses["chief"].set(ChiefStatus.READY)
-    for status in statuses.values():
-        assert status.has(ChiefStatus.READY)
-        assert not status.has(ChiefStatus.STARTED)
-        assert not status.has(ChiefStatus.DONE)
-        assert not status.has(ChiefStatus.FAILED)
+@pytest.mark.parametrize("end", [DONE, FAILED])
+def test_all_tasks_see_the_state_that_the_chief_sets(statuses, end):
+    assert [status.read(STATE) for status in statuses.values()] == [""] * 3
+    statuses["chief"].write(STATE, READY)
+    assert [status.read(STATE) for status in statuses.values()] == [READY] * 3
+    statuses["chief"].end(end)
+    assert [status.read(STATE, timeout=60) for status in statuses.values()] == [end] * 3
 
 
-def test_states_outlive_the_chief_that_set_them(servers, statuses):
-    statuses["chief"].set(ChiefStatus.STARTED)
+def test_the_state_outlives_the_chief_that_set_it(servers, statuses):
+    statuses["chief"].write(STATE, READY)
     del statuses["chief"]
-    assert ChiefStatus(*servers["chief"], 0).has(ChiefStatus.STARTED)
+    assert ChiefStatus(*servers["chief"], 0).read(STATE) == READY
 
 
 def test_workers_read_the_settings_of_the_chief(statuses):
-    statuses["chief"].write_settings('{"class_names": ["ä", "日本"]}')
-    assert statuses["worker"].read_settings() == '{"class_names": ["ä", "日本"]}'
-    statuses["chief"].write_settings("another")
-    assert statuses["worker"].read_settings() == "another"
+    statuses["chief"].write(SETTINGS, '{"class_names": ["ä", "日本"]}')
+    statuses["chief"].write(STATE, READY)
+    assert statuses["worker"].read(SETTINGS) == '{"class_names": ["ä", "日本"]}'
 
 
 # --- The synchronized step.
@@ -96,27 +97,33 @@ class Workers:
 
     def __init__(self, servers, gradients):
         self.status = ChiefStatus(*servers["chief"], 0)
-        self.sessions, self.steps, self._hooks, self._variables = [], [], [], []
-        self._coordinators, self._gradients = [], []
-        self._servers = servers
-        self._add("chief", gradients[0])
-        self._add("worker", gradients[1])
+        self.sessions, self.steps, self._variables = [], [], []
+        self._coordinator = tf.train.Coordinator()
+        for type_, gradient in zip(("chief", "worker"), gradients, strict=True):
+            self._add(*servers[type_], gradient)
 
-    def _add(self, type_, default_gradient):
-        task, target = self._servers[type_]
+    def _add(self, task, target, gradient):
         setter = tf.train.replica_device_setter(cluster=task.cluster, worker_device=task.device)
         with tf.Graph().as_default() as graph, tf.device(setter):
             x = tf.get_variable("x", initializer=0.0)
             global_step = tf.train.get_or_create_global_step()
             averages = tf.train.ExponentialMovingAverage(0.5)
-            gradient = tf.placeholder_with_default(default_gradient, [])
 
             def apply_gradients(gradients):
                 optimizer = tf.train.GradientDescentOptimizer(LEARNING_RATE)
                 with tf.control_dependencies([optimizer.apply_gradients(gradients, global_step)]):
                     return averages.apply([x])
 
-            step = SynchronizedStep([(gradient, x)], global_step, apply_gradients, 2)
+            def on_ready():
+                self.status.write(STATE, READY)
+
+            step = SynchronizedStep(
+                [(tf.constant(gradient), x)],
+                global_step,
+                apply_gradients,
+                2,
+                on_ready if task.is_chief else None,
+            )
             self._variables.append([x, averages.average(x), global_step])
             initialize = tf.global_variables_initializer()
             initialize_local = tf.local_variables_initializer()
@@ -127,45 +134,24 @@ class Workers:
         session.run(initialize_local)
         self.sessions.append(session)
         self.steps.append(step)
-        self._gradients.append(gradient)
-        self._hooks.append(SynchronizationHook(step, self.status, task.is_chief))
 
-    def start(self):
-        """Does what happens when the sessions start; returns the coordinator of their threads."""
-        coordinator = tf.train.Coordinator()
-        self._coordinators.append(coordinator)
-        for hook, session in zip(self._hooks, self.sessions, strict=True):
-            hook.after_create_session(session, coordinator)
-        return coordinator
-
-    def restart_chief(self, gradient):
-        """Ends the chief and starts another one, with the variables of step 0."""
-        self._coordinators[-1].request_stop()
-        self.sessions[0].close()
-        for parts in (self.sessions, self.steps, self._gradients, self._hooks, self._variables):
-            del parts[0]
-        self._add("chief", gradient)
-        for parts in (self.sessions, self.steps, self._gradients, self._hooks, self._variables):
-            parts.insert(0, parts.pop())
-        self._coordinators.append(tf.train.Coordinator())
-        self._hooks[0].after_create_session(self.sessions[0], self._coordinators[-1])
+    def start(self, global_step=0):
+        """Does what happens when the sessions start."""
+        self._variables[0][-1].load(global_step, self.sessions[0])
+        for step, session in zip(self.steps, self.sessions, strict=True):
+            step.after_create_session(session, self._coordinator)
 
     def read_step(self, worker):
         """Does what happens before a step."""
-        self._hooks[worker].before_run(types.SimpleNamespace(session=self.sessions[worker]))
+        self.steps[worker].before_run(types.SimpleNamespace(session=self.sessions[worker]))
 
-    def run_step(self, worker, gradient=None):
+    def run_step(self, worker):
         self.read_step(worker)
-        self.apply_gradient(worker, gradient)
+        self.sessions[worker].run(self.steps[worker].train_op)
 
-    def apply_gradient(self, worker, gradient=None):
-        """Runs the step itself, with another gradient than usual if given."""
-        feeds = {} if gradient is None else {self._gradients[worker]: gradient}
-        self.sessions[worker].run(self.steps[worker].train_op, feeds)
-
-    def start_step(self, worker, gradient=None):
+    def start_step(self, worker):
         """Runs a step in a thread, which it returns."""
-        thread = threading.Thread(target=self.run_step, args=(worker, gradient), daemon=True)
+        thread = threading.Thread(target=self.run_step, args=(worker,), daemon=True)
         thread.start()
         return thread
 
@@ -179,9 +165,14 @@ class Workers:
         x, average, step = self.sessions[0].run(self._variables[0])
         return float(x), float(average), int(step)
 
+    def wait_for_step(self, step):
+        end = time.monotonic() + 30
+        while self.read()[2] < step:
+            assert time.monotonic() < end
+            time.sleep(0.05)
+
     def close(self):
-        for coordinator in self._coordinators:
-            coordinator.request_stop()
+        self._coordinator.request_stop()
         for session in self.sessions:
             session.close()
 
@@ -193,10 +184,11 @@ def workers(servers):
     workers.close()
 
 
-def test_a_step_applies_the_mean_of_all_gradients_once(workers):
-    workers.start()
+@pytest.mark.parametrize("start", [0, 100])  # a new run, or one that is resumed
+def test_a_step_applies_the_mean_of_all_gradients_once(workers, start):
+    workers.start(global_step=start)
     x = average = 0.0
-    for step in range(1, 6):
+    for step in range(start + 1, start + 6):
         workers.run_steps(0, 1)
         x -= LEARNING_RATE * 2.0
         average = (average + x) / 2
@@ -205,10 +197,9 @@ def test_a_step_applies_the_mean_of_all_gradients_once(workers):
 
 
 def test_the_chief_is_ready_once_its_session_has_started(workers):
-    assert not workers.status.has(ChiefStatus.READY)
+    assert workers.status.read(STATE) == ""
     workers.start()
-    assert workers.status.has(ChiefStatus.STARTED)
-    assert workers.status.has(ChiefStatus.READY)
+    assert workers.status.read(STATE) == READY
 
 
 @pytest.mark.parametrize(("first", "second"), [(0, 1), (1, 0)])
@@ -237,48 +228,21 @@ def test_surplus_tokens_cost_one_gradient_each_and_block_nobody(workers):
     assert -0.3 * step <= x <= -0.1 * step
 
 
-def test_a_restarted_chief_releases_workers_that_wait_for_the_first_one(workers):
-    coordinator = workers.start()
-    waiting = workers.start_step(1)
-    assert waits(waiting)
-    coordinator.request_stop()  # the first chief makes no further updates
-    workers.start()
-    assert ends(waiting)
-    for _ in range(4):
-        workers.run_steps(0, 1)
-    assert workers.read()[2] >= 3
+def test_a_gradient_of_an_earlier_step_is_dropped(workers):
+    workers.start(global_step=100)
+    workers.sessions[0].run(workers.steps[0].add_tokens_op)  # two: the chief need not wait
+    workers.read_step(1)
+    workers.run_step(0)
+    workers.run_step(0)
+    workers.wait_for_step(101)  # with two gradients of the chief
+    workers.sessions[1].run(workers.steps[1].train_op)  # still at step 100
+    workers.run_steps(0, 1)
+    workers.wait_for_step(102)
+    assert workers.read()[0] == pytest.approx(-LEARNING_RATE * (1.0 + 2.0), abs=1e-6)
 
 
-def test_a_restarted_chief_drops_the_gradients_that_the_first_one_has_left(workers):
-    workers.start()
-    for _ in range(3):
-        workers.run_steps(0, 1)
-    waiting = workers.start_step(1, gradient=1000.0)
-    assert waits(waiting)
-    workers.restart_chief(1.0)
-    assert ends(waiting)
-    for _ in range(4):
-        workers.run_steps(0, 1)
-    x, _, step = workers.read()
-    assert 2 <= step <= 4
-    assert -0.3 * step <= x <= -0.1 * step
-
-
-def test_a_restarted_chief_drops_gradients_that_are_still_being_computed(workers):
-    workers.start()
-    for _ in range(3):
-        workers.run_steps(0, 1)
-    workers.read_step(1)  # at step 3, after which a worker computes its gradient
-    workers.restart_chief(1.0)
-    workers.apply_gradient(1, 1000.0)
-    for _ in range(4):
-        workers.run_steps(0, 1)
-    x, _, step = workers.read()
-    assert 2 <= step <= 4
-    assert -0.3 * step <= x <= -0.1 * step
-
-
-def test_the_chief_can_end_steps_that_wait_for_its_updates(workers):
+@pytest.mark.parametrize("end", [DONE, FAILED])
+def test_the_end_of_the_chief_ends_steps_that_wait_for_its_updates(workers, end):
     workers.start()
     errors = []
 
@@ -291,34 +255,7 @@ def test_the_chief_can_end_steps_that_wait_for_its_updates(workers):
     waiting = threading.Thread(target=run_step, daemon=True)
     waiting.start()
     assert waits(waiting)
-    workers.status.end_steps()
+    workers.status.end(end)
     assert ends(waiting)
     run_step()  # a later step ends as well
     assert len(errors) == 2
-
-
-def test_a_sparse_gradient_can_be_synchronized(servers):
-    task, target = servers["chief"]
-    setter = tf.train.replica_device_setter(cluster=task.cluster, worker_device=task.device)
-    with tf.Graph().as_default() as graph, tf.device(setter):
-        x = tf.get_variable("x", initializer=[1.0, 2.0, 3.0])
-        global_step = tf.train.get_or_create_global_step()
-        optimizer = tf.train.GradientDescentOptimizer(LEARNING_RATE)
-        gradients = optimizer.compute_gradients(tf.gather(x, [1]))
-        assert isinstance(gradients[0][0], tf.IndexedSlices)
-
-        def apply_gradients(gradients):
-            return optimizer.apply_gradients(gradients, global_step)
-
-        step = SynchronizedStep(gradients, global_step, apply_gradients, 1)
-        initialize = [tf.global_variables_initializer(), tf.local_variables_initializer()]
-    with tf.Session(target, graph, tf.ConfigProto(device_filters=["/job:ps", task.device])) as sess:
-        sess.run(initialize)
-        step.start(sess, is_restart=False)
-        sess.run(step.add_tokens_op)
-        sess.run(step.read_step_op)
-        sess.run(step.train_op)
-        step.start(sess, is_restart=True)  # drops the gradient
-        sess.run(step.read_step_op)
-        sess.run([step.train_op, step.update_op])
-        assert sess.run(x).tolist() == pytest.approx([1.0, 2.0 - LEARNING_RATE, 3.0])

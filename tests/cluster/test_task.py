@@ -68,10 +68,8 @@ def test_master_is_another_name_of_the_chief(set_tf_config, job, type_):
     set_tf_config(config(cluster, type_))
     task = find_task()
     assert task.is_chief
-    assert (task.type, task.cluster) == (
-        "chief",
-        {"ps": ["a:1"], "chief": ["b:1"], "worker": ["c:1"]},
-    )
+    assert task.type == "chief"
+    assert task.cluster == {"ps": ["a:1"], "chief": ["b:1"], "worker": ["c:1"]}
     set_tf_config(config(cluster, "worker"))
     assert find_task().workers == [("chief", 0), ("worker", 0)]
 
@@ -93,21 +91,25 @@ def test_a_task_lists_all_tasks_of_its_cluster(set_tf_config, index):
     assert (task.type, task.index, task.cluster) == ("worker", 1, CLUSTER)
     assert task.workers == [("chief", 0), ("worker", 0), ("worker", 1)]
     assert task.parameter_servers == [("ps", 0)]
-    assert task.worker_index == 2
     assert task.device == "/job:worker/task:1"
     assert task.address_of(("chief", 0)) == "b:1"
     assert task.describe(("worker", 1)) == "worker 1 (d:1)"
 
 
-@pytest.mark.parametrize(("type_", "is_chief"), [("chief", True), ("worker", False)])
-def test_the_task_chief_is_the_chief(set_tf_config, type_, is_chief):
-    set_tf_config(config(type_=type_))
-    assert find_task().is_chief is is_chief
+WITHOUT_CHIEF = {"ps": ["a:1"], "worker": ["c:1", "d:1"]}  # worker 0 is the chief
 
 
-@pytest.mark.parametrize(("index", "is_chief"), [(0, True), (1, False)])
-def test_worker_0_is_the_chief_of_a_cluster_without_a_chief(set_tf_config, index, is_chief):
-    set_tf_config(config({"ps": ["a:1"], "worker": ["c:1", "d:1"]}, index=index))
+@pytest.mark.parametrize(
+    ("cluster", "type_", "index", "is_chief"),
+    [
+        (CLUSTER, "chief", 0, True),
+        (CLUSTER, "worker", 0, False),
+        (WITHOUT_CHIEF, "worker", 0, True),
+        (WITHOUT_CHIEF, "worker", 1, False),
+    ],
+)
+def test_the_task_chief_or_worker_0_is_the_chief(set_tf_config, cluster, type_, index, is_chief):
+    set_tf_config(config(cluster, type_, index))
     assert find_task().is_chief is is_chief
 
 
@@ -137,10 +139,7 @@ def test_an_evaluator_need_not_be_listed_in_the_cluster(set_tf_config, cluster):
         (config({**CLUSTER, "ps": [None]}), "is malformed: None is not an address"),
         (config({**CLUSTER, "ps": {"1": "a:1"}}), "lists only some tasks of the job `ps`"),
         (config({**CLUSTER, "worker": {"x": "a:1"}}), "lists only some tasks of the job `worker`"),
-        (
-            config({**CLUSTER, "master": ["e:1"]}),
-            "has a job `chief` and a job `master`",
-        ),
+        (config({**CLUSTER, "master": ["e:1"]}), "has a job `chief` and a job `master`"),
         (config(index="first"), "is malformed: the `index` of the task is 'first'"),
         (config(index=0.5), "is malformed: the `index` of the task is 0.5"),
         (config({}, "ps"), "this is ps 0, but the job `ps` has 0 tasks"),
@@ -178,21 +177,10 @@ def test_an_address_is_split_into_host_and_port(address, parts):
     assert split_address(address) == parts
 
 
-@pytest.mark.parametrize(
-    "address",
-    [
-        "host",
-        "host:",
-        ":2222",
-        "host:port",
-        "host:-1",
-        "host:²",
-        "a..b:1",
-        "grpc://a:1",
-        "a b:1",
-        7,
-    ],
-)
+MALFORMED = ["host", "host:", ":2222", "host:port", "host:-1", "host:²", "a..b:1", "grpc://a:1"]
+
+
+@pytest.mark.parametrize("address", [*MALFORMED, "a b:1", 7])
 def test_a_malformed_address_is_refused(address):
     with pytest.raises(ValueError, match="is not an address of the form host:port"):
         split_address(address)
