@@ -129,12 +129,12 @@ def evaluate(last_step=None, check_trainer=lambda: None):
         logits = cifar10.inference(images)
         outputs = evaluation.make_outputs(images, labels, logits)
         top_k_op = tf.equal(outputs["predictions"], labels)
-        variables = checkpoints.find_variables(FLAGS.use_moving_averages)
-        saver = tf.train.Saver(variables)
         # Without the sparsity of the layers, which training already shows.
         _, summary_op = summaries.merge_collected()
         with summaries.Writer(FLAGS.eval_dir, "--eval_dir") as writer:
             writer.add_graph(graph)
+            variables = checkpoints.find_variables(FLAGS.use_moving_averages)
+            saver = tf.train.Saver(variables)
 
             def evaluate_one(checkpoint):
                 detector.check()

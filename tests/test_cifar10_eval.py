@@ -211,6 +211,31 @@ def test_summaries_have_exactly_these_tags(records):
     }
 
 
+def test_tensorboard_gets_the_graph_of_the_model(records):
+    save_checkpoint(FLAGS.checkpoint_dir, 7)
+    cifar10_eval.evaluate()
+    (path,) = pathlib.Path(FLAGS.eval_dir).glob("events.out.tfevents.*")
+    (graph,) = [
+        tf.GraphDef.FromString(event.graph_def)
+        for event in tf.train.summary_iterator(str(path))
+        if event.HasField("graph_def")
+    ]
+    scopes = {node.name.split("/")[0] for node in graph.node}
+    assert {"inputs", "conv1", "softmax_linear"} <= scopes
+    assert scopes.isdisjoint({"save", "summaries", "init"})
+
+
+def test_an_evaluation_adds_nothing_to_its_graph(records):
+    save_checkpoint(FLAGS.checkpoint_dir, 7)
+    with tf.Graph().as_default() as graph:
+        images, labels = cifar10.inputs(eval_data=True, num_epochs=1)
+        top_k_op = tf.nn.in_top_k(cifar10.inference(images), labels, 1)
+        saver = tf.train.Saver(checkpoints.find_variables(use_moving_averages=True))
+        graph.finalize()
+        with tf.summary.FileWriter(FLAGS.eval_dir) as writer:
+            cifar10_eval.eval_once(saver, writer, top_k_op, None)
+
+
 def test_a_checkpoint_trained_on_other_classes_is_refused(records):
     save_checkpoint(FLAGS.checkpoint_dir, 7)
     own_names = tuple(f"own{n}" for n in range(10))

@@ -15,12 +15,14 @@ _NOTICES = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
 _STOP_SIGNALS = (*_REQUESTS, *_NOTICES)
 
 _runs_script = False  # whether the process does nothing but run a script, so that it may be ended
+_is_stopping = False  # whether a signal has stopped the script, which is about to exit
+_ignored = {}  # by signal that the script ignores until it exits: the handler before
 
 
 @contextlib.contextmanager
 def running_script():
     """Lets signals end the process in the context, unless a notebook or a prompt called `run`."""
-    global _runs_script
+    global _runs_script, _is_stopping
     before = _runs_script
     _runs_script = not hasattr(sys, "ps1")  # the prompt of Python, IPython and Jupyter
     if _runs_script:
@@ -30,7 +32,9 @@ def running_script():
     try:
         yield
     finally:
-        _runs_script = before
+        _runs_script, _is_stopping = before, False
+        while _ignored:
+            signal.signal(*_ignored.popitem())
 
 
 class StopSignals:
@@ -78,7 +82,14 @@ class StopSignals:
     def __exit__(self, *exception):
         if threading.current_thread() is not threading.main_thread():
             return
+        global _is_stopping
+        _is_stopping = _runs_script and (_is_stopping or self.signal_number is not None)
         for number, handler in self._previous.items():
+            if (
+                _is_stopping and number in _NOTICES
+            ):  # it must not change the last line of the script
+                _ignored[number] = handler
+                handler = signal.SIG_IGN
             signal.signal(number, handler)
         signal.set_wakeup_fd(self._wakeup_fd)
         self._sender.close()  # ends the thread
@@ -86,7 +97,7 @@ class StopSignals:
         self._receiver.close()
 
     def _handle(self, number, frame):
-        if self._is_first:
+        if self._is_first and not _is_stopping:
             self._is_first = False
             self._on_first_signal(number)
         elif number in _REQUESTS and not _runs_script:

@@ -132,7 +132,8 @@ def running_input(session, checkpoint):
       UserError: a batch does not fit into memory.
       CheckpointError: the `checkpoints.Checkpoint` produces values that are not finite.
     """
-    session.run(tf.local_variables_initializer())  # an input counts its epochs in one of them
+    # An input counts its epochs in one of them.
+    session.run([variable.initializer for variable in tf.local_variables()])
     coordinator = tf.train.Coordinator()
     threads = tf.train.start_queue_runners(session, coordinator)
     try:

@@ -117,26 +117,26 @@ class CheckpointHook(tf.train.SessionRunHook):
 
     Args:
       progress: `ProgressHook`, which must run before this one.
-      saver: a `tf.train.Saver` of all variables.
       options: `Options`.
       resumed: the `Checkpoint` that the session restores, or None.
     """
 
-    def __init__(self, progress, saver, options, resumed):
+    def __init__(self, progress, options, resumed):
         self._progress = progress
-        self._saver = saver
         self._options = options
         self._saved_step = resumed and resumed.step
         self._global_step = tf.train.get_or_create_global_step()
+
+    def begin(self):
+        # Not earlier, because other hooks may have created variables in `begin`.
+        self._saver = tf.train.Saver()
+        tf.add_to_collection(tf.GraphKeys.SAVERS, self._saver)  # the session restores with it
         self._variables = [v for v in tf.global_variables() if v.dtype.base_dtype.is_floating]
         with tf.name_scope(graph_notes.FINITE_SCOPE):
             self._sums = [tf.reduce_sum(variable) for variable in self._variables]
 
     def after_create_session(self, session, coord):
-        self._last = (
-            time.monotonic(),
-            self._progress.step,
-        )  # when a checkpoint was due, or the start
+        self._last_due_time, self._last_due_step = time.monotonic(), self._progress.step
         if self._saved_step is None:
             self._save(session)
         else:
@@ -146,11 +146,11 @@ class CheckpointHook(tf.train.SessionRunHook):
         # Not `SecondOrStepTimer`, which would wait if the system's clock were set back.
         now, step = time.monotonic(), self._progress.step
         if every_steps := self._options.save_checkpoint_steps:
-            is_due = step - self._last[1] >= every_steps
+            is_due = step - self._last_due_step >= every_steps
         else:
-            is_due = now - self._last[0] >= self._options.save_checkpoint_secs
+            is_due = now - self._last_due_time >= self._options.save_checkpoint_secs
         if is_due:
-            self._last = now, step
+            self._last_due_time, self._last_due_step = now, step
             self._save(run_context.session)
 
     def end(self, session):
@@ -222,6 +222,8 @@ class SummaryHook(tf.train.SessionRunHook):
         return every_steps > 0 and (self._previous is None or self._step % every_steps == 0)
 
     def after_run(self, run_context, run_values):
+        if self._progress.step == self._step:  # the loop has run something else than a step
+            return
         summary = tf.Summary.FromString(b"".join(run_values.results))
         if self._has_scalars:
             now = time.monotonic()

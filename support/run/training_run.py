@@ -79,7 +79,7 @@ class Options(NamedTuple):
     def select(cls, flags, config=None, check_input=lambda: None):
         """Returns the `Options` in a dict of the values of flags by name."""
         values = {name: flags[name] for name in cls._fields if name in flags}
-        return cls(**values, config=config, check_input=check_input, flags=flags)
+        return cls(**values | {"config": config, "check_input": check_input, "flags": flags})
 
 
 class TrainingRun:
@@ -199,27 +199,34 @@ class TrainingRun:
             signals = stack.enter_context(DeferredSignals())
             progress = ProgressHook(loss, self._settings.examples_per_step, options, worker)
             stop = StopHook(progress, options, signals, worker)
-            hooks = [FillingHook(), *hooks, *worker.hooks(), progress, stop]
-            saver = None
-            if worker.is_chief:
-                saver, saving_hooks = self._start_saving(progress, stack)
-                hooks += saving_hooks
-            session = self._create_session(hooks, saver)
+            saving = self._start_saving(progress, stack) if worker.is_chief else []
+            session = self._create_session(
+                [FillingHook(), *hooks, *worker.hooks(), progress, stop, *saving]
+            )
             with self._errors_explained(progress, signals), out_of_memory_explained(), session:
                 try:
                     yield session
                     has_left_loop = True
+                    for hook in saving:  # before other hooks end, which may fail
+                        hook.end(session.raw_session())
+                except (tf.errors.OutOfRangeError, tf.errors.CancelledError):
+                    if has_left_loop:
+                        raise
+                    # Otherwise, the input has ended or was closed: see `_check_outcome`.
                 finally:
                     progress.is_in_step = False  # no `after_run` says so if an error ended the step
+            if worker.is_chief:
+                self._checkpoint = checkpoints.find_checkpoint_to_resume(options.train_dir)
             self._check_outcome(progress, signals, has_left_loop)
 
     def _start_saving(self, progress, stack):
-        """Records the start of the run; returns its saver and the hooks that write its files.
+        """Records the start of the run, and returns the hooks that write its files.
 
         `stack` is the `ExitStack` that closes the files.
         """
         train_dir, examples_per_step = self._options.train_dir, self._settings.examples_per_step
         if self._checkpoint is not None:
+            self._checkpoint.check_settings(self._settings, "--train_dir")
             variables = checkpoints.find_variables(use_moving_averages=False)
             self._checkpoint.check_variables(variables, "--train_dir")
         offset = graph_notes.images_offset()
@@ -227,23 +234,20 @@ class TrainingRun:
         self._record_start()
         writer = stack.enter_context(summaries.Writer(train_dir, "--train_dir"))
         writer.add_graph(tf.get_default_graph())  # without what the session adds to it
-        saver = tf.train.Saver()
-        return saver, [
+        return [
             # After the progress hook, which raises before a value that is not finite is saved.
-            CheckpointHook(progress, saver, self._options, self._checkpoint),
+            CheckpointHook(progress, self._options, self._checkpoint),
             SummaryHook(progress, writer, examples_per_step, self._options),
         ]
 
-    def _create_session(self, hooks, saver):
+    def _create_session(self, hooks):
         """Returns a session with the variables of the checkpoint, or with initial values."""
         config = self._options.config or session_config()
         config.device_filters.extend(self._worker.device_filters)
         newest = self._checkpoint
         try:
-            if saver is None:  # the chief has initialized the variables
-                scaffold = tf.train.Scaffold(init_op=tf.no_op())
-            else:
-                scaffold = tf.train.Scaffold(saver=saver)
+            # The chief of a cluster initializes the variables for all workers.
+            scaffold = tf.train.Scaffold(init_op=None if self._worker.is_chief else tf.no_op())
             # Unlike MonitoredTrainingSession, it does not retry a lost connection forever, and it
             # runs the hooks in the given order.
             return tf.train.SingularMonitoredSession(
@@ -270,8 +274,6 @@ class TrainingRun:
         """Turns TensorFlow's errors into `UserError` if the user can fix them."""
         try:
             yield
-        except (tf.errors.OutOfRangeError, tf.errors.CancelledError):
-            pass  # the input ended or was closed: see `_check_outcome`
         except RuntimeError:  # worker.release() closed the session between two of its calls
             if self._worker.is_chief or signals.signal_number is None:
                 raise
@@ -287,7 +289,7 @@ class TrainingRun:
 
         `has_left_loop` says whether the training loop has ended without an error.
         """
-        max_steps, train_dir = self._options.max_steps, self._options.train_dir
+        max_steps, newest = self._options.max_steps, self._checkpoint
         if progress.step >= max_steps or self._worker.is_over:
             return
         number = signals.signal_number
@@ -298,12 +300,13 @@ class TrainingRun:
             if number is not None:
                 raise Interrupted(number, "run the same command again to rejoin")
             raise UserError(f"{self._worker.explain_end()} {reached}")
-        newest = checkpoints.find_latest_checkpoint(train_dir)
         if number is None:
-            raise UserError(f"the input has ended {reached}; {newest} is the newest checkpoint")
+            raise UserError(
+                f"the input has ended {reached}; {newest.path} is the newest checkpoint"
+            )
         raise Interrupted(
             number,
-            f"step {progress.step} is saved in {newest}; run the same command again to resume "
+            f"step {newest.step} is saved in {newest.path}; run the same command again to resume "
             "from it",
         )
 

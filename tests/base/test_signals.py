@@ -18,6 +18,38 @@ NOTICES = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, *NOTICES)
 
 
+SAVES = """
+    import time
+    from support.base.command_line import run
+    from support.base.errors import Interrupted
+    from support.base.signals import DeferredSignals
+
+    def main(argv):
+        with DeferredSignals() as signals:
+            print("ready", flush=True)
+            while signals.signal_number is None:
+                time.sleep(0.01)
+        try:
+            raise Interrupted(signals.signal_number, "step 7 is saved")
+        finally:
+            print("closing", flush=True)
+            time.sleep(1.0)
+
+    run(main)
+"""
+
+
+@pytest.mark.parametrize("second", [signal.SIGUSR1, signal.SIGXCPU, signal.SIGTERM])
+def test_a_signal_after_the_last_save_does_not_change_how_the_script_ends(write_script, second):
+    with running_file(write_script(SAVES)) as process:
+        process.send_signal(signal.SIGUSR1)
+        assert process.stdout.readline() == "closing\n"
+        process.send_signal(second)
+        _, errors = process.communicate(timeout=30)
+    assert process.returncode == 128 + signal.SIGUSR1
+    assert errors.endswith("stopped by SIGUSR1: step 7 is saved\n")
+
+
 WAITS = """
     import hashlib, threading, time
     from support.base.command_line import run

@@ -568,6 +568,11 @@ def test_saving_deletes_the_oldest_checkpoints_of_its_own_folder_only(tmp_path, 
     assert steps_in(tmp_path / matched) == [0, 1]
 
 
+def test_more_checkpoints_can_be_kept_than_tensorflow_keeps_by_itself(tmp_path):
+    save_as_trainer(tmp_path, steps=range(9), max_to_keep=7)
+    assert steps_in(tmp_path) == [2, 3, 4, 5, 6, 7, 8]
+
+
 def test_tensorflow_finds_and_restores_what_is_saved_here_and_counts_it(tmp_path):
     save_as_trainer(tmp_path, steps=[3, 4], x=2.5)
     with tf.Graph().as_default(), tf.Session() as session:

@@ -295,6 +295,24 @@ def test_a_step_from_which_training_resumes_is_not_saved_again(tmp_path):
     assert random_flips == [True, True, False]
 
 
+def test_a_run_that_resumes_from_step_0_does_not_save_it_again(tmp_path):
+    train(tmp_path, max_steps=3)
+    for path in tmp_path.glob("model.ckpt-3*"):
+        path.unlink()
+    tf.train.update_checkpoint_state(str(tmp_path), "model.ckpt-0")
+    before = (tmp_path / "model.ckpt-0.meta").stat().st_mtime_ns
+    train(tmp_path, max_steps=3)
+    assert (tmp_path / "model.ckpt-0.meta").stat().st_mtime_ns == before
+
+
+def test_a_run_resumes_from_a_checkpoint_without_settings(tmp_path):
+    train(tmp_path, max_steps=3)
+    (tmp_path / "model.ckpt-3.meta").unlink()
+    with make_run(tmp_path, 5) as training, training.graph():
+        assert training.has_steps_left()
+        assert run_loop(training, count_step()) == 2
+
+
 def test_a_resumed_run_without_a_finished_step_saves_nothing(tmp_path):
     train(tmp_path, max_steps=3)
     before = checkpoint_files_in(tmp_path)
@@ -807,6 +825,63 @@ def test_what_a_hook_of_the_user_restores_is_saved_in_the_first_checkpoint(tmp_p
     assert first.get_tensor("layer/weights") == 7.0
 
 
+@pytest.mark.parametrize("kind", [ZeroDivisionError, tf.errors.OutOfRangeError])
+def test_the_last_step_is_saved_before_a_hook_of_the_user_fails_at_the_end(tmp_path, kind):
+    class Fail(tf.train.SessionRunHook):
+        def end(self, session):
+            raise kind(None, None, "the end") if kind is tf.errors.OutOfRangeError else kind
+
+    with pytest.raises(kind):
+        run(count_step(), tmp_path, max_steps=3, hooks=[Fail()])
+    assert saved_step(tmp_path) == 3
+
+
+def test_a_variable_that_a_hook_of_the_user_creates_is_saved_and_restored(tmp_path):
+    class Count(tf.train.SessionRunHook):
+        def begin(self):
+            self._count = tf.get_variable("count", initializer=0, trainable=False)
+            self._add = tf.assign_add(self._count, 1)
+
+        def after_run(self, run_context, run_values):
+            run_context.session.run(self._add)
+
+    for max_steps in (3, 5):
+        with tf.Graph().as_default():
+            run(count_step(), tmp_path, max_steps, hooks=[Count()])
+        newest = tf.train.load_checkpoint(tf.train.latest_checkpoint(str(tmp_path)))
+        assert newest.get_tensor("count") == max_steps
+
+
+def test_hooks_of_tensorflow_work(tmp_path):
+    hooks = [
+        tf.train.StopAtStepHook(last_step=4),
+        tf.train.CheckpointSaverHook(str(tmp_path / "other"), save_steps=2),
+        tf.train.NanTensorHook(tf.constant(1.0)),
+    ]
+    assert run(count_step(), tmp_path / "train", max_steps=100, hooks=hooks) == 4
+    tf.summary.FileWriterCache.clear()
+    assert saved_step(tmp_path / "train") == 4
+    assert saved_step(tmp_path / "other") == 4
+
+
+def test_another_session_of_the_same_run_resumes_where_the_first_has_ended(tmp_path):
+    with make_run(tmp_path, 9) as training:
+        assert training.has_steps_left()
+        for last_step in (4, 7):
+            with training.graph() as graph:
+                run_loop(training, count_step(), hooks=[tf.train.StopAtStepHook(None, last_step)])
+                assert graph is tf.get_default_graph()
+            assert saved_step(tmp_path) == last_step
+    assert saved_steps(tmp_path) == {0, 4, 7}
+
+
+def test_settings_are_checked_even_if_nobody_asks_whether_steps_are_left(tmp_path):
+    train(tmp_path, max_steps=3)
+    with pytest.raises(UserError, match="ckpt-3 was trained with 2 classes .*--train_dir$"):
+        train(tmp_path, max_steps=5, settings=SETTINGS._replace(class_names=("cow", "pig")))
+    assert saved_step(tmp_path) == 3
+
+
 # --- The input.
 
 
@@ -1007,6 +1082,7 @@ def test_no_summaries_are_written_if_they_are_turned_off(tmp_path):
 @pytest.mark.parametrize("save_summaries_steps", [0, 100])
 def test_the_graph_is_written_for_tensorboard(tmp_path, save_summaries_steps):
     tf.constant(1.0, name="this_one")
+    tf.get_variable("layer/weights", initializer=1.0)
     run(count_step(), tmp_path, max_steps=1, save_summaries_steps=save_summaries_steps)
     (path,) = tmp_path.glob("events.out.tfevents.*")
     (graph,) = [
@@ -1014,7 +1090,9 @@ def test_the_graph_is_written_for_tensorboard(tmp_path, save_summaries_steps):
         for event in tf.train.summary_iterator(str(path))
         if event.HasField("graph_def")
     ]
-    assert "this_one" in {node.name for node in graph.node}
+    scopes = {node.name.split("/")[0] for node in graph.node}
+    # No operations of the session: those that save, initialize and check.
+    assert {name for name in scopes if name.islower()} == {"this_one", "layer", "global_step"}
 
 
 def test_a_second_run_in_a_folder_that_was_deleted_writes_its_summaries(tmp_path):
