@@ -49,16 +49,14 @@ class Model(NamedTuple):
       images: placeholder, uint8 [n, 32, 32, 3].
       probabilities: float32 [n, classes].
       class_names: tuple of strings.
-      checkpoint: string; the path of the checkpoint.
-      step: int; its global step.
+      checkpoint: the `checkpoints.Checkpoint`.
     """
 
     session: tf.Session
     images: tf.Tensor
     probabilities: tf.Tensor
     class_names: tuple
-    checkpoint: str
-    step: int
+    checkpoint: checkpoints.Checkpoint
 
 
 @contextlib.contextmanager
@@ -84,10 +82,10 @@ def open_model():
             checkpoint.check_settings(settings)
             checkpoint.check_variables(variables)
             checkpoints.restore(session, saver, checkpoint)
-            return checkpoint.path, checkpoint.step
+            return checkpoint
 
-        path, step = checkpoints.use_newest(FLAGS.checkpoint_dir, restore)
-        yield Model(session, images, probabilities, settings.class_names, path, step)
+        restored = checkpoints.use_newest(FLAGS.checkpoint_dir, restore)
+        yield Model(session, images, probabilities, settings.class_names, restored)
 
 
 def read_in_batches(paths, batch_size, depths):
@@ -133,7 +131,7 @@ def predict(model, images):
     with out_of_memory_explained():
         probabilities = model.session.run(model.probabilities, {model.images: images})
     if not np.isfinite(probabilities).all():
-        raise CheckpointError(f"{model.checkpoint} produces non-finite probabilities")
+        raise CheckpointError(f"{model.checkpoint.path} produces non-finite probabilities")
     best = np.argsort(-probabilities, axis=1, kind="stable")[:, :TOP_CLASSES]
     return [
         [(model.class_names[i], float(row[i])) for i in indices]
@@ -183,7 +181,7 @@ def _print_json(model, path, predictions=None, error=None):
         line["error"] = error
     else:
         line["predictions"] = [{"class": name, "probability": p} for name, p in predictions]
-        line |= {"checkpoint": model.checkpoint, "step": model.step}
+        line |= {"checkpoint": model.checkpoint.path, "step": model.checkpoint.step}
     print(json.dumps(line), flush=True)
 
 
@@ -245,10 +243,8 @@ def main(argv):
     with open_model() as model:
         if FLAGS.export_dir is not None:
             export(model, FLAGS.export_dir)
-            print(
-                f"Exported {model.checkpoint} (step {model.step}) to {FLAGS.export_dir}",
-                file=sys.stderr,
-            )
+            path, step = model.checkpoint.path, model.checkpoint.step
+            print(f"Exported {path} (step {step}) to {FLAGS.export_dir}", file=sys.stderr)
         predict_files(model, image_files.find_images(paths), FLAGS.batch_size, FLAGS.json)
 
 
