@@ -95,7 +95,7 @@ BREAKAGES = [Breakage(*entry) for entry in [
      "if not math.isfinite(value):", "if math.isnan(value):",
      "run/test_training_run.py", "a_loss_that_is_not_finite"),
     ("an input that ends is not an error", "support/run/training_run.py",
-     'raise UserError(f"the input has ended', 'tf.logging.warning(f"the input has ended',
+     "if number is None and has_left_loop:", "if number is None:",
      "run/test_training_run.py", "an_input_that_ends_early"),
     ("two processes train in one folder", "support/run/training_run.py",
      "stack.enter_context(_lock(self._options.train_dir))", "_lock(self._options.train_dir)",
