@@ -109,7 +109,7 @@ def training_settings(class_names=None, examples_per_step=None):
     Args:
       class_names: tuple of strings; those of the dataset if None.
       examples_per_step: int; images that one step consumes, over all towers or workers. None if
-        nothing is trained.
+        there is no training.
     """
     found = find_dataset(class_names)
     return TrainingSettings(

@@ -76,7 +76,7 @@ def eval_once(
       float; precision @ 1, from 0 to 1.
 
     Raises:
-      UserError: there is no checkpoint, or there are too few images, or too little memory.
+      UserError: there is no checkpoint, or there are too few images, or there is too little memory.
       CheckpointError: the checkpoint cannot be restored, or has or produces non-finite values.
     """
     checkpoint = checkpoint or checkpoints.use_newest(FLAGS.checkpoint_dir)
@@ -104,8 +104,8 @@ def evaluate(last_step=None, check_trainer=lambda: None):
 
     Args:
       last_step: int; stop after evaluating a checkpoint of this step or a later one. Never if None.
-      check_trainer: called once a second if no checkpoint is left to evaluate; raises UserError to
-        stop waiting for the next one.
+      check_trainer: called once a second while no new checkpoint exists; raises UserError to stop
+        waiting for one.
 
     Raises:
       UserError: --eval_dir cannot be written, or the dataset has changed. With --run_once also:
@@ -154,7 +154,7 @@ def evaluate(last_step=None, check_trainer=lambda: None):
                         checkpoint_dir, evaluate_one, interval, last_step, check_trainer
                     )
             except (UserError, tf.errors.OpError):
-                detector.check()  # the cause may be a change of the data meanwhile
+                detector.check()  # a change of the data may be the cause
                 raise
 
 

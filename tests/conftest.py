@@ -128,7 +128,7 @@ def all_batches(session, fetches):
 
 
 def written_nodes(folder):
-    """Returns the nodes by name that TensorBoard gets of the default graph; none lacks an input."""
+    """Returns the default graph's nodes in TensorBoard, by name; checks that all inputs exist."""
     from support.ops import summaries
     from support.ops.tensorflow_v1 import tf
 
@@ -183,7 +183,7 @@ def free_addresses(count):
 
 
 def listen(address):
-    """Returns a socket that listens at an address, like the server of a task of a cluster."""
+    """Returns a socket that listens at an address, as the server of a task does."""
     host, _, port = address.rpartition(":")
     return socket.create_server((host, int(port)))
 
@@ -315,7 +315,7 @@ def messages(stderr):
 def set_time(monkeypatch):
     """A function that sets the time in seconds, 0 at first, for the timeouts of a cluster.
 
-    Sleeping takes no time, but sets the time as well.
+    Sleeping advances that time at once.
     """
     from support.cluster import server
 

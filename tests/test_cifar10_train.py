@@ -118,7 +118,7 @@ def test_the_training_session_gets_the_flags(tmp_path, monkeypatch, trainer, exa
     runs = []
 
     class Run:
-        """Records what it is given, and trains no step."""
+        """Records its arguments, and trains no step."""
 
         def __init__(self, options, settings, worker=ALONE):
             runs.append((options, settings, worker))
@@ -558,7 +558,7 @@ def test_tensorboard_gets_exactly_these_tags(small_run, tmp_path, num_gpus, fast
     assert {"distorted_inputs", *LAYERS} <= scopes
     if not num_gpus:
         assert {"pool1", "norm1", "norm2", "pool2", "total_loss", "update"} <= scopes
-        assert len(scopes) < 30  # dozens more with the operations of the session
+        assert len(scopes) < 30  # the session's operations would add dozens
 
 
 def test_most_summaries_of_a_run_are_small(small_run, tmp_path):

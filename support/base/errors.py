@@ -19,7 +19,7 @@ class CheckpointError(UserError):
 
 
 class Interrupted(KeyboardInterrupt):
-    """One of the signals of `support.base.signals` asked the script to stop.
+    """A signal that `support.base.signals` handles has stopped the script.
 
     Attributes:
       signal_number: int.

@@ -54,7 +54,7 @@ def lock(path, on_wait=None):
         else:
             _write_holder(path)
         yield
-    finally:  # also if a signal has interrupted the acquisition
+    finally:  # a signal may have interrupted the acquisition
         if file_lock.is_locked:
             # This is safe: a waiting process that locks the removed file opens the path again.
             _remove(path)

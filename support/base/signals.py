@@ -1,4 +1,4 @@
-"""Signals that stop a script: Ctrl-C, and those of schedulers and of a lost terminal."""
+"""Signals that stop a script: from Ctrl-C, from schedulers, and from a terminal that closes."""
 
 import contextlib
 import gc
@@ -9,14 +9,14 @@ import sys
 import threading
 
 _REQUESTS = (signal.SIGINT, signal.SIGTERM)
-# SIGHUP: the terminal goes away, for example with its ssh connection. SIGUSR1 and SIGUSR2: Slurm
-# and other schedulers send one before a job's time ends. SIGXCPU: the CPU time has been used up.
+# SIGHUP: the terminal has closed, for example with its ssh connection. SIGUSR1 and SIGUSR2: Slurm
+# and other schedulers send one shortly before a job's time limit. SIGXCPU: the limit of CPU time.
 _NOTICES = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
 _STOP_SIGNALS = (*_REQUESTS, *_NOTICES)
 
 _runs_script = False  # whether the process does nothing but run a script, so that it may be ended
 _is_stopping = False  # whether a signal has stopped the script, which is about to exit
-_ignored = {}  # by signal that the script ignores until it exits: the handler before
+_ignored = {}  # signals that the script ignores until it exits, with their earlier handlers
 
 
 @contextlib.contextmanager
@@ -40,11 +40,11 @@ def running_script():
 class StopSignals:
     """A context in which the first SIGINT, SIGTERM, SIGHUP, SIGUSR1, SIGUSR2 or SIGXCPU is handled.
 
-    A second SIGINT or SIGTERM ends a script at once. The other signals do not count for that. When
-    a terminal goes away, the shell, the kernel and the session manager can each send SIGHUP or
-    SIGTERM. A scheduler sends SIGUSR1 or SIGUSR2 and SIGTERM later. The kernel repeats SIGXCPU
-    every second. In a process that does more than run a script, for example a notebook's kernel,
-    the second signal raises KeyboardInterrupt instead.
+    A second SIGINT or SIGTERM ends a script at once. In a process that does more than run a script,
+    for example a notebook's kernel, it raises KeyboardInterrupt instead. The other signals do not
+    count for that. When a terminal closes, the shell, the kernel and the session manager can each
+    send SIGHUP or SIGTERM. A scheduler sends SIGUSR1 or SIGUSR2, and later SIGTERM. The kernel
+    repeats SIGXCPU every second.
 
     Python runs signal handlers only in the main thread and only between two of its instructions,
     but a call into TensorFlow can take minutes. So a thread is notified of the signals as well.
@@ -85,9 +85,8 @@ class StopSignals:
         global _is_stopping
         _is_stopping = _runs_script and (_is_stopping or self.signal_number is not None)
         for number, handler in self._previous.items():
-            if (
-                _is_stopping and number in _NOTICES
-            ):  # it must not change the last line of the script
+            # A later notice must not change the last line that the script prints.
+            if _is_stopping and number in _NOTICES:
                 _ignored[number] = handler
                 handler = signal.SIG_IGN
             signal.signal(number, handler)
@@ -117,7 +116,7 @@ class StopSignals:
 class DeferredSignals(StopSignals):
     """A context in which the first signal interrupts nothing: the program polls `signal_number`.
 
-    For the signals, and for a second one, see the base class.
+    For the list of signals, and for a second signal, see the base class.
     """
 
     def __init__(self):

@@ -1,10 +1,10 @@
-"""What a run needs of its worker: `ALONE` without a cluster, or a worker of a cluster."""
+"""The interface of a run's worker, and `ALONE`, the worker of a run without a cluster."""
 
 
 class Worker:
     """A worker that trains alone. A worker of a cluster overrides what differs.
 
-    One that is not the chief also has `read_global_step()` and `explain_end()`.
+    If it is not the chief, it must also have `read_global_step()` and `explain_end()`.
 
     Attributes:
       index: int; the number of the worker among all that train. The chief is 0.
@@ -12,8 +12,8 @@ class Worker:
       is_chief: bool; whether this process restores and saves checkpoints.
       shard: (index, count) of the part of the records to read; None to read all of them.
       target: string; what sessions connect to.
-      device_filters: list of strings for the `tf.ConfigProto` of sessions; the devices that they
-        connect to. Empty for all of them.
+      device_filters: list of strings for the `tf.ConfigProto` of sessions; the devices that a
+        session connects to. Empty for all devices.
       is_over: bool; whether the chief has finished training, so that this worker may end early.
     """
 

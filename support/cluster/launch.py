@@ -1,9 +1,9 @@
 """What each task of a cluster does, and how its process ends.
 
 Parameter servers ("ps") hold the variables. Each worker, including the chief, computes the
-gradients of its own batches. Once a step, the average of all gradients updates the variables. N
-workers therefore train like N towers. The chief also restores and saves checkpoints. It waits for
-a worker that is lost. If the chief or a parameter server is lost, all tasks end.
+gradients of its own batches. In each step, the average of all gradients updates the variables, so
+N workers train like N towers. The chief also restores and saves checkpoints. If a worker is lost,
+training waits for its restart. If the chief or a parameter server is lost, all tasks end.
 """
 
 import contextlib
@@ -26,15 +26,15 @@ from support.data.settings import find_mismatch, format_settings, parse_settings
 from support.ops.tensorflow_v1 import tf
 
 LOST_AFTER = 3  # failed checks in a row, a second apart, before a task counts as lost
-STATUS_TIMEOUT = 5  # seconds after which a parameter server that does not answer may be lost
+STATUS_TIMEOUT = 5  # seconds to wait for the answer of a parameter server, which may be lost
 MAX_WAIT_FOR_WORKERS = 20.0  # seconds that a parameter server keeps running after training
 
-USED_SERVERS = (  # they have the variables and gradients of a chief that is gone
+USED_SERVERS = (  # they hold the variables and gradients of a chief that has ended
     "the parameter servers have been used by an earlier chief; restart all tasks to resume from "
     "the newest checkpoint"
 )
 
-# TensorFlow raises them in a session whose parameter server is lost or has been restarted.
+# Raised by a session whose parameter server is lost or has been restarted.
 _CONNECTION_ERRORS = (tf.errors.UnavailableError, tf.errors.AbortedError)
 
 
@@ -77,7 +77,7 @@ def run_worker(task, server, train, settings, timeout, shard_data=False):
 
 @contextlib.contextmanager
 def _outcome_reported(statuses):
-    """Reports to the other tasks how the chief has ended the block."""
+    """Reports to the other tasks whether the chief has completed the block."""
     outcome = FAILED
     try:
         yield
@@ -139,14 +139,14 @@ def _wait_for_chief(task, status, states, timeout):
 
 
 def _wait_for_workers_to_end(task):
-    """Waits until the workers have ended, because they read variables until then."""
+    """Waits for the workers to end, because they read variables until then."""
     end = time.monotonic() + MAX_WAIT_FOR_WORKERS
     while time.monotonic() < end and find_missing(task, task.workers) != task.workers:
         time.sleep(POLL_INTERVAL)
 
 
 def _start_watching(task, status):
-    """Ends this process, from another thread, when the chief or a parameter server is lost."""
+    """Starts a thread that ends this process when the chief or a parameter server is lost."""
 
     # A step that loses its server fails by itself. But TensorFlow may then wait forever for the
     # lost server, for example to close the session.
@@ -162,7 +162,7 @@ def _start_watching(task, status):
 
 
 def _find_loss(task, status, failed_checks):
-    """Returns why this task must end, or None; updates the number of `failed_checks` by task."""
+    """Returns why this task must end, or None. Updates the counts in `failed_checks` by task."""
     peers = task.parameter_servers + task.workers[:1]
     missing = find_missing(task, peers)
     for peer in peers:
@@ -171,7 +171,7 @@ def _find_loss(task, status, failed_checks):
     if servers := [peer for peer in lost if peer[0] == "ps"]:
         return _explain_loss(task, servers)
     with contextlib.suppress(tf.errors.OpError):  # the next checks will find the server lost
-        # A chief without a state has not started yet, and one that is DONE may have ended.
+        # A chief without a state is not READY yet, and one that is DONE may have ended.
         state = status.read(STATE, STATUS_TIMEOUT) if lost else None
         return {READY: _explain_loss(task, lost), FAILED: CHIEF_HAS_STOPPED}.get(state)
 

@@ -27,11 +27,11 @@ class Wait:
 
     @property
     def seconds(self):
-        """How long the wait has been so far."""
+        """How long the wait has lasted so far."""
         return time.monotonic() - self._start
 
     def check(self, notice, error):
-        """Prints the notice on stderr, or raises UserError, if it is time. Call it repeatedly."""
+        """Prints the notice on stderr or raises UserError when due. Call it repeatedly."""
         if self.seconds >= self._timeout:
             raise UserError(error)
         if self.seconds >= self._notice_delay and not self._is_announced:
@@ -77,7 +77,7 @@ def start_server(task, config, timeout=0):
 
 
 def _resolve(address, timeout):
-    """Returns what `getaddrinfo` finds for `host:port`, which DNS may not know yet in a new pod."""
+    """Returns what `getaddrinfo` finds. For a new pod, DNS may not know the host name yet."""
     wait = Wait(timeout)
     while True:
         try:
@@ -132,12 +132,12 @@ def is_reachable(address):
 
 
 def find_missing(task, peers):
-    """Returns those of the tasks, given as (type, index), that do not respond: list."""
+    """Returns the `peers`, a list of (type, index), that do not respond."""
     return [peer for peer in peers if not is_reachable(task.address_of(peer))]
 
 
 def _make_check(task, peers, timeout):
-    """Returns a function that returns whether tasks respond, reports it, and may give up."""
+    """Returns a function that returns whether all `peers` respond, and reports missing ones."""
     wait = Wait(timeout)
 
     def check():
@@ -155,9 +155,8 @@ def _make_check(task, peers, timeout):
 def make_chief_check(task, timeout):
     """Returns a function to call repeatedly while this task waits for the chief.
 
-    The function reports on stderr that the chief is missing, and raises UserError when that has
-    lasted for `timeout` seconds. It does nothing in a cluster without parameter servers, whose only
-    worker has no server that could respond.
+    If the chief does not respond, the function reports that on stderr, and raises UserError after
+    `timeout` seconds. Without parameter servers, it does nothing: the only worker has no server.
     """
     return _make_check(task, task.workers[:1] if task.parameter_servers else [], timeout)
 

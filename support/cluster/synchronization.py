@@ -43,10 +43,10 @@ class ChiefStatus:
         self._session.run(self._insert, {self._key: key, self._value: value})
 
     def read(self, key, timeout=0):
-        """Returns the string under STATE or SETTINGS; an empty one before the chief is READY.
+        """Returns the string under STATE or SETTINGS; an empty one if none is stored.
 
-        A parameter server that is lost may never answer. With a timeout in seconds, that raises
-        DeadlineExceededError.
+        A lost parameter server may never answer. With a `timeout` in seconds, DeadlineExceededError
+        is then raised.
         """
         options = tf.RunOptions(timeout_in_ms=1000 * timeout)
         return self._session.run(self._lookup, {self._key: key}, options).decode()
@@ -64,10 +64,10 @@ class SynchronizedStep(tf.train.SessionRunHook):
     a queue. When every worker has added its gradients, the chief applies their average and puts a
     token for each worker into the queue. Gradients of an earlier step are dropped.
 
-    The hook of SyncReplicasOptimizer assumes that no worker restarts. A worker that is killed can
-    leave a surplus token, which lets a worker start a step early. Its gradients then belong to the
-    previous step. So that only these are lost, each step reads its number from the global step
-    instead of the token, which would stay one step behind.
+    The hook of SyncReplicasOptimizer assumes that no worker restarts. A killed worker can leave a
+    surplus token, which lets a worker start a step early. The gradients of that worker belong to
+    the previous step and are lost. To lose no others, each step reads its number from the global
+    step. The number in the token would stay one step behind.
 
     Args:
       gradients: list of (gradient, variable) of this worker.

@@ -1,4 +1,4 @@
-"""A worker of a cluster, as the model and the training session see it."""
+"""The worker of a cluster that the model and the training session use."""
 
 import sys
 
@@ -8,8 +8,8 @@ from support.cluster.synchronization import DONE, FAILED, READY, STATE, Synchron
 from support.ops.tensorflow_v1 import tf
 
 CHIEF_HAS_STOPPED = (
-    "the chief has stopped before the last step; restart all tasks to resume, and read its output "
-    "to see why it stopped"
+    "the chief has stopped before the last step; restart all tasks to resume, and read the chief's "
+    "output to see why it stopped"
 )
 
 

@@ -1,9 +1,8 @@
-"""What a graph tells the training session, and a resumed run the learning rate schedule.
+"""Graph collections that pass values to the training session and the learning rate schedule.
 
 The model and the input record the learning rate, the tensors that must be finite, and the fill
-level of the training queue. A resumed run records how many images it has seen, so that the schedule
-continues correctly if the number of images per step has changed. Everything is in collections of
-the graph.
+level of the training queue. A resumed run records an offset of the images seen, so that the
+schedule continues correctly if the number of images per step has changed.
 """
 
 from support.ops.tensorflow_v1 import tf

@@ -109,7 +109,7 @@ def _draw(graph_def):
     """Returns the `tf.GraphDef` that TensorBoard shows. It cannot be run."""
     hidden = (SCOPE, graph_notes.FINITE_SCOPE)
     nodes = [node for node in graph_def.node if not node.name.startswith(hidden)]
-    for node in nodes:  # an operation of the user may merge the summaries, for example
+    for node in nodes:  # the user's own `merge_all()`, for example, has hidden inputs
         node.input[:] = [
             name for name in node.input if not name.removeprefix("^").startswith(hidden)
         ]
@@ -117,7 +117,7 @@ def _draw(graph_def):
 
 
 def _new_file_name(folder):
-    """Returns a unique name for an event file, which sorts after those in the folder.
+    """Returns a unique name for an event file that sorts after the event files in the folder.
 
     TensorBoard reads the files in the order of their names, which contain the time. If the clock
     was set back, the events of a resumed run would be read before those that they replace.
@@ -155,7 +155,7 @@ class Writer:
         return self._folder
 
     def add_graph(self, graph):
-        """Adds a `tf.Graph`, without summaries, checks and functions: a picture of the model."""
+        """Adds a `tf.Graph`, without its summaries, checks and functions."""
         self._add(graph_def=_draw(graph.as_graph_def(add_shapes=True)).SerializeToString())
 
     def add_restart(self, step):

@@ -30,9 +30,9 @@ class Checkpoint(NamedTuple):
     """What is known about a checkpoint; see `read`.
 
     Attributes:
-      path: string; the path of its files without their suffixes.
+      path: string; the path of its files, without a suffix.
       step: int; the global step.
-      settings: `TrainingSettings` that it was trained with; None if its `.meta` file is missing.
+      settings: its `TrainingSettings`; None if its `.meta` file is missing.
       shapes: dict from the names of its variables to their shapes, lists of ints.
     """
 
@@ -127,7 +127,7 @@ def use_newest(path, use=lambda checkpoint: checkpoint):
 
     Args:
       path: as for `find_latest_checkpoint`.
-      use: function of a `Checkpoint`; raises CheckpointError if it cannot use it.
+      use: function of a `Checkpoint`; raises CheckpointError if the checkpoint is unusable.
 
     Raises:
       UserError: there is no checkpoint, or the newest one cannot be read.
@@ -144,7 +144,7 @@ def use_newest(path, use=lambda checkpoint: checkpoint):
 def find_checkpoint_to_resume(train_dir):
     """Returns the newest `Checkpoint` in a training folder, or None if the folder has none.
 
-    If no state file names it yet, the function writes one, so that every script finds it.
+    If there is no state file, the function writes one, so that every script finds the checkpoint.
 
     Raises:
       UserError: there are checkpoints, but the newest one is unknown or cannot be read.
@@ -164,7 +164,7 @@ def find_checkpoint_to_resume(train_dir):
 
 
 def _find_unnamed(train_dir):
-    """Returns the readable checkpoint with the highest step, and writes a state file; or None.
+    """Returns the readable checkpoint with the highest step, named in a new state file; or None.
 
     Raises:
       UserError: there are checkpoints, but it is unknown which of them is the newest.
@@ -367,7 +367,7 @@ def save(session, saver, folder, step, max_to_keep):
     """Saves a checkpoint, names it in the state file, and deletes older ones that the file named.
 
     `tf.train.Saver.save` by itself writes the `.meta` file, which holds the settings, after the
-    checkpoint, and deletes it before the checkpoint. Here, no checkpoint is ever without settings.
+    checkpoint, and deletes it before the checkpoint. Here, a checkpoint always has its settings.
 
     Args:
       session: a `tf.Session`.
@@ -392,7 +392,7 @@ def save(session, saver, folder, step, max_to_keep):
         _write_state(folder, saved)
         for old in saved[:-max_to_keep]:
             _remove_old(os.path.join(folder, old))
-        # The next save deletes what is still listed, because of a kill or an error.
+        # Old checkpoints that could not be deleted stay listed, so that the next save deletes them.
         _write_state(folder, _list_saved(folder))
     # The Saver raises ValueError if the folder is gone.
     except (tf.errors.OpError, OSError, ValueError) as error:
@@ -442,7 +442,7 @@ def _remove_old(checkpoint):
 
 
 def _remove_unfinished(folder):
-    """Deletes what failed or killed saves have left in a folder: it would fill the disk."""
+    """Deletes the unfinished files of failed or killed saves, which would fill the disk."""
     for name in os.listdir(folder):
         if re.fullmatch(r"model\.ckpt-.*\.(.*tempstate|meta\.tmp).*|checkpoint\.tmp.*", name):
             os.remove(os.path.join(folder, name))

@@ -1,4 +1,4 @@
-"""An evaluation: which checkpoints it evaluates, what it counts, and the results that it writes."""
+"""Evaluation: waiting for checkpoints, counting predictions, and writing results."""
 
 import contextlib
 import math
@@ -21,12 +21,12 @@ MAX_MISTAKES = 36  # images on the sheet of mistakes
 
 
 def use_new_checkpoints(folder, use, interval_secs, last_step=None, check_trainer=lambda: None):
-    """Waits for each new checkpoint, and calls a function with it; reports those that it refuses.
+    """Calls a function with each new checkpoint, and reports the checkpoints that are refused.
 
     Args:
       folder: path of the folder with the checkpoints.
-      use: function of a `checkpoints.Checkpoint`; raises CheckpointError if it cannot use it. No
-        checkpoint of an earlier step than the last one is passed to it.
+      use: function of a `checkpoints.Checkpoint`; raises CheckpointError to refuse the checkpoint.
+        It is never called for an earlier step than the last one that it accepted.
       interval_secs: int; the minimum number of seconds between the starts of two calls.
       last_step: int; return after a checkpoint of this step or a later one. Never if None.
       check_trainer: called while waiting; raises UserError if there will be no new checkpoint.
@@ -84,7 +84,7 @@ def limit_examples(available, limit, is_default):
     Args:
       available: int; the number of images.
       limit: int; --num_examples.
-      is_default: bool; whether the user has not chosen the limit.
+      is_default: bool; whether the limit is the default, which the user did not choose.
     """
     if available < limit:
         print(
@@ -104,7 +104,7 @@ def limit_examples(available, limit, is_default):
 
 
 def make_outputs(images, labels, logits):
-    """Returns the tensors from which `Counts` derives its detailed results: dict.
+    """Returns a dict of the tensors from which `Counts` derives its detailed results.
 
     Args:
       images: float32 [batch, 24, 24, 3].
@@ -126,13 +126,13 @@ def make_outputs(images, labels, logits):
 
 @contextlib.contextmanager
 def running_input(session, checkpoint):
-    """A context in which the input's threads run. The end of the input ends it without an error.
+    """Runs the input's threads in the context. The end of the input leaves it without an error.
 
     Raises:
       UserError: a batch does not fit into memory.
       CheckpointError: the `checkpoints.Checkpoint` produces values that are not finite.
     """
-    # An input counts its epochs in one of them.
+    # With `num_epochs`, the input counts the epochs in a local variable.
     session.run([variable.initializer for variable in tf.local_variables()])
     coordinator = tf.train.Coordinator()
     threads = tf.train.start_queue_runners(session, coordinator)
@@ -153,7 +153,7 @@ def running_input(session, checkpoint):
 
 
 class Counts:
-    """Counts of one evaluation.
+    """The counts of one evaluation.
 
     Args:
       class_names: list of strings.
@@ -186,7 +186,7 @@ class Counts:
 
     @contextlib.contextmanager
     def show_progress(self):
-        """Shows in the context how many images have been counted."""
+        """Shows a progress bar of the counted images. Call `add` only in this context."""
         with progress.show_progress("Evaluating", self._limit, " images") as self._bar:
             yield
 
@@ -196,7 +196,7 @@ class Counts:
         Args:
           is_correct: bool [batch].
           outputs: the values of `make_outputs`, or an empty dict.
-          summary: bytes; serialized summaries to write; or empty.
+          summary: bytes; serialized summaries to write, or empty.
         """
         self._summary.MergeFromString(bytes(summary))
         is_correct = is_correct[: self._limit - self.total]
@@ -217,7 +217,7 @@ class Counts:
 
         Args:
           checkpoint: the `checkpoints.Checkpoint` that was evaluated.
-          num_examples: int; the number of images that there should be; None for any number.
+          num_examples: int; the number of images expected. None for at least one.
         """
         if self.total < (num_examples or 1):
             expected = "" if num_examples is None else f" of {num_examples}"
@@ -260,7 +260,7 @@ class Counts:
         }
 
     def _summarize(self, results):
-        """Adds the results and charts of them to the summaries."""
+        """Adds the results and their charts to the summaries."""
         add = self._summary.value.add
         add(tag="cross_entropy", simple_value=results["cross_entropy"])
         for kind in ("recall", "precision"):

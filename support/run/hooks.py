@@ -66,10 +66,10 @@ class ProgressHook(tf.train.SessionRunHook):
             if not math.isfinite(value):  # NanTensorHook would ignore infinity
                 name = tensor.op.name.removeprefix(graph_notes.FINITE_SCOPE)
                 raise self.nonfinite_error(name, f"is {value}")
-        # If the step were fetched together with the update, it could be the one from before it.
+        # A step fetched together with the update could be the one from before the update.
         next_step = int(run_context.session.run(self._global_step))
         is_due = self._is_line_due or self.step % self._log_frequency == 0
-        if is_due and next_step > self.step:  # otherwise, the loop has run something else
+        if is_due and next_step > self.step:  # otherwise, no step was completed
             self._print_line(loss)
         self.step = next_step
 
@@ -110,7 +110,7 @@ class ProgressHook(tf.train.SessionRunHook):
 
 
 class CheckpointHook(tf.train.SessionRunHook):
-    """Saves a checkpoint at step 0, at the intervals given by the options, and at the last step.
+    """Saves a checkpoint at the start, at the intervals in the options, and at the last step.
 
     The step from which a run is resumed is not saved again: its checkpoint records what it was
     trained with, and the settings may have changed. Variables that are not finite are not saved.
@@ -128,7 +128,7 @@ class CheckpointHook(tf.train.SessionRunHook):
         self._global_step = tf.train.get_or_create_global_step()
 
     def begin(self):
-        # Not earlier, because other hooks may have created variables in `begin`.
+        # Not in `__init__`, because the hooks before this one may create variables in `begin`.
         self._saver = tf.train.Saver()
         tf.add_to_collection(tf.GraphKeys.SAVERS, self._saver)  # the session restores with it
         self._variables = [v for v in tf.global_variables() if v.dtype.base_dtype.is_floating]
@@ -188,7 +188,7 @@ class CheckpointHook(tf.train.SessionRunHook):
 class SummaryHook(tf.train.SessionRunHook):
     """Writes the summaries of the graph and the throughput for TensorBoard.
 
-    It fetches the summaries in the step that they describe, and records them under its number.
+    It fetches the summaries in the step that they describe, and records them for that step.
     Histograms and images have an interval of their own, because they are much larger than scalars.
 
     Args:
@@ -222,7 +222,7 @@ class SummaryHook(tf.train.SessionRunHook):
         return every_steps > 0 and (self._previous is None or self._step % every_steps == 0)
 
     def after_run(self, run_context, run_values):
-        if self._progress.step == self._step:  # the loop has run something else than a step
+        if self._progress.step == self._step:  # no step was completed
             return
         summary = tf.Summary.FromString(b"".join(run_values.results))
         if self._has_scalars:
@@ -277,7 +277,7 @@ class StopHook(tf.train.SessionRunHook):
       progress: `ProgressHook`.
       options: `Options`. Its `check_input` is called once a second.
       signals: `DeferredSignals`.
-      worker: `support.base.worker.Worker`, whose peers are checked once a second as well.
+      worker: `support.base.worker.Worker`. Its `check_peers` is called once a second as well.
     """
 
     def __init__(self, progress, options, signals, worker):

@@ -77,17 +77,16 @@ class Options(NamedTuple):
 
     @classmethod
     def select(cls, flags, config=None, check_input=lambda: None):
-        """Returns the `Options` in a dict of the values of flags by name."""
+        """Returns the `Options` from `flags`, a dict of the values of all flags by name."""
         values = {name: flags[name] for name in cls._fields if name in flags}
         return cls(**values | {"config": config, "check_input": check_input, "flags": flags})
 
 
 class TrainingRun:
-    """A run, from the check of its folder to the last checkpoint; a context manager.
+    """A run, from the first check of its folder to the last checkpoint; a context manager.
 
     In its context, no other process can train in `train_dir`, and work continues if stdout or
-    stderr is lost. In a cluster, the chief restores, saves and writes; the other workers do not
-    touch `train_dir`.
+    stderr is lost. In a cluster, only the chief uses `train_dir`.
 
     Args:
       options: `Options`.
@@ -147,9 +146,9 @@ class TrainingRun:
     def graph(self, seed=None):
         """Yields a new default graph.
 
-        If it resumes a run, it draws different random numbers than at the start of that run, and
-        the learning rate schedule continues from the number of images seen so far. Each worker of
-        a cluster draws different random numbers and places the variables on the parameter servers.
+        In a resumed run, random operations draw different numbers than at the start of the run, and
+        the learning rate schedule continues from the number of images seen so far. In a cluster,
+        each worker draws different random numbers, and the variables are on the parameter servers.
 
         Args:
           seed: int; the seed of all random operations. Drawn at random if None.
@@ -179,8 +178,8 @@ class TrainingRun:
         """Yields a session on the default graph that trains up to `max_steps`.
 
         It restores the newest checkpoint, prints progress, saves checkpoints and writes summaries.
-        SIGINT, SIGTERM and other signals that stop a script let the running step finish and save
-        it. You can leave the loop early: the last step is saved, and the run can be resumed.
+        After SIGINT, SIGTERM or another signal that stops a script, the running step is finished
+        and saved. You can leave the loop early: the last step is saved, and the run can be resumed.
 
         Args:
           loss: float32 []; the loss of a step.
@@ -207,14 +206,14 @@ class TrainingRun:
                 try:
                     yield session
                     has_left_loop = True
-                    for hook in saving:  # before other hooks end, which may fail
+                    for hook in saving:  # before the `end` of other hooks, which may fail
                         hook.end(session.raw_session())
                 except (tf.errors.OutOfRangeError, tf.errors.CancelledError):
                     if has_left_loop:
                         raise
                     # Otherwise, the input has ended or was closed: see `_check_outcome`.
                 finally:
-                    progress.is_in_step = False  # no `after_run` says so if an error ended the step
+                    progress.is_in_step = False  # after an error, `after_run` is not called
             if worker.is_chief:
                 self._checkpoint = checkpoints.find_checkpoint_to_resume(options.train_dir)
             self._check_outcome(progress, signals, has_left_loop)
@@ -248,7 +247,7 @@ class TrainingRun:
         try:
             # The chief of a cluster initializes the variables for all workers.
             scaffold = tf.train.Scaffold(init_op=None if self._worker.is_chief else tf.no_op())
-            # Unlike MonitoredTrainingSession, it does not retry a lost connection forever, and it
+            # Unlike MonitoredTrainingSession, this does not retry a lost connection forever, and it
             # runs the hooks in the given order.
             return tf.train.SingularMonitoredSession(
                 hooks=hooks,
@@ -285,15 +284,15 @@ class TrainingRun:
             raise
 
     def _check_outcome(self, progress, signals, has_left_loop):
-        """Raises an error if the run has ended before the last step against the user's will.
+        """Raises an error if a signal, the input or the chief ended the run before the last step.
 
-        `has_left_loop` says whether the training loop has ended without an error.
+        `has_left_loop`: whether the training loop has ended without an error.
         """
         max_steps, newest = self._options.max_steps, self._checkpoint
         if progress.step >= max_steps or self._worker.is_over:
             return
         number = signals.signal_number
-        if number is None and has_left_loop:  # as the program or one of its hooks has decided
+        if number is None and has_left_loop:  # by the user's code or a hook
             return
         reached = f"at step {progress.step} of --max_steps={max_steps}"
         if not self._worker.is_chief:
@@ -326,13 +325,13 @@ class TrainingRun:
 
 
 def _mix(seed, step):
-    """Returns the seed from which a run draws after it has been resumed at a step."""
+    """Returns the seed for the random operations of a run that starts at a step."""
     return random.Random(f"{seed} {step}").randrange(2**31) if step > 0 else seed
 
 
 @contextlib.contextmanager
 def _lock(train_dir):
-    """Keeps other trainers out of `train_dir`. The lock ends with the process, if not before."""
+    """Keeps other trainers out of `train_dir`. The end of the process releases the lock, too."""
     with contextlib.ExitStack() as stack:
         try:
             with _usable(train_dir):
@@ -356,7 +355,7 @@ def _usable(train_dir):
 
 
 def _read_starts(path):
-    """Returns the JSON list in a file, empty if there is no file; raises UserError for others."""
+    """Returns the JSON list in a file; an empty one if there is no file. Raises UserError."""
     try:
         with open(path) as file:
             starts = json.load(file)
@@ -385,7 +384,7 @@ def _describe_software_and_hardware():
 
 
 def _find_commit(folder):
-    """Returns the commit of the repository in a folder, with "-dirty" after changes, or None."""
+    """Returns the commit of a git repository, with "-dirty" after changes; or None."""
     try:
         return subprocess.run(
             # Without --git-dir, git would also describe a repository around the folder.

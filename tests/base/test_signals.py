@@ -165,7 +165,7 @@ def test_ignored_signals_stay_ignored_while_others_are_deferred(write_script, ig
 
 
 def test_a_handler_that_was_not_installed_from_python_stays(monkeypatch):
-    # A library that was loaded before Python started, for example a profiler, has installed it.
+    # For example, one that a profiler installed before Python started.
     get_handler = signal.getsignal
     before = get_handler(signal.SIGUSR1)
     monkeypatch.setattr(

@@ -1,4 +1,4 @@
-"""What the tasks of a cluster do and how they end: by themselves, then as real processes."""
+"""What the tasks of a cluster do and how they end: each task alone, then real processes."""
 
 import json
 import re
@@ -34,7 +34,7 @@ FLAGS = cifar10_train.FLAGS
 CLUSTER = {"ps": ["a:1", "b:1"], "chief": ["c:1"], "worker": ["d:1", "e:1"]}
 
 
-# --- A task by itself.
+# --- A task alone.
 
 
 @pytest.mark.parametrize(("shard_data", "shard"), [(True, (0, 3)), (False, None)])
@@ -68,7 +68,7 @@ SETTINGS_OF_CHIEF = TrainingSettings(("cat", "dog"), 100, examples_per_step=8)
 
 
 class Status:
-    """Stands for a `ChiefStatus`: what the chief has stored on a parameter server."""
+    """A fake `ChiefStatus`: what the chief has stored on a parameter server."""
 
     def __init__(self, state=""):
         self.stored = {STATE: state, SETTINGS: format_settings(SETTINGS_OF_CHIEF) if state else ""}
@@ -85,7 +85,7 @@ class Status:
 
 @pytest.fixture
 def run(monkeypatch):
-    """A function that runs a worker beside parameter servers of which it reads the statuses."""
+    """A function that runs a worker, which reads the given statuses from the parameter servers."""
 
     def run(type_, statuses, train, settings=SETTINGS_OF_CHIEF):
         remaining = list(statuses)
@@ -170,7 +170,7 @@ def test_a_worker_with_other_images_or_layers_than_the_chief_is_refused(run, nam
 
 @pytest.fixture
 def check_losses(monkeypatch):
-    """A function that returns what the checks of a worker find, one for each list of lost tasks."""
+    """A function that returns what a worker's checks find, given the tasks missing in each."""
 
     def check_losses(state, *lost):
         lost = list(lost)
@@ -192,7 +192,7 @@ def test_a_task_is_lost_after_three_checks_in_a_row(check_losses):
     found = check_losses(READY, [PS], [PS], [], [PS, CHIEF], [PS], [PS])
     assert found == [None] * 5 + [PS_IS_LOST]
     assert check_losses(READY, [CHIEF], [CHIEF], [CHIEF]) == [None, None, CHIEF_IS_LOST]
-    # A whole machine: the parameter server, which the chief needs as well, is the reason.
+    # If a whole machine is lost, the reason is the parameter server, which the chief needs as well.
     assert check_losses(READY, *[[PS, CHIEF]] * 3)[-1] == PS_IS_LOST
 
 
@@ -250,7 +250,7 @@ class Cluster:
             process.wait()
 
     def add(self, type_):
-        """Adds another task of a type: "ps 1", for example, besides "ps"."""
+        """Adds another task of a type, for example "ps 1" in addition to "ps"."""
         self.cluster[type_] += free_addresses(1)
 
     def start(self, *names, more_flags=()):
@@ -345,11 +345,11 @@ def test_a_cluster_trains_to_the_last_step_and_all_tasks_end(tmp_path):
         assert dict(tf.train.list_variables(newest)) == variables_of_a_single_trainer()
         results = (tmp_path / "eval" / "results.jsonl").read_text().splitlines()
         assert json.loads(results[-1])["step"] == 12
-        # The throughput counts the images of both workers: 8 a step.
+        # The throughput counts the images of both workers: 8 per step.
         line = json.loads((cluster.train_dir / "metrics.jsonl").read_text().splitlines()[5])
         assert line["examples_per_sec"] * line["sec_per_batch"] == pytest.approx(8)
 
-        # When the checkpoint is at the last step already, all tasks end at once.
+        # If the checkpoint is already at the last step, all tasks end at once.
         cluster.start("ps", "ps 1", "chief", "worker")
         assert cluster.wait("ps", "ps 1", "chief", "worker") == [0] * 4
         assert "nothing to do" in cluster.output("chief")
@@ -373,7 +373,7 @@ def test_training_waits_for_a_killed_worker_and_ends_at_the_last_step(tmp_path):
 
 
 def assert_ended(cluster, task, message):
-    """Checks that the last line of a task's output, and no other one, is an error message."""
+    """Checks that the last line of a task's output, and no other line, is an error message."""
     *lines, last = cluster.lines(task)
     assert re.fullmatch(f"cifar10_train.py: error: {message}", last)
     assert not re.search("^cifar10_train.py: |^Traceback", "\n".join(lines), re.MULTILINE)

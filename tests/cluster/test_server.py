@@ -44,7 +44,7 @@ def test_a_parameter_server_uses_no_gpu(monkeypatch, type_, gpus):
     assert config == session_config()  # the caller's own object is unchanged
 
 
-@pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.2"])  # of this machine, both
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.2"])  # both of this machine
 def test_a_port_in_use_is_refused(host):
     with socket.create_server((host, 0)) as listener:
         address = f"127.0.0.1:{listener.getsockname()[1]}"

@@ -1,4 +1,4 @@
-"""A worker of a cluster: its place in it, what crosses the network, and which workers are lost."""
+"""A worker of a cluster: its number, what crosses the network, and the loss of workers."""
 
 import types
 
@@ -19,7 +19,7 @@ CLUSTER = {"ps": ["a:1", "b:1"], "chief": ["c:1"], "worker": ["d:1", "e:1"]}
 
 
 def make_worker(task, state="", timeout=600, **arguments):
-    """Returns the worker of a task that reads a state of the chief."""
+    """Returns the worker of a task. It reads `state` as the state of the chief."""
     status = types.SimpleNamespace(read=lambda key: state)
     return Worker(task, target="", statuses=[status], timeout=timeout, **arguments)
 

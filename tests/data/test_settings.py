@@ -27,7 +27,7 @@ def test_settings_that_were_saved_before_the_images_were_counted_can_be_read():
     assert settings.images_seen(7) is None
 
 
-def test_the_keys_in_checkpoints_stay():
+def test_the_keys_in_checkpoints_do_not_change():
     assert json.loads(format_settings(OWN._replace(examples_per_step=64, examples_offset=-4))) == {
         "class_names": ["cat", "hot dog"],
         "examples_per_epoch": 123,

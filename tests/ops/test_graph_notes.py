@@ -1,4 +1,4 @@
-"""What a graph records for the session and the learning rate schedule."""
+"""What is recorded in a graph for the session and the learning rate schedule."""
 
 from support.ops import graph_notes
 from support.ops.tensorflow_v1 import tf

@@ -41,7 +41,7 @@ def clock(monkeypatch):
 
 
 def evaluate(folder, clock, steps, wait_to_stop, on_use=lambda checkpoint: None, **arguments):
-    """Returns the steps that are evaluated until a wait. `steps` are saved during the waits."""
+    """Returns the steps evaluated before `wait_to_stop`. `steps`: the step to save, by wait."""
     used = []
 
     def trainer(wait):
@@ -70,7 +70,7 @@ def test_checkpoints_of_earlier_steps_are_skipped(tmp_path, clock):
     assert evaluate(tmp_path, clock, steps, 12) == [20, 30, 40]
 
 
-def test_after_all_checkpoints_have_disappeared_it_waits_for_a_new_one(tmp_path, clock):
+def test_after_all_checkpoints_have_disappeared_evaluation_waits_for_a_new_one(tmp_path, clock):
     save(tmp_path / "train", 1)
 
     def delete(checkpoint):
@@ -81,7 +81,7 @@ def test_after_all_checkpoints_have_disappeared_it_waits_for_a_new_one(tmp_path,
     assert evaluate(tmp_path / "train", clock, {2: 2}, 5, delete) == [2]
 
 
-def test_after_a_damaged_checkpoint_it_waits_for_the_next_one(tmp_path, clock):
+def test_after_a_damaged_checkpoint_evaluation_waits_for_the_next_one(tmp_path, clock):
     save(tmp_path, 1)
     (tmp_path / "model.ckpt-1.data-00000-of-00001").write_bytes(b"")
     assert evaluate(tmp_path, clock, {3: 2}, 8) == [2]
@@ -108,7 +108,7 @@ def test_the_interval_separates_the_starts_of_evaluations(tmp_path, clock):
     assert clock.waits == [270.0]
 
 
-def test_it_ends_after_the_last_step_and_when_the_trainer_is_lost(tmp_path, clock):
+def test_evaluation_ends_after_the_last_step_and_when_the_trainer_is_lost(tmp_path, clock):
     save(tmp_path, 7)
     used = []
     evaluation.use_new_checkpoints(str(tmp_path), used.append, 0, last_step=7)

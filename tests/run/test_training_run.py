@@ -875,7 +875,7 @@ def test_another_session_of_the_same_run_resumes_where_the_first_has_ended(tmp_p
     assert saved_steps(tmp_path) == {0, 4, 7}
 
 
-def test_settings_are_checked_even_if_nobody_asks_whether_steps_are_left(tmp_path):
+def test_settings_are_checked_even_if_has_steps_left_is_not_called(tmp_path):
     train(tmp_path, max_steps=3)
     with pytest.raises(UserError, match="ckpt-3 was trained with 2 classes .*--train_dir$"):
         train(tmp_path, max_steps=5, settings=SETTINGS._replace(class_names=("cow", "pig")))
@@ -1091,7 +1091,7 @@ def test_the_graph_is_written_for_tensorboard(tmp_path, save_summaries_steps):
         if event.HasField("graph_def")
     ]
     scopes = {node.name.split("/")[0] for node in graph.node}
-    # No operations of the session: those that save, initialize and check.
+    # None of the operations with which the session saves, initializes and checks.
     assert {name for name in scopes if name.islower()} == {"this_one", "layer", "global_step"}
 
 
@@ -1244,7 +1244,7 @@ def test_a_session_outside_the_main_thread_trains_without_signals(tmp_path):
 
 
 def draw(folder, seed=None, worker=ALONE):
-    """Returns numbers that the graph of a run draws."""
+    """Returns random numbers from the graph of a run."""
     with make_run(folder, 5, worker=worker) as training, training.graph(seed) as graph:
         assert tf.get_default_graph() is graph
         with tf.Session() as sess:
