@@ -298,7 +298,7 @@ class TrainingRun:
         if not self._worker.is_chief:
             if number is not None:
                 raise Interrupted(number, "run the same command again to rejoin")
-            raise UserError(f"{self._worker.explain_end()} {reached}")
+            raise UserError(f"training ended {reached}: {self._worker.explain_end()}")
         if number is None:
             raise UserError(
                 f"the input has ended {reached}; {newest.path} is the newest checkpoint"
@@ -386,13 +386,10 @@ def _describe_software_and_hardware():
 def _find_commit(folder):
     """Returns the commit of a git repository, with "-dirty" after changes; or None."""
     try:
-        return subprocess.run(
-            # Without --git-dir, git would also describe a repository around the folder.
-            ["git", "--git-dir=.git", "describe", "--always", "--dirty", "--abbrev=40"],
-            cwd=folder,
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout.strip()
+        # Without --git-dir, git would also describe a repository around the folder.
+        options = ["--always", "--exclude=*", "--dirty", "--abbrev=40"]
+        command = ["git", "--git-dir=.git", "describe", *options]
+        process = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
+        return process.stdout.strip()
     except (OSError, subprocess.CalledProcessError):  # no git, or not a repository
         return None

@@ -1374,7 +1374,9 @@ def test_a_worker_whose_training_ends_early_explains_why(tmp_path, server):
         sess.run(tf.local_variables_initializer())
     with (
         without_delay(),
-        pytest.raises(UserError, match="^the chief has stopped .* at step 3 of --max_steps=50$"),
+        pytest.raises(
+            UserError, match="^training ended at step 3 of --max_steps=50: the chief has stopped "
+        ),
     ):
         run(count_step(files.dequeue()), tmp_path, max_steps=50, worker=worker)
 
