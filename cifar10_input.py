@@ -2,15 +2,13 @@
 
     string_input_producer -> FixedLengthRecordReader -> decode -> distort -> shuffle_batch
 
-The input runs on the CPU. By default, the threads work on blocks of records
-(`support.ops.fast_input`); with `--fast_ops=false` they work on one image at a time, as in the
-functions below.
+The input runs on the CPU. By default, each thread works on a block of records at a time
+(`support.ops.fast_image`); with `--fast_ops=false`, on one record.
 """
 
 import contextlib
 import functools
 import os
-from typing import NamedTuple
 
 from absl import flags
 
@@ -18,7 +16,7 @@ from support.base import options
 from support.base.errors import UserError
 from support.data import records
 from support.data.dataset import read_dataset
-from support.ops import fast_input, graph_notes, summaries
+from support.ops import fast_image, graph_notes, summaries
 from support.ops.tensorflow_v1 import conditionals_without_functions, tf
 
 FLAGS = flags.FLAGS
@@ -34,6 +32,7 @@ NUM_EXAMPLES_PER_EPOCH_FOR_EVAL = 10000
 # one starts sooner.
 MIN_FRACTION_OF_EXAMPLES_IN_QUEUE = 0.4
 NUM_PREPROCESS_THREADS = 16
+RECORDS_PER_BLOCK = 128  # that a thread reads and distorts at a time with --fast_ops
 
 MAX_BRIGHTNESS_DELTA = 63.0  # pixel values range from 0 to 255
 MIN_CONTRAST_FACTOR = 0.2
@@ -47,21 +46,6 @@ options.check(  # each image can be cropped, and pooled twice
     lambda size: 8 <= size <= min(records.HEIGHT, records.WIDTH),
     f"it must be 8 to {min(records.HEIGHT, records.WIDTH)}",
 )
-
-
-class Distortion(NamedTuple):
-    """Limits of the random distortions of training images.
-
-    Attributes:
-      max_brightness_delta: float; the maximum change of the pixel values, which are 0 to 255.
-      min_contrast_factor, max_contrast_factor: float.
-      random_flip: bool; whether to mirror each image with a probability of one half.
-    """
-
-    max_brightness_delta: float
-    min_contrast_factor: float
-    max_contrast_factor: float
-    random_flip: bool = True
 
 
 class CIFAR10Record:
@@ -94,30 +78,83 @@ def read_cifar10(filename_queue):
     with tf.device("/cpu:0"):
         reader = tf.FixedLengthRecordReader(record_bytes=records.RECORD_BYTES)
         result.key, value = reader.read(filename_queue)
-        record = tf.ensure_shape(tf.decode_raw(value, tf.uint8), [records.RECORD_BYTES])
-        result.label = tf.cast(record[: records.LABEL_BYTES], tf.int32)
-        # [depth * height * width] to [depth, height, width] to [height, width, depth]. A transpose
-        # of uint8 would make oneDNN log an error on some processors.
-        shape = [result.depth, result.height, result.width]
-        depth_major = tf.reshape(record[records.LABEL_BYTES :], shape)
-        result.uint8image = tf.stack(tf.unstack(depth_major), axis=-1)
+        result.label, depth_major = _decode(value)
+        result.uint8image = _depth_last(depth_major)
     return result
 
 
-def _distorted_image(uint8image, size, distortion):
-    """Distorts a training image: uint8 [32, 32, 3] to float32 [size, size, 3]."""
-    image = tf.cast(uint8image, tf.float32)
-    image = tf.image.random_crop(image, [size, size, image.shape[2]])
-    if distortion.random_flip:
-        image = tf.image.random_flip_left_right(image)
+def _read_block(filename_queue):
+    """Reads n records, as many as a thread processes at a time, or fewer at the end of a file.
+
+    Returns:
+      keys: string [n]; `file:record` each.
+      labels: int32 [n, 1].
+      planes: uint8 [n, 3, 32, 32].
+    """
+    reader = tf.FixedLengthRecordReader(record_bytes=records.RECORD_BYTES)
+    keys, values = reader.read_up_to(filename_queue, RECORDS_PER_BLOCK)
+    return keys, *_decode(values)
+
+
+def _decode(value):
+    """Decodes a record, string [], or records, string [n].
+
+    Returns:
+      label: int32 [1] or [n, 1]; 0 to the number of classes - 1.
+      depth_major: uint8 [3, 32, 32] or [n, 3, 32, 32].
+    """
+    leading = [-1] * value.shape.ndims
+    bytes_ = tf.reshape(tf.decode_raw(value, tf.uint8), [*leading, records.RECORD_BYTES])
+    label = tf.cast(bytes_[..., : records.LABEL_BYTES], tf.int32)
+    shape = [*leading, records.DEPTH, records.HEIGHT, records.WIDTH]
+    return label, tf.reshape(bytes_[..., records.LABEL_BYTES :], shape)
+
+
+def _depth_last(images):
+    """[..., 3, 32, 32] to [..., 32, 32, 3]. For uint8, oneDNN may log an error in a transpose."""
+    return tf.stack(tf.unstack(images, axis=-3), axis=-1)
+
+
+def distort(image, image_ops):
+    """Distorts a training image. To try a distortion of your own, edit this function.
+
+    Args:
+      image: float32 [32, 32, 3]; or a block of images, `fast_image.Block`.
+      image_ops: `tf.image`; or `fast_image`, whose operations have the same effect on each image of
+        a block. If the block cannot do what you add, the input distorts one image at a time.
+
+    Returns:
+      float32 [24, 24, 3], or another size with --crop_size; with mean 0 and variance 1. Or a block.
+    """
+    size, low, high = FLAGS.crop_size, FLAGS.min_contrast_factor, FLAGS.max_contrast_factor
+    image = image_ops.random_crop(image, [size, size, records.DEPTH])
+    if FLAGS.random_flip:
+        image = image_ops.random_flip_left_right(image)
     # Standardization cancels the change in brightness, unless you remove standardization.
-    image = tf.image.random_brightness(image, distortion.max_brightness_delta)
-    low, high = distortion.min_contrast_factor, distortion.max_contrast_factor
+    image = image_ops.random_brightness(image, max_delta=FLAGS.max_brightness_delta)
     if low < high:
-        image = tf.image.random_contrast(image, low, high)
-    else:
-        image = tf.image.adjust_contrast(image, high)
-    return tf.image.per_image_standardization(image)
+        image = image_ops.random_contrast(image, low, high)
+    else:  # which random_contrast refuses
+        image = image_ops.adjust_contrast(image, high)
+    return image_ops.per_image_standardization(image)
+
+
+def _read_and_distort(filename_queue):
+    """Returns a key, label and image, or blocks of them if `distort` can process blocks."""
+    if FLAGS.fast_ops:
+        keys, labels, planes = _read_block(filename_queue)
+        try:
+            return keys, labels, fast_image.finish(distort(fast_image.Block(planes), fast_image))
+        except fast_image.NeedsSingleImages as reason:
+            tf.logging.warning(
+                "Distorting one image at a time, which takes about five times as long, because "
+                "blocks of images do not support %s.",
+                reason,
+            )
+    record = read_cifar10(filename_queue)
+    with conditionals_without_functions():
+        image = distort(tf.cast(record.uint8image, tf.float32), tf.image)
+    return record.key, record.label, image
 
 
 def central_crops(images):
@@ -250,23 +287,9 @@ def distorted_inputs(data_dir, batch_size, shard=None):
       ValueError: a file is missing.
       UserError: a shard has no records.
     """
-    distortion = Distortion(
-        FLAGS.max_brightness_delta,
-        FLAGS.min_contrast_factor,
-        FLAGS.max_contrast_factor,
-        FLAGS.random_flip,
-    )
     with _input_pipeline("distorted_inputs"):
         filename_queue = _filename_queue(records.record_files(data_dir, eval_data=False))
-        if FLAGS.fast_ops:
-            key, label, image = fast_input.distorted_examples(
-                filename_queue, FLAGS.crop_size, distortion
-            )
-        else:
-            record = read_cifar10(filename_queue)
-            key, label = record.key, record.label
-            with conditionals_without_functions():
-                image = _distorted_image(record.uint8image, FLAGS.crop_size, distortion)
+        key, label, image = _read_and_distort(filename_queue)
         min_fraction_of_examples_in_queue = FLAGS.min_fraction_of_examples_in_queue
         examples_per_epoch = find_dataset(data_dir).num_examples_per_epoch_for_train
         min_queue_examples = int(examples_per_epoch * min_fraction_of_examples_in_queue)
@@ -282,7 +305,7 @@ def distorted_inputs(data_dir, batch_size, shard=None):
             batch_size,
             shuffle=True,
             keep=None if shard is None else _is_in_shard(key, data_dir, *shard),
-            enqueue_many=FLAGS.fast_ops,
+            enqueue_many=image.shape.ndims == 4,
         )
 
 
@@ -319,14 +342,15 @@ def inputs(eval_data, data_dir, batch_size, num_epochs=None):
         filenames = records.record_files(data_dir, eval_data)
         filename_queue = _filename_queue(filenames, num_epochs, shuffle=False)
         if FLAGS.fast_ops:
-            _, label, image = fast_input.cropped_examples(filename_queue, FLAGS.crop_size)
+            _, label, planes = _read_block(filename_queue)
+            image = central_crops(_depth_last(planes))
         else:
             record = read_cifar10(filename_queue)
             label, image = record.label, central_crops(record.uint8image)
         return _generate_image_and_label_batch(
             image,
             label,
-            min_queue_examples=batch_size + 4 * fast_input.RECORDS_PER_READ,
+            min_queue_examples=batch_size + 4 * RECORDS_PER_BLOCK,
             batch_size=batch_size,
             shuffle=False,
             num_threads=1,  # more threads would not keep the order

@@ -17,7 +17,6 @@ from absl import flags
 import cifar10
 import cifar10_input
 from support.base import command_line
-from support.ops import fast_input
 from support.ops.tensorflow_v1 import session_config, tf
 
 FLAGS = flags.FLAGS
@@ -71,7 +70,7 @@ def main(argv):
         run(1)
         # During the turns of the others, the queue fills to three batches beyond its minimum, and
         # each of its threads prepares another block of images. These steps are not timed.
-        blocks = cifar10_input.NUM_PREPROCESS_THREADS * fast_input.RECORDS_PER_READ
+        blocks = cifar10_input.NUM_PREPROCESS_THREADS * cifar10_input.RECORDS_PER_BLOCK
         maximum = 4 + blocks // FLAGS.batch_size
         turns.serve(run, warm_up_steps=lambda steps: min(2 * steps, maximum))
 

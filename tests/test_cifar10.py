@@ -12,11 +12,10 @@ from absl import flags
 from conftest import write_dataset, written_nodes
 
 import cifar10
-import cifar10_input
 from support.base.errors import DataError, UserError
 from support.data import dataset, download
 from support.data.settings import TrainingSettings
-from support.ops import fast_input, graph_notes, tensorflow_v1
+from support.ops import fast_image, graph_notes, tensorflow_v1
 from support.ops.tensorflow_v1 import tf
 
 pytestmark = pytest.mark.usefixtures("graph")
@@ -864,11 +863,9 @@ def test_functions_without_arguments_read_the_flags(tmp_path, capsys, fast_ops):
 def test_the_flags_set_the_limits_of_the_distortions(tmp_path, monkeypatch):
     write_dataset(tmp_path)
     FLAGS.data_dir = str(tmp_path)
-    distortions = []
-    draw = fast_input.draw
-    monkeypatch.setattr(
-        fast_input, "draw", lambda *arguments: distortions.append(arguments) or draw(*arguments)
-    )
+    blocks = []
+    finish = fast_image.finish
+    monkeypatch.setattr(fast_image, "finish", lambda block: blocks.append(block) or finish(block))
     FLAGS.num_preprocess_threads = 3
     FLAGS.max_brightness_delta = 1.5
     FLAGS.min_contrast_factor = 0.7
@@ -877,9 +874,9 @@ def test_the_flags_set_the_limits_of_the_distortions(tmp_path, monkeypatch):
     FLAGS.crop_size = 9
     images, _ = cifar10.distorted_inputs(2, shard=(1, 3))
     assert images.shape == [2, 9, 9, 3]
-    ((_, size, distortion),) = distortions
-    assert size == 9
-    assert distortion == cifar10_input.Distortion(1.5, 0.7, 0.9, False)
+    (block,) = blocks
+    assert not block.is_flipped
+    assert block.changes == ((False, -1.5, 1.5), (True, 0.7, 0.9))
     runners = tf.get_collection(tf.GraphKeys.QUEUE_RUNNERS)
     assert max(len(runner.enqueue_ops) for runner in runners) == 3
 

@@ -1,6 +1,6 @@
 """Tests of the reader, the queues and the batches, with and without the fast operations.
 
-tests/support/test_fast_input.py tests the random distortions.
+tests/ops/test_fast_image.py tests the random distortions.
 """
 
 import collections
@@ -458,12 +458,6 @@ def test_a_missing_file_is_an_error_when_the_input_is_built(tmp_path, fast_ops):
         inputs(True, str(tmp_path), 8, fast_ops=fast_ops)
 
 
-def test_a_grayscale_image_is_distorted(graph):
-    image = tf.zeros([32, 32, 1], tf.uint8)
-    distortion = cifar10_input.Distortion(63.0, 0.2, 1.8)
-    assert cifar10_input._distorted_image(image, 24, distortion).shape == [24, 24, 1]
-
-
 @both_pipelines
 def test_fewer_than_five_training_files_are_read(tmp_path, fast_ops):
     train, _ = write_dataset(tmp_path, train_counts=(40, 20))
@@ -522,3 +516,41 @@ def test_equal_contrast_factors_scale_every_image_by_that_factor(tmp_path, monke
     with running_queues() as session:
         images = session.run(images)
     np.testing.assert_allclose(np.ptp(images, axis=(1, 2, 3)), 20, atol=1e-3)
+
+
+@both_pipelines
+def test_an_edit_of_the_decoding_takes_effect_in_both_pipelines(tmp_path, monkeypatch, fast_ops):
+    _, test = write_dataset(tmp_path)
+    decode = cifar10_input._decode
+
+    def edited_decode(value):
+        label, depth_major = decode(value)
+        return label + 100, 255 - depth_major
+
+    monkeypatch.setattr(cifar10_input, "_decode", edited_decode)
+    images, labels = inputs(True, str(tmp_path), 8, num_epochs=1, fast_ops=fast_ops)
+    with running_queues() as session:
+        batches = all_batches(session, [images, labels])
+    images, labels = (np.concatenate(parts) for parts in zip(*batches, strict=True))
+    np.testing.assert_array_equal(labels, test[:, 0] + 100)
+    np.testing.assert_allclose(images, -standardized_centers(test), atol=1e-5)
+    FLAGS.fast_ops = fast_ops
+    _, labels = cifar10_input.distorted_inputs(str(tmp_path), 8)
+    with running_queues() as session:
+        assert (session.run(labels) >= 100).all()
+
+
+@both_pipelines
+def test_an_edit_of_the_central_crops_takes_effect_in_both_pipelines(
+    tmp_path, monkeypatch, fast_ops
+):
+    _, test = write_dataset(tmp_path)
+
+    def edited_crops(images):
+        return tf.cast(images[..., :24, :24, :], tf.float32)
+
+    monkeypatch.setattr(cifar10_input, "central_crops", edited_crops)
+    images, _ = inputs(True, str(tmp_path), 8, num_epochs=1, fast_ops=fast_ops)
+    with running_queues() as session:
+        found = np.concatenate(all_batches(session, images))
+    np.testing.assert_array_equal(found, pixels(test)[:, :24, :24])

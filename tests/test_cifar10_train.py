@@ -16,6 +16,7 @@ from absl import flags
 from conftest import ROOT, write_dataset
 
 import cifar10
+import cifar10_input
 import cifar10_multi_gpu_train
 import cifar10_train
 from support.base.errors import Interrupted, UserError
@@ -245,6 +246,18 @@ def test_the_seed_determines_every_loss_if_one_thread_reads(small_run, fast_ops)
     assert first == again
     assert not set(first) & set(other)
     assert not set(first) & set(drawn)
+
+
+def test_the_seed_determines_every_loss_of_a_distortion_of_single_images(small_run, monkeypatch):
+    monkeypatch.setattr(
+        cifar10_input,
+        "distort",
+        lambda image, image_ops: tf.image.random_hue(
+            image_ops.random_crop(image, [24, 24, 3]), 0.1
+        ),
+    )
+    first, again = ([line["loss"] for line in small_run(name, 5)] for name in ("first", "again"))
+    assert first == again
 
 
 @pytest.fixture

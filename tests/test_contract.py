@@ -32,7 +32,7 @@ import cifar10_train
 from support.base import options
 from support.base.errors import DataError, UserError
 from support.data import dataset
-from support.ops import fast_input
+from support.ops import fast_image
 from support.ops.tensorflow_v1 import session_config, tf
 
 pytestmark = pytest.mark.usefixtures("graph")
@@ -244,17 +244,13 @@ def number_of_threads():
 
 
 def distortion_of_training(monkeypatch):
-    used = []
-    draw = fast_input.draw
-
-    def record(count, size, distortion):
-        used.append(distortion)
-        return draw(count, size, distortion)
-
+    """Returns the block of images that the training input distorts."""
+    blocks = []
+    finish = fast_image.finish
     with monkeypatch.context() as patch:
-        patch.setattr(fast_input, "draw", record)
+        patch.setattr(fast_image, "finish", lambda block: blocks.append(block) or finish(block))
         cifar10.distorted_inputs()
-    return used[0]
+    return blocks[0]
 
 
 def learning_rates():
@@ -315,7 +311,7 @@ LIVE_CONSTANTS = [
         5.0,
         "max_brightness_delta",
         7.0,
-        lambda patch: distortion_of_training(patch).max_brightness_delta,
+        lambda patch: distortion_of_training(patch).changes[0][2],
     ),
     (
         "input",
@@ -324,7 +320,7 @@ LIVE_CONSTANTS = [
         0.3,
         "min_contrast_factor",
         0.5,
-        lambda patch: distortion_of_training(patch).min_contrast_factor,
+        lambda patch: distortion_of_training(patch).changes[1][1],
     ),
     (
         "input",
@@ -333,7 +329,7 @@ LIVE_CONSTANTS = [
         1.2,
         "max_contrast_factor",
         1.4,
-        lambda patch: distortion_of_training(patch).max_contrast_factor,
+        lambda patch: distortion_of_training(patch).changes[1][2],
     ),
     (
         "model",
@@ -397,15 +393,15 @@ def test_edited_constants_of_the_input_are_the_defaults_of_its_functions(data_fo
     monkeypatch.setattr(cifar10_input, "MAX_BRIGHTNESS_DELTA", 5.0)
     monkeypatch.setattr(cifar10_input, "MIN_CONTRAST_FACTOR", 0.3)
     monkeypatch.setattr(cifar10_input, "MAX_CONTRAST_FACTOR", 1.2)
-    used = []
-    draw = fast_input.draw
-    monkeypatch.setattr(
-        fast_input, "draw", lambda *arguments: used.append(arguments) or draw(*arguments)
-    )
+    blocks = []
+    finish = fast_image.finish
+    monkeypatch.setattr(fast_image, "finish", lambda block: blocks.append(block) or finish(block))
     images, _ = cifar10_input.distorted_inputs(str(data_folder), 4)
     assert images.shape == [4, 20, 20, 3]
-    ((_, size, distortion),) = used
-    assert (size, *distortion) == (20, 5.0, 0.3, 1.2, True)
+    (block,) = blocks
+    assert block.shape == [20, 20, 3]
+    assert block.is_flipped
+    assert block.changes == ((False, -5.0, 5.0), (True, 0.3, 1.2))
     queues = [
         op.get_attr("min_after_dequeue")
         for op in tf.get_default_graph().get_operations()

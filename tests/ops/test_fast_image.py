@@ -1,27 +1,37 @@
-"""Tests of the blocks of records, and of the distortions against tf.image."""
+"""The distortions of blocks of images against tf.image: in numbers, and in distribution."""
 
 import collections
 import itertools
+import re
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 from absl.testing import flagsaver
 from conftest import (
-    all_batches,
     make_records,
     pixels,
     running_queues,
-    standardized_centers,
     write_dataset,
 )
 
 import cifar10_input
-from support.ops import fast_input
+from support.ops import fast_image
 from support.ops.tensorflow_v1 import tf
 
 pytestmark = pytest.mark.usefixtures("graph")
 
-DISTORTION = cifar10_input.Distortion(63.0, 0.2, 1.8)
+LIMITS = {"max_brightness_delta": 63.0, "min_contrast_factor": 0.2, "max_contrast_factor": 1.8}
+
+
+class Draws(NamedTuple):
+    """The random numbers that distort n images: arrays of n values."""
+
+    top: np.ndarray
+    left: np.ndarray
+    flip: np.ndarray
+    brightness: np.ndarray
+    contrast: np.ndarray
 
 
 def make_planes(images):
@@ -29,17 +39,40 @@ def make_planes(images):
     return np.ascontiguousarray(np.moveaxis(images, 3, 1))
 
 
+def make_block(images, size=24, **limits):
+    """Returns the block that `cifar10_input.distort` returns for images, uint8 [n, 32, 32, 3]."""
+    with flagsaver.flagsaver(crop_size=size, **LIMITS | limits):
+        block = fast_image.Block(tf.constant(make_planes(images)))
+        return cifar10_input.distort(block, fast_image)
+
+
 def distort(images, draws, size=24):
-    """Distorts images, uint8 [n, 32, 32, 3], with `Draws` of arrays."""
-    return fast_input.distort(
-        tf.constant(make_planes(images)), fast_input.Draws(*map(tf.convert_to_tensor, draws)), size
+    """Distorts images, uint8 [n, 32, 32, 3], with `Draws`."""
+    top, left, flip, brightness, contrast = (
+        tf.expand_dims(tf.convert_to_tensor(each), 1) for each in draws
     )
+    amounts = [tf.reshape(each, [-1, 1, 1, 1]) for each in (brightness, contrast)]
+    return fast_image._distort(make_block(images, size), top, left, flip, amounts)
+
+
+def draw(count, size=24, **limits):
+    """Returns the `Draws` of a block of `count` images, as tensors."""
+    block = make_block(np.zeros([count, 32, 32, 3], np.uint8), size, **limits)
+    top, left, flip, amounts = fast_image._draw(block)
+    if flip is None:
+        flip = tf.zeros([count], tf.bool)
+    return Draws(*(tf.reshape(each, [-1]) for each in (top, left, flip, *amounts)))
+
+
+def make_limits(max_delta, low, high):
+    """Returns flags that limit brightness and contrast."""
+    return dict(zip(LIMITS, (max_delta, low, high), strict=True))
 
 
 def make_draws(count, size, seed=0):
     """Returns random `Draws` from NumPy."""
     generator = np.random.default_rng(seed)
-    return fast_input.Draws(
+    return Draws(
         top=generator.integers(0, 32 - size + 1, count).astype(np.int32),
         left=generator.integers(0, 32 - size + 1, count).astype(np.int32),
         flip=generator.random(count) < 0.5,
@@ -101,7 +134,7 @@ def test_every_crop_and_flip_gives_the_image_that_tf_image_gives():
     image = pixels(make_records(1))[0]
     positions = list(itertools.product(range(9), range(9)))
     top, left = np.array(positions * 2, np.int32).T
-    draws = fast_input.Draws(
+    draws = Draws(
         top, left, np.arange(162) >= 81, np.zeros(162, np.float32), np.ones(162, np.float32)
     )
     distorted = distort(np.stack([image] * 162), draws)
@@ -178,39 +211,13 @@ def test_distorted_images_have_mean_0_and_variance_1():
 
 def test_an_image_of_one_color_becomes_zeros():
     images = np.full([2, 32, 32, 3], 200, np.uint8)
-    cropped = fast_input.crop(tf.constant(make_planes(images)), 24)
-    distorted = distort(images, make_draws(2, 24))
-    for found in evaluate([cropped, distorted]):
-        np.testing.assert_array_equal(found, np.zeros([2, 24, 24, 3]))
-
-
-@pytest.mark.parametrize("size", [24, 8, 27, 32])
-def test_central_crops_are_standardized_like_those_of_tf_image(size):
-    images = pixels(make_records(6))
-    cropped = fast_input.crop(tf.constant(make_planes(images)), size)
-    assert (cropped.dtype, cropped.shape.as_list()) == (tf.float32, [6, size, size, 3])
-    stock = tf.image.resize_with_crop_or_pad(tf.cast(images, tf.float32), size, size)
-    found, stock = evaluate([cropped, tf.image.per_image_standardization(stock)])
-    np.testing.assert_allclose(found, stock, rtol=0, atol=1e-5)
-
-
-def test_the_standard_deviation_has_the_minimum_of_tf_image():
-    images = make_flat_images()
-    cropped = fast_input.crop(tf.constant(make_planes(images)), 24)
-    centers = images[:, 4:28, 4:28].astype(np.float64)
-    deviations = np.maximum(centers.std(axis=(1, 2, 3), keepdims=True), 1 / np.sqrt(1728))
-    exact = (centers - centers.mean(axis=(1, 2, 3), keepdims=True)) / deviations
-    stock = tf.image.per_image_standardization(tf.cast(images[:, 4:28, 4:28], tf.float32))
-    found, stock = evaluate([cropped, stock])
-    assert_as_exact_as_float32_allows(found, exact, centers)
-    assert_as_exact_as_float32_allows(stock, exact, centers)
-    assert found[0].std() < 0.9999
-    np.testing.assert_allclose(found[1:].std(axis=(1, 2, 3)), 1, atol=1e-3)
+    distorted = evaluate(distort(images, make_draws(2, 24)))
+    np.testing.assert_array_equal(distorted, np.zeros([2, 24, 24, 3]))
 
 
 def test_each_crop_and_flip_is_equally_likely_for_each_image():
     count = 16200
-    draws = evaluate(fast_input.draw(count, 24, DISTORTION))
+    draws = evaluate(draw(count, 24))
     drawn = collections.Counter(zip(draws.top, draws.left, draws.flip, strict=True))
     assert set(drawn) == set(itertools.product(range(9), range(9), (False, True)))
     # Chi-squared over 162 cells: mean 161, standard deviation sqrt(2 * 161) = 18.
@@ -221,14 +228,14 @@ def test_each_crop_and_flip_is_equally_likely_for_each_image():
 
 @pytest.mark.parametrize("size", [8, 31, 32])
 def test_crops_of_other_sizes_lie_anywhere_in_the_image(size):
-    draws = evaluate(fast_input.draw(4000, size, DISTORTION))
+    draws = evaluate(draw(4000, size))
     positions = set(range(32 - size + 1))
     assert set(draws.top) == set(draws.left) == positions
     assert 0.4 < draws.flip.mean() < 0.6
 
 
 def test_no_image_is_flipped_if_the_random_flip_is_off():
-    draws = evaluate(fast_input.draw(1000, 24, DISTORTION._replace(random_flip=False)))
+    draws = evaluate(draw(1000, random_flip=False))
     assert not draws.flip.any()
     assert len(set(zip(draws.top, draws.left, strict=True))) == 81
 
@@ -237,19 +244,19 @@ def test_no_image_is_flipped_if_the_random_flip_is_off():
     ("max_delta", "low", "high"), [(63.0, 0.2, 1.8), (5.0, 0.0, 0.5), (255.0, 1.0, 3.0)]
 )
 def test_brightness_and_contrast_are_uniform_within_their_limits(max_delta, low, high):
-    draws = evaluate(fast_input.draw(4000, 24, cifar10_input.Distortion(max_delta, low, high)))
+    draws = evaluate(draw(4000, **make_limits(max_delta, low, high)))
     assert_uniform(draws.brightness, -max_delta, max_delta)
     assert_uniform(draws.contrast, low, high)
 
 
 def test_equal_limits_give_that_value():
-    draws = evaluate(fast_input.draw(100, 24, cifar10_input.Distortion(0.0, 0.7, 0.7)))
+    draws = evaluate(draw(100, **make_limits(0.0, 0.7, 0.7)))
     np.testing.assert_array_equal(draws.brightness, 0)
     np.testing.assert_array_equal(draws.contrast, np.float32(0.7))
 
 
 def test_the_draws_of_an_image_are_independent_of_each_other_and_of_the_next_image():
-    draws = np.array(evaluate(fast_input.draw(10000, 24, DISTORTION)), np.float64)
+    draws = np.array(evaluate(draw(10000, 24)), np.float64)
     pairs = np.concatenate([draws[:, :-1], draws[:, 1:]])  # [10, 9999]
     correlations = np.corrcoef(pairs)
     # A value has a correlation of 1 with itself. For the others, the limit is 6 standard
@@ -259,79 +266,13 @@ def test_the_draws_of_an_image_are_independent_of_each_other_and_of_the_next_ima
 
 
 def test_every_run_draws_new_numbers():
-    draws = fast_input.draw(1000, 24, DISTORTION)
+    draws = draw(1000, 24)
     with tf.Session() as session:
         first, second = session.run(draws), session.run(draws)
     for name in ("brightness", "contrast"):
         assert not np.intersect1d(getattr(first, name), getattr(second, name)).size, name
     for name in ("top", "left", "flip"):
         assert (getattr(first, name) != getattr(second, name)).mean() > 0.4, name
-
-
-def write_files(folder, counts):
-    """Writes record files; returns their paths and all records."""
-    paths = [str(folder / f"records_{number}.bin") for number in range(len(counts))]
-    records = [make_records(count, number) for number, count in enumerate(counts)]
-    for path, each in zip(paths, records, strict=True):
-        each.tofile(path)
-    return paths, np.concatenate(records)
-
-
-def filename_queue(paths):
-    return tf.train.string_input_producer(paths, num_epochs=1, shuffle=False)
-
-
-def test_blocks_contain_every_record_once_in_order(tmp_path):
-    paths, records = write_files(tmp_path, [5, 4, 9])
-    block = fast_input.read_records(filename_queue(paths), count=4)
-    with running_queues() as session:
-        blocks = all_batches(session, block)
-    assert max(len(keys) for keys, _, _ in blocks) == 4
-    keys, labels, planes = (np.concatenate(parts) for parts in zip(*blocks, strict=True))
-    expected = [f"{path}:{i}" for path, n in zip(paths, (5, 4, 9), strict=True) for i in range(n)]
-    assert [key.decode() for key in keys] == expected
-    assert (labels.dtype, planes.dtype) == (np.int32, np.uint8)
-    np.testing.assert_array_equal(labels, records[:, :1])
-    np.testing.assert_array_equal(planes.reshape(-1, 3072), records[:, 1:])
-
-
-def test_a_block_has_128_records_by_default(tmp_path):
-    paths, _ = write_files(tmp_path, [200])
-    _, labels, _ = fast_input.read_records(filename_queue(paths))
-    with running_queues() as session:
-        assert [len(batch) for batch in all_batches(session, labels)] == [128, 72]
-
-
-def test_cropped_examples_keep_their_keys_and_labels(tmp_path):
-    paths, records = write_files(tmp_path, [7, 3])
-    examples = fast_input.cropped_examples(filename_queue(paths), 20)
-    with running_queues() as session:
-        blocks = all_batches(session, examples)
-    keys, labels, images = (np.concatenate(parts) for parts in zip(*blocks, strict=True))
-    assert [key.decode().rpartition(":")[2] for key in keys] == list("0123456012")
-    np.testing.assert_array_equal(labels, records[:, :1])
-    np.testing.assert_allclose(images, standardized_centers(records, 20), atol=1e-5)
-
-
-def test_distorted_examples_keep_their_keys_and_labels(tmp_path):
-    # Record i has a bright pixel in channel i % 3 everywhere: no distortion changes the channel.
-    paths, records = write_files(tmp_path, [7, 3])
-    start = 0
-    for path, count in zip(paths, (7, 3), strict=True):
-        planes = np.zeros([count, 3, 1024], np.uint8)
-        for i in range(count):
-            planes[i, (start + i) % 3] = 200
-        records[start : start + count, 1:] = planes.reshape(count, -1)
-        records[start : start + count].tofile(path)
-        start += count
-    examples = fast_input.distorted_examples(filename_queue(paths), 20, DISTORTION)
-    with running_queues() as session:
-        blocks = all_batches(session, examples)
-    keys, labels, images = (np.concatenate(parts) for parts in zip(*blocks, strict=True))
-    assert images.shape == (10, 20, 20, 3)
-    assert [key.decode().rpartition(":")[2] for key in keys] == list("0123456012")
-    np.testing.assert_array_equal(labels, records[:, :1])
-    np.testing.assert_array_equal(images.mean(axis=(1, 2)).argmax(axis=1), np.arange(10) % 3)
 
 
 # The tests below compare the two pipelines of cifar10_input.distorted_inputs. With one thread and a
@@ -356,7 +297,7 @@ def image(tmp_path):
     return image
 
 
-def training_images(folder, fast_ops, count, distortion=DISTORTION):
+def training_images(folder, fast_ops, count, **limits):
     """Returns `count` images of a training input: float32 [count, 24, 24, 3]."""
     with tf.Graph().as_default():
         tf.set_random_seed(11)
@@ -364,7 +305,7 @@ def training_images(folder, fast_ops, count, distortion=DISTORTION):
             fast_ops=fast_ops,
             min_fraction_of_examples_in_queue=0.01,
             num_preprocess_threads=1,
-            **distortion._asdict(),
+            **LIMITS | limits,
         ):
             images, _ = cifar10_input.distorted_inputs(str(folder), count)
         with running_queues() as session:
@@ -425,8 +366,8 @@ def test_crops_flips_and_contrasts_of_the_training_input_are_uniform(tmp_path, i
 def test_the_contrast_of_the_training_input_has_the_given_limits(
     tmp_path, image, fast_ops, low, high
 ):
-    distortion = cifar10_input.Distortion(63.0, low, high)
-    _, _, contrasts = decode(training_images(tmp_path, fast_ops, 500, distortion), image)
+    limits = make_limits(63.0, low, high)
+    _, _, contrasts = decode(training_images(tmp_path, fast_ops, 500, **limits), image)
     if low == high:
         np.testing.assert_allclose(contrasts, low, atol=1e-4)
     else:
@@ -435,8 +376,8 @@ def test_the_contrast_of_the_training_input_has_the_given_limits(
 
 @pytest.mark.parametrize("fast_ops", [True, False])
 def test_the_training_input_is_not_flipped_if_the_random_flip_is_off(tmp_path, image, fast_ops):
-    distortion = cifar10_input.Distortion(63.0, 0.2, 1.8, random_flip=False)
-    crops, flips, _ = decode(training_images(tmp_path, fast_ops, 1000, distortion), image)
+    distorted = training_images(tmp_path, fast_ops, 1000, random_flip=False)
+    crops, flips, _ = decode(distorted, image)
     assert not flips.any()
     assert len(set(crops)) == 81
 
@@ -446,8 +387,7 @@ def test_the_reference_adds_one_uniform_brightness_to_each_image(
     tmp_path, image, monkeypatch, max_delta
 ):
     monkeypatch.setattr(tf.image, "per_image_standardization", lambda image: image)
-    distortion = cifar10_input.Distortion(max_delta, 1.0, 1.0)
-    images = training_images(tmp_path, False, 1000, distortion)
+    images = training_images(tmp_path, False, 1000, **make_limits(max_delta, 1.0, 1.0))
     crops, flips, _ = decode(images, image)
     windows = np.lib.stride_tricks.sliding_window_view(image, (24, 24), axis=(0, 1))
     expected = np.moveaxis(windows, 2, 4).reshape(81, 24, 24, 3)[crops].astype(np.float64)
@@ -472,3 +412,192 @@ def test_both_pipelines_have_the_same_mean_and_variance_at_every_position(tmp_pa
         first, second = fast**power, reference**power
         deviation = np.sqrt((first.var(axis=0) + second.var(axis=0)) / count)
         assert (np.abs(first.mean(axis=0) - second.mean(axis=0)) / deviation).max() < 6
+
+
+# --- Edits of `cifar10_input.distort`.
+
+
+def standardized(image):
+    return (image - image.mean()) / image.std()
+
+
+def without_contrast(image, image_ops):
+    image = image_ops.random_crop(image, [24, 24, 3])
+    image = image_ops.random_flip_left_right(image)
+    return image_ops.per_image_standardization(image_ops.random_brightness(image, max_delta=63))
+
+
+def contrast_before_brightness(image, image_ops):
+    image = image_ops.random_flip_left_right(image_ops.random_crop(image, [24, 24, 3]))
+    image = image_ops.random_contrast(image, lower=0.2, upper=1.8)
+    image = image_ops.random_brightness(image, max_delta=63)
+    return image_ops.per_image_standardization(image)
+
+
+def contrast_before_crop(image, image_ops):
+    image = image_ops.random_contrast(image, 0.2, 1.8)
+    image = image_ops.random_crop(image, [24, 24, 3])
+    return image_ops.per_image_standardization(image_ops.random_flip_left_right(image))
+
+
+def two_hues(image, image_ops):
+    return tf.image.random_hue(image_ops.random_hue(image, 0.1), 0.1)
+
+
+def mean_subtracted(image, image_ops):
+    image = image_ops.random_brightness(image_ops.random_crop(image, [24, 24, 3]), 63)
+    return image - tf.reduce_mean(image)
+
+
+def mean_subtracted_after_standardization(image, image_ops):
+    image = image_ops.per_image_standardization(image)
+    return image - tf.reduce_max(image)
+
+
+def noise_added(image, image_ops):
+    return tf.random.normal(image.shape) + image
+
+
+def upside_down(image, image_ops):
+    return image_ops.per_image_standardization(image[::-1])
+
+
+def resized(image, image_ops):
+    return image_ops.per_image_standardization(tf.image.resize(image, [24, 24]))
+
+
+def contrast_as_tensor(image, image_ops):
+    image = image_ops.adjust_contrast(image_ops.random_crop(image, [24, 24, 3]), tf.constant(0.5))
+    return image_ops.per_image_standardization(image_ops.random_flip_left_right(image))
+
+
+def seeded_brightness(image, image_ops):
+    return image_ops.random_brightness(image, 63, seed=5)
+
+
+def not_standardized(image, image_ops):
+    return image_ops.random_brightness(image, 63)
+
+
+def check_contrasts(low, high):
+    def check(images, image):
+        _, flips, contrasts = decode(images, image)
+        assert 0.4 < flips.mean() < 0.6
+        if low == high:
+            np.testing.assert_allclose(contrasts, low, atol=1e-4)
+        else:
+            assert_uniform(contrasts, low, high)
+
+    return check
+
+
+def check_contrast_before_crop(images, image):
+    # The contrast keeps the means of the whole image, so the means of a crop change, too.
+    _, flips, contrasts = decode(images, image)
+    assert 0.4 < flips.mean() < 0.6
+    assert contrasts.std() > 0.1
+
+
+def check_hues(images, image):
+    # The red channel is the smallest one, and its difference from the blue one depends on the hue.
+    hues = np.median(images[..., 0] - images[..., 2], axis=(1, 2)).astype(np.float64)
+    assert len(np.unique(hues)) > 100
+    assert abs(np.corrcoef(hues[:-1], hues[1:])[0, 1]) < 6 / np.sqrt(hues.size)
+
+
+def check_mean(images, image):
+    np.testing.assert_allclose(images.mean(axis=(1, 2, 3)), 0, atol=1e-3)
+    assert len({each.tobytes() for each in images}) > 70  # crops
+
+
+def check_maximum(images, image):
+    expected = standardized(image.astype(np.float64))
+    np.testing.assert_allclose(images, [expected - expected.max()] * len(images), atol=1e-4)
+
+
+def check_noise(images, image):
+    noise = images.astype(np.float64) - image
+    assert abs(noise.mean()) < 0.01
+    assert abs(noise.std() - 1) < 0.01
+    first, second = noise[:-1].ravel(), noise[1:].ravel()
+    assert abs(np.corrcoef(first, second)[0, 1]) < 0.01
+
+
+def check_upside_down(images, image):
+    expected = standardized(image[::-1].astype(np.float64))
+    np.testing.assert_allclose(images, [expected] * len(images), atol=1e-4)
+
+
+def check_resized(images, image):
+    stock = tf.image.resize(image.astype(np.float32), [24, 24])
+    expected = evaluate(tf.image.per_image_standardization(stock))
+    np.testing.assert_allclose(images, [expected] * len(images), atol=1e-4)
+
+
+def check_brightness(images, image):
+    deltas = images.astype(np.float64) - image
+    assert np.ptp(deltas, axis=(1, 2, 3)).max() < 1e-3
+    assert_uniform(deltas.mean(axis=(1, 2, 3)), -63, 63)
+
+
+@pytest.mark.parametrize("fast_ops", [True, False])
+@pytest.mark.parametrize(
+    ("distort", "refused", "check"),
+    [
+        (without_contrast, None, check_contrasts(1.0, 1.0)),
+        (contrast_before_brightness, None, check_contrasts(0.2, 1.8)),
+        (not_standardized, None, check_brightness),
+        (contrast_before_crop, "random_crop", check_contrast_before_crop),
+        (two_hues, "tf.image.random_hue", check_hues),
+        (mean_subtracted, "conversion to a tensor", check_mean),
+        (mean_subtracted_after_standardization, "conversion to a tensor", check_maximum),
+        (noise_added, "conversion to a tensor", check_noise),
+        (upside_down, "the operator __getitem__", check_upside_down),
+        (resized, "conversion to a tensor", check_resized),
+        (contrast_as_tensor, "adjust_contrast with these arguments", check_contrasts(0.5, 0.5)),
+        (seeded_brightness, "random_brightness with these arguments", None),
+    ],
+)
+def test_an_edited_distortion_has_the_same_effect_with_both_backends(
+    tmp_path, image, monkeypatch, distort, refused, check, fast_ops
+):
+    warnings = []
+    monkeypatch.setattr(tf.logging, "warning", lambda text, *values: warnings.append(text % values))
+    monkeypatch.setattr(cifar10_input, "distort", distort)
+    images = training_images(tmp_path, fast_ops, 600)
+    if check is not None:
+        check(images, image)
+    if fast_ops and refused is not None:
+        (line,) = warnings
+        assert line.startswith("Distorting one image at a time, which takes about ")
+        assert re.search(refused, line)
+    else:
+        assert warnings == []
+
+
+def test_an_operation_does_not_change_the_block_that_it_gets():
+    block = fast_image.Block(tf.zeros([5, 3, 32, 32], tf.uint8))
+    before = dict(vars(block))
+    fast_image.random_crop(fast_image.random_brightness(block, 5), [8, 9, 3])
+    assert vars(block) == before
+    assert fast_image.random_crop(block, [8, 9, 3]).shape == [8, 9, 3]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("random_brightness", -1),
+        ("random_contrast", 1.0, 1.0),
+        ("random_contrast", -1, 1),
+        ("random_crop", [33, 8, 3]),
+        ("random_crop", [8, 8]),
+        ("random_crop", 8),
+    ],
+)
+def test_what_tf_image_refuses_is_left_to_it(arguments):
+    name, *arguments = arguments
+    block = fast_image.Block(tf.zeros([5, 3, 32, 32], tf.uint8))
+    with pytest.raises(fast_image.NeedsSingleImages, match=name):
+        getattr(fast_image, name)(block, *arguments)
+    with pytest.raises(AttributeError):
+        fast_image.random_cropp  # noqa: B018

@@ -1,0 +1,245 @@
+"""The operations of `tf.image` that distort training images, for blocks of images.
+
+    image_ops = fast_image if FLAGS.fast_ops else tf.image
+    image = image_ops.random_brightness(image, max_delta=63)
+
+An operation costs about as much for one small image as for dozens, so a thread distorts a `Block`
+of images at a time. Crops, flips and changes of brightness and contrast are only noted. `finish`
+then draws the random numbers of all images and does the arithmetic at once.
+
+A block does only what it can do exactly as each image would by itself. Everything else raises
+`NeedsSingleImages`: other operations, operators, indices, tensors as arguments, and the conversion
+of a block to a tensor.
+"""
+
+import functools
+import math
+import numbers
+
+from support.ops.tensorflow_v1 import tf
+
+_OPERATORS = (
+    "abs add and array bool contains eq float floordiv ge getitem gt int invert iter le len lt "
+    "matmul mod mul ne neg or pos pow radd rand rfloordiv rmatmul rmod rmul ror round rpow rsub "
+    "rtruediv rxor setitem sub truediv xor"
+)
+
+
+class NeedsSingleImages(Exception):  # noqa: N818
+    """A block of images cannot be distorted in this way; the message names the operation."""
+
+
+class Block:
+    """n images, and the distortions that have been noted for each of them.
+
+    Args:
+      planes: uint8 [n, depth, height, width]; depth-major, as in the records: operations on a
+        whole channel then access adjacent memory, which is several times faster.
+
+    Attributes:
+      shape: `tf.TensorShape`; that of one image, [height, width, depth].
+      dtype: tf.float32.
+    """
+
+    dtype = tf.float32
+    __hash__ = None
+
+    def __init__(self, planes):
+        depth, height, width = planes.shape.as_list()[1:]
+        self.shape = tf.TensorShape([height, width, depth])
+        self.planes = planes
+        self.is_cropped = self.is_flipped = self.is_standardized = False
+        self.changes = ()  # (is_contrast, low, high) for each change of brightness or contrast
+
+    def replace(self, **attributes):
+        """Returns a block with other attributes. Operations do not change their argument."""
+        block = Block(self.planes)
+        vars(block).update(vars(self) | attributes)
+        return block
+
+    def get_shape(self):
+        """Returns the shape of one image."""
+        return self.shape
+
+    def __getattr__(self, name):
+        is_special = name.startswith("_")  # TensorFlow and NumPy look for special methods
+        raise NeedsSingleImages("conversion to a tensor" if is_special else f"image.{name}")
+
+
+def _refuse(name):
+    def refuse(*arguments, **named):
+        raise NeedsSingleImages(name)
+
+    return refuse
+
+
+for _operator in _OPERATORS.split():
+    setattr(Block, f"__{_operator}__", _refuse(f"the operator __{_operator}__"))
+
+
+def _operation(note):
+    """Makes an operation from a function that notes it; refuses arguments that it does not know."""
+
+    @functools.wraps(note)
+    def operate(image, *arguments, **named):
+        if not isinstance(image, Block) or image.is_standardized:
+            raise NeedsSingleImages(f"{note.__name__} at this place")
+        values = tf.nest.flatten([arguments, named])
+        try:
+            if not all(isinstance(value, numbers.Real) for value in values):
+                raise TypeError
+            return note(image, *arguments, **named)
+        except (TypeError, ValueError):
+            raise NeedsSingleImages(f"{note.__name__} with these arguments") from None
+
+    return operate
+
+
+@_operation
+def random_crop(image, size):
+    """Notes a random crop like `tf.image.random_crop`; `size` is [height, width, depth]."""
+    height, width, depth = size
+    if height > image.shape[0] or width > image.shape[1] or depth != image.shape[2]:
+        raise ValueError
+    # A change of contrast depends on the mean of all pixels that it gets.
+    if image.is_cropped or any(is_contrast for is_contrast, _, _ in image.changes):
+        raise NeedsSingleImages("random_crop at this place")
+    return image.replace(is_cropped=True, shape=tf.TensorShape(size))
+
+
+@_operation
+def random_flip_left_right(image):
+    """Notes a random flip like `tf.image.random_flip_left_right`; a second one has no effect."""
+    return image.replace(is_flipped=True)
+
+
+@_operation
+def random_brightness(image, max_delta):
+    """Notes a random change like `tf.image.random_brightness`."""
+    if max_delta < 0:
+        raise ValueError
+    return image.replace(changes=(*image.changes, (False, -max_delta, max_delta)))
+
+
+@_operation
+def random_contrast(image, lower, upper):
+    """Notes a random change like `tf.image.random_contrast`."""
+    if not 0 <= lower < upper:
+        raise ValueError
+    return image.replace(changes=(*image.changes, (True, lower, upper)))
+
+
+@_operation
+def adjust_contrast(image, contrast_factor):
+    """Notes a change like `tf.image.adjust_contrast`."""
+    return image.replace(changes=(*image.changes, (True, contrast_factor, contrast_factor)))
+
+
+@_operation
+def per_image_standardization(image):
+    """Notes the standardization like `tf.image.per_image_standardization`; nothing may follow."""
+    return image.replace(is_standardized=True)
+
+
+def __getattr__(name):
+    operation = getattr(tf.image, name)  # raises AttributeError if there is none
+    return _refuse(f"tf.image.{name}") if callable(operation) else operation
+
+
+def finish(image):
+    """Draws the random numbers of a block, and distorts its images.
+
+    Args:
+      image: `Block`, the result of a distortion.
+
+    Returns:
+      float32 [n, height, width, depth].
+
+    Raises:
+      NeedsSingleImages: the distortion has returned something else.
+    """
+    if not isinstance(image, Block):
+        raise NeedsSingleImages("a result that is not an image")
+    return _distort(image, *_draw(image))
+
+
+def _draw(image):
+    """Draws the random numbers of a block.
+
+    Returns:
+      top, left: int32 [n, 1]; the upper left corners of the crops, in pixels.
+      is_mirrored: bool [n, 1]; or None if no image is flipped.
+      amounts: list of float32 [n, 1, 1, 1]; one for each of the changes.
+    """
+    count = tf.shape(image.planes)[0]
+    full_height, full_width = image.planes.shape.as_list()[2:]
+    height, width, _ = image.shape.as_list()
+    top = tf.random.uniform([count, 1], 0, full_height - height + 1, tf.int32)
+    left = tf.random.uniform([count, 1], 0, full_width - width + 1, tf.int32)
+    is_mirrored = tf.random.uniform([count, 1]) < 0.5 if image.is_flipped else None
+    amounts = [tf.random.uniform([count, 1, 1, 1], low, high) for _, low, high in image.changes]
+    return top, left, is_mirrored, amounts
+
+
+def _distort(image, top, left, is_mirrored, amounts):
+    """Distorts a block; for the arguments, see `_draw`. Returns float32 [n, height, width, depth].
+
+    A pixel is the mean of its channel plus its deviation. Brightness changes the mean, and contrast
+    multiplies the deviation: a few numbers per image, instead of a pass over its pixels.
+    """
+    cropped = _crop_and_flip(image, top, left, is_mirrored)
+    mean = tf.reduce_mean(cropped, [2, 3], keepdims=True)  # [n, depth, 1, 1]
+    deviation = cropped - mean
+    contrast = tf.ones([tf.shape(mean)[0], 1, 1, 1])
+    for (is_contrast, _, _), amount in zip(image.changes, amounts, strict=True):
+        if is_contrast:
+            contrast *= amount
+        else:
+            mean += amount
+    if image.is_standardized:
+        mean, contrast = _standardize(mean, contrast, deviation)
+    return tf.transpose(mean + contrast * deviation, [0, 2, 3, 1])
+
+
+def _crop_and_flip(image, top, left, is_mirrored):
+    """Returns float32 [n, depth, height, width].
+
+    The rows are gathered. The columns are selected with a matrix product: column i of the result is
+    the product with a vector that has a single one. The result is exact even in 16 bits, because
+    pixels are integers below 256. The product also performs the flip, and it is faster than
+    gathering single values.
+    """
+    depth, full_height, full_width = image.planes.shape.as_list()[1:]
+    height, width, _ = image.shape.as_list()
+    first_rows = tf.reshape(tf.range(tf.shape(top)[0] * depth) * full_height, [-1, depth, 1])
+    rows = first_rows + (top + tf.range(height))[:, tf.newaxis, :]  # [n, depth, height]
+    selected = tf.gather(tf.reshape(image.planes, [-1, full_width]), rows)
+    columns = left + tf.range(width)  # [n, width]
+    if is_mirrored is not None:
+        columns = tf.where_v2(is_mirrored, tf.reverse(columns, [1]), columns)
+    selection = tf.one_hot(columns, full_width, axis=1)  # [n, full width, width]
+    pixels = tf.reshape(tf.cast(selected, tf.float32), [-1, depth * height, full_width])
+    return tf.reshape(tf.matmul(pixels, selection), [-1, depth, height, width])
+
+
+def _standardize(mean, contrast, deviation):
+    """Scales images `mean + contrast * deviation` to mean 0 and variance 1.
+
+    Like `tf.image.per_image_standardization`, it assumes a standard deviation of at least
+    1 / sqrt(number of values), so an image of a single color becomes all zeros.
+
+    Args:
+      mean: float32 [n, depth, 1, 1]; of each channel.
+      contrast: float32 [n, 1, 1, 1].
+      deviation: float32 [n, depth, height, width]; from the mean of the channel.
+
+    Returns:
+      The `mean` and the `contrast` of the result.
+    """
+    depth, height, width = deviation.shape.as_list()[1:]
+    image_mean = tf.reduce_mean(mean, 1, keepdims=True)  # [n, 1, 1, 1]
+    between_channels = tf.reduce_mean(tf.square(mean - image_mean), 1, keepdims=True)
+    within_channels = tf.reduce_mean(tf.square(deviation), [1, 2, 3], keepdims=True)
+    variance = between_channels + tf.square(contrast) * within_channels
+    scale = tf.minimum(tf.rsqrt(variance), math.sqrt(depth * height * width))
+    return (mean - image_mean) * scale, contrast * scale
