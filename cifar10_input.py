@@ -161,14 +161,22 @@ def central_crops(images):
     """Crops images centrally to --crop_size and standardizes them, as evaluation does.
 
     Args:
-      images: uint8 [32, 32, 3] or [n, 32, 32, 3].
+      images: uint8 [32, 32, 3] or [n, 32, 32, 3]; values from 0 to 255.
 
     Returns:
       float32 [24, 24, 3] or [n, 24, 24, 3], or another size with --crop_size; each image has mean 0
       and variance 1.
+
+    Raises:
+      UserError: the images have another shape.
     """
+    images = tf.cast(images, tf.float32)
+    shape = [records.HEIGHT, records.WIDTH, records.DEPTH]
+    if not images.shape[-3:].is_compatible_with(shape):  # would be padded, or cropped to a detail
+        text = ", ".join(map(str, shape))
+        raise UserError(f"images must be [n, {text}] or [{text}], not {images.shape.as_list()}")
     size = FLAGS.crop_size
-    cropped = tf.image.resize_with_crop_or_pad(tf.cast(images, tf.float32), size, size)
+    cropped = tf.image.resize_with_crop_or_pad(images, size, size)
     return tf.image.per_image_standardization(cropped)
 
 

@@ -200,6 +200,19 @@ def test_central_crops_prepare_one_image_or_many():
     np.testing.assert_allclose(small, standardized_centers(records, 8), atol=1e-4)
 
 
+@pytest.mark.parametrize("shape", [[64, 64, 3], [2, 16, 16, 3], [2, 3, 32, 32], [2, 32, 32]])
+def test_central_crops_refuse_images_of_another_shape(shape):
+    for images in (np.zeros(shape, np.uint8), tf.zeros(shape, tf.uint8)):
+        with pytest.raises(UserError) as caught:
+            cifar10_input.central_crops(images)
+        assert str(caught.value) == f"images must be [n, 32, 32, 3] or [32, 32, 3], not {shape}"
+
+
+def test_central_crops_of_images_of_unknown_shape_have_a_known_one():
+    crops = cifar10_input.central_crops(tf.placeholder(tf.uint8, [None, None, None, 3]))
+    assert crops.shape.as_list() == [None, 24, 24, 3]
+
+
 # The training input.
 
 
