@@ -72,7 +72,8 @@ def open_model():
     shape = [None, records.HEIGHT, records.WIDTH, records.DEPTH]
     with tf.Graph().as_default(), tf.Session(config=session_config(FLAGS.use_fp16)) as session:
         images = tf.placeholder(tf.uint8, shape, name="images")
-        crops = cifar10_input.central_crops(images)
+        # TensorFlow does not compare the images that an exported model gets with the placeholder.
+        crops = cifar10_input.central_crops(tf.ensure_shape(images, shape))
         logits = cifar10.inference(crops, len(settings.class_names))
         probabilities = tf.nn.softmax(logits, name="probabilities")
         variables = checkpoints.find_variables(FLAGS.use_moving_averages)
@@ -118,7 +119,7 @@ def predict(model, images):
 
     Args:
       model: `Model`.
-      images: uint8 [n, 32, 32, 3].
+      images: uint8 [n, 32, 32, 3], or a list of n images; values from 0 to 255.
 
     Returns:
       For each image, a list of its TOP_CLASSES most likely classes as (name, probability), the most
@@ -126,8 +127,11 @@ def predict(model, images):
 
     Raises:
       CheckpointError: the model produces non-finite probabilities.
-      UserError: the batch does not fit into memory.
+      UserError: the images have another type or shape, or do not fit into memory.
     """
+    images = image_files.stack_images(images)
+    if not len(images):  # some operations refuse empty batches
+        return []
     with out_of_memory_explained():
         probabilities = model.session.run(model.probabilities, {model.images: images})
     if not np.isfinite(probabilities).all():
@@ -155,7 +159,7 @@ def predict_files(model, paths, batch_size, as_json):
     depths = collections.Counter()
     for batch in read_in_batches(paths, batch_size, depths):
         images = [image for _, image in batch if isinstance(image, np.ndarray)]
-        predictions = iter(predict(model, np.stack(images)) if images else [])
+        predictions = iter(predict(model, images))
         for path, image in batch:
             count += 1
             if isinstance(image, image_files.ImageError):

@@ -165,6 +165,16 @@ def test_the_records_of_the_classes_are_well_mixed(tmp_path, monkeypatch):
         assert abs((part[:, 0] == 1).sum() - 120) < 47
 
 
+@pytest.mark.parametrize(
+    "image", [np.zeros([32, 32, 3]), np.zeros([3, 32, 32], np.uint8), np.zeros([8, 8, 3], np.uint8)]
+)
+def test_images_of_another_type_or_shape_do_not_become_records(tmp_path, image):
+    shuffler = conversion.RecordShuffler(str(tmp_path), capacity=1, seed=0)
+    with pytest.raises(UserError, match="^images must be uint8"):
+        shuffler.add(b"name", False, 0, image)
+    assert list(shuffler.sorted_records()) == []
+
+
 @pytest.mark.parametrize("bucket_bytes", [100, 10000, 1 << 30])
 def test_sorting_in_buckets_bounds_memory_and_does_not_change_the_files(
     tmp_path, monkeypatch, bucket_bytes

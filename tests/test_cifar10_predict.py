@@ -274,6 +274,21 @@ def test_a_checkpoint_that_is_not_finite_predicts_nothing(images, monkeypatch):
         run_main(images)
 
 
+@pytest.mark.parametrize("fast_ops", [True, False])
+def test_predict_takes_arrays_and_lists_of_images_only(records, fast_ops):
+    FLAGS.fast_ops = fast_ops
+    images = pixels(records)[:3]
+    with cifar10_predict.open_model() as model:
+        expected = cifar10_predict.predict(model, images)
+        assert len(expected) == 3
+        assert cifar10_predict.predict(model, list(images)) == expected
+        assert cifar10_predict.predict(model, images[:0]) == []
+        assert cifar10_predict.predict(model, []) == []
+        for wrong in (images / 255, images / 127.5 - 1, images.astype(np.int64), images[0]):
+            with pytest.raises(UserError, match="^images must be uint8"):
+                cifar10_predict.predict(model, wrong)
+
+
 LOAD = """
 import json, sys, numpy, tensorflow
 model = tensorflow.saved_model.load(sys.argv[1])
@@ -286,6 +301,12 @@ print(json.dumps({
     "class_names": [[name.decode() for name in row] for row in answer["class_names"]],
     "inputs": str(model.signatures["serving_default"].structured_input_signature[1]),
 }))
+for wrong in (images / 255, tensorflow.zeros([1, 64, 64, 3], tensorflow.uint8)):
+    try:
+        model.signatures["serving_default"](images=wrong)
+    except tensorflow.errors.InvalidArgumentError:
+        continue
+    sys.exit(f"no error for {wrong.dtype} {wrong.shape}")
 """
 
 

@@ -13,7 +13,7 @@ from support.base import files
 from support.base.errors import DataError, UserError
 from support.base.progress import show_progress
 from support.data import dataset, records
-from support.data.image_files import ImageError, make_printable, read_image
+from support.data.image_files import ImageError, make_printable, read_image, stack_images
 
 SPLITS = ("train", "test")
 SVHN_URL = "http://ufldl.stanford.edu/housenumbers/"
@@ -52,7 +52,11 @@ class RecordShuffler:
           is_test: bool.
           label: int.
           image: uint8 [32, 32, 3].
+
+        Raises:
+          UserError: the image has another type or shape.
         """
+        (image,) = stack_images([image])
         digest = hashlib.blake2b(b"%d %s" % (self._seed, name), digest_size=8).digest()
         key = int.from_bytes(digest)
         entry = np.zeros([], self._ENTRY)

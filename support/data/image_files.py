@@ -1,4 +1,4 @@
-"""Reads image files of common formats and any size as 32 x 32 pixels.
+"""Reads image files of common formats and any size as 32 x 32 pixels; checks arrays of images.
 
 This module needs NumPy and Pillow, but not TensorFlow.
 """
@@ -11,6 +11,7 @@ import warnings
 import numpy as np
 from PIL import Image, ImageOps
 
+from support.base.errors import UserError
 from support.data import records
 
 FORMATS = ("PNG", "JPEG", "GIF", "BMP", "WEBP")
@@ -87,6 +88,35 @@ def read_image(path, depths=None):
     except Exception as error:  # Pillow's decoders raise errors of any type on damaged files
         reason = str(error) or type(error).__name__
         raise ImageError(path, f"it cannot be read ({reason})") from error
+
+
+def stack_images(images):
+    """Returns images as one array.
+
+    TensorFlow and NumPy convert other types to uint8 without an error: values from 0 to 1 would
+    become black images.
+
+    Args:
+      images: uint8 [n, 32, 32, 3], or a list of n images, which may be empty.
+
+    Returns:
+      uint8 [n, 32, 32, 3].
+
+    Raises:
+      UserError: the images have another type or shape.
+    """
+    shape = [records.HEIGHT, records.WIDTH, records.DEPTH]
+    text = ", ".join(map(str, shape))
+    rule = f"images must be uint8 [n, {text}] with values from 0 to 255"
+    try:
+        stacked = np.asarray(images)
+    except ValueError as error:
+        raise UserError(f"{rule}, not different shapes") from error
+    if stacked.shape == (0,):  # an empty list
+        return np.zeros([0, *shape], np.uint8)
+    if stacked.dtype != np.uint8 or list(stacked.shape[1:]) != shape:
+        raise UserError(f"{rule}, not {stacked.dtype} {list(stacked.shape)}")
+    return stacked
 
 
 def _check_is_file(path):

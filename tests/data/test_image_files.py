@@ -9,8 +9,15 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile, ImageOps
 
+from support.base.errors import UserError
 from support.data import records
-from support.data.image_files import ImageError, describe_depths, find_images, read_image
+from support.data.image_files import (
+    ImageError,
+    describe_depths,
+    find_images,
+    read_image,
+    stack_images,
+)
 
 RED, BLUE = (255, 0, 0), (0, 0, 255)
 ORIENTATION, DESCRIPTION, X_RESOLUTION = 0x0112, 0x010E, 0x011A  # EXIF tags
@@ -446,3 +453,42 @@ def test_only_images_are_found_in_folders_and_in_alphabetical_order(tmp_path):
         "gone",
     ]
     assert found == expected
+
+
+def test_a_list_of_images_becomes_one_array():
+    images = np.random.default_rng(0).integers(0, 256, [3, 32, 32, 3]).astype(np.uint8)
+    for given in (images, list(images), [Image.fromarray(image) for image in images]):
+        stacked = stack_images(given)
+        assert stacked.dtype == np.uint8
+        np.testing.assert_array_equal(stacked, images)
+
+
+@pytest.mark.parametrize("images", [[], (), np.zeros([0, 32, 32, 3], np.uint8)])
+def test_no_images_become_an_array_of_no_images(images):
+    stacked = stack_images(images)
+    assert (stacked.dtype, stacked.shape) == (np.uint8, (0, 32, 32, 3))
+
+
+@pytest.mark.parametrize(
+    ("images", "found"),
+    [
+        (np.zeros([2, 32, 32, 3]), "float64 [2, 32, 32, 3]"),
+        (np.zeros([2, 32, 32, 3], np.float32), "float32 [2, 32, 32, 3]"),
+        (np.zeros([2, 32, 32, 3], np.int64), "int64 [2, 32, 32, 3]"),
+        (np.zeros([2, 32, 32, 3], bool), "bool [2, 32, 32, 3]"),
+        (np.zeros([32, 32, 3], np.uint8), "uint8 [32, 32, 3]"),
+        (np.zeros([2, 3, 32, 32], np.uint8), "uint8 [2, 3, 32, 32]"),
+        (np.zeros([2, 28, 28, 3], np.uint8), "uint8 [2, 28, 28, 3]"),
+        (np.zeros([0, 28, 28, 3], np.uint8), "uint8 [0, 28, 28, 3]"),
+        (np.zeros([2, 3072], np.uint8), "uint8 [2, 3072]"),
+        ([np.zeros([32, 32, 3], np.uint8), np.zeros([28, 28, 3], np.uint8)], "different shapes"),
+        ([np.zeros([32, 32, 3], np.uint8), np.zeros([32, 32, 1], np.uint8)], "different shapes"),
+        (None, "object []"),
+    ],
+)
+def test_arrays_that_the_model_would_misread_are_refused(images, found):
+    with pytest.raises(UserError) as caught:
+        stack_images(images)
+    assert str(caught.value) == (
+        f"images must be uint8 [n, 32, 32, 3] with values from 0 to 255, not {found}"
+    )
