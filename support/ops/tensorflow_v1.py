@@ -10,7 +10,7 @@ Importing this module has five effects:
 - On x86, TF_ENABLE_ONEDNN_OPTS becomes 1 unless it is set: TensorFlow then uses oneDNN's kernels.
   By itself, it does so only on processors with certain AVX512 or AMX instructions. This has no
   effect if TensorFlow was imported before, either.
-- Eager execution is turned off.
+- Eager execution is turned off, with a warning if TensorFlow was imported before and used it.
 - TensorFlow's Python logger has the level WARNING unless it has a level of its own. It no longer
   advises you to replace queues with tf.data, unless it logs INFO messages.
 - TensorFlow looks for GPUs unless the computer cannot have any. It does not allocate their memory.
@@ -32,6 +32,8 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 if platform.machine() == "x86_64":
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
 
+_was_imported = "tensorflow" in sys.modules
+
 # The import creates half a million objects that stay alive. The garbage collector would traverse
 # them again and again; without it, the import takes 1.4 seconds instead of 1.9.
 _collects_garbage = gc.isenabled()
@@ -43,6 +45,8 @@ except KeyboardInterrupt:  # in the first seconds of a script, when nothing has 
 finally:
     if _collects_garbage:
         gc.enable()
+
+_ends_eager_mode = _was_imported and tf.executing_eagerly()
 
 # Sessions, queues and readers exist in graph mode only. TensorFlow 2's resource variables stay
 # enabled: control dependencies determine the order of their reads and writes.
@@ -87,6 +91,14 @@ def _is_not_deprecation_advice(record):
 if tf.get_logger().level == logging.NOTSET:
     tf.get_logger().setLevel(logging.WARNING)
 tf.get_logger().addFilter(_is_not_deprecation_advice)
+
+if _ends_eager_mode:  # for example, in a notebook that also runs code for TensorFlow 2
+    tf.logging.warning(
+        "Eager execution is now off in this process, because this project builds graphs as in "
+        "TensorFlow 1: .numpy() and Keras 3's predict no longer work here. Run TensorFlow 2 code "
+        "in another process or notebook kernel. cifar10_predict.py --export_dir writes a model "
+        "that it can load."
+    )
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 import logging
 import os
 import platform
+import re
 import subprocess
 import sys
 
@@ -16,6 +17,31 @@ from support.ops.tensorflow_v1 import session_config, tf
 
 def test_importing_switches_to_graph_mode():
     assert not tf.executing_eagerly()
+
+
+@pytest.mark.parametrize(
+    ("before", "count"),
+    [
+        ("import tensorflow", 1),
+        ("import tensorflow as tf; tf.constant(1).numpy()", 1),
+        ("import tensorflow.compat.v1 as tf; tf.disable_eager_execution()", 0),
+        ("import tensorflow.compat.v1 as tf; tf.disable_v2_behavior()", 0),
+        ("import sys", 0),
+    ],
+)
+def test_one_warning_says_that_eager_mode_ends_if_it_was_on_before(before, count):
+    code = f"""
+{before}
+import cifar10
+from support.ops.tensorflow_v1 import tf
+assert not tf.executing_eagerly()
+"""
+    warnings = re.findall(".*eager.*", run_script("-c", code).stderr, re.IGNORECASE)
+    assert len(warnings) == count
+    for line in warnings:
+        assert line.startswith("WARNING:tensorflow:")
+        for text in ("in this process", ".numpy()", "Keras 3's predict", "--export_dir"):
+            assert text in line
 
 
 @pytest.mark.parametrize(("given", "expected"), [({}, "2"), ({"TF_CPP_MIN_LOG_LEVEL": "0"}, "0")])
