@@ -457,7 +457,7 @@ def test_only_images_are_found_in_folders_and_in_alphabetical_order(tmp_path):
 
 def test_a_list_of_images_becomes_one_array():
     images = np.random.default_rng(0).integers(0, 256, [3, 32, 32, 3]).astype(np.uint8)
-    for given in (images, list(images), [Image.fromarray(image) for image in images]):
+    for given in (images, list(images), tuple(images)):
         stacked = stack_images(given)
         assert stacked.dtype == np.uint8
         np.testing.assert_array_equal(stacked, images)
