@@ -23,6 +23,7 @@ from conftest import (
     messages,
     run_script,
     running_script,
+    save_checkpoint,
     script_environment,
     write_dataset,
 )
@@ -192,6 +193,115 @@ def test_the_end_of_a_run_prints_no_warnings_of_canceled_queues(tmp_path, synthe
     for process in (trained, evaluated):
         assert "Local rendezvous is aborting" not in process.stderr
         assert messages_except_progress(process) == []
+
+
+# Both print "LENGTH SLOPE": the length of a gradient, and the slope of the function along it.
+DIFFERENTIATE_CHECKPOINT = """
+import sys
+import numpy as np
+import tensorflow.compat.v1 as tf
+
+tf.disable_eager_execution()
+saver = tf.train.import_meta_graph(sys.argv[1] + ".meta")
+operations = tf.get_default_graph().get_operations()
+(convolution,) = [op for op in operations if op.type == "Conv2D" and op.name.startswith("conv1/")]
+(cross_entropy,) = [op for op in operations if op.type == "SparseSoftmaxCrossEntropyWithLogits"]
+(images, _), (logits, labels) = convolution.inputs, cross_entropy.inputs
+(total_loss,) = [op.outputs[0] for op in operations if op.name == "total_loss"]
+variables = tf.trainable_variables()
+(of_images,) = tf.gradients(logits[:, 3], images)
+of_variables = tf.gradients(total_loss, variables)
+assert not [op.name for op in operations if "PyFunc" in op.type]
+assert not [op.name for op in operations if "_gradient_op_type" in op.node_def.attr]
+values = np.random.default_rng(0).normal(size=images.shape)
+fed = {images: values, labels: np.arange(len(values)) % 10}
+config = tf.ConfigProto()
+# Constant folding would make the gradients wait for the queue, whose images are fed.
+config.graph_options.rewrite_options.disable_meta_optimizer = True
+with tf.Session(config=config) as session:
+    saver.restore(session, sys.argv[1])
+    gradient = session.run(of_images, fed)
+    length = np.linalg.norm(gradient)
+    move = 0.1 * gradient / length
+    ends = [
+        session.run(logits, {images: values + sign * move})[:, 3].sum(dtype=np.float64)
+        for sign in (1, -1)
+    ]
+    print(length, (ends[0] - ends[1]) / 0.2)
+    gradients = session.run(of_variables, fed)
+    length = np.sqrt(sum((gradient**2).sum() for gradient in gradients))
+    moves = [0.01 * gradient / length for gradient in gradients]
+    before = session.run(variables)
+    ends = []
+    for sign in (1, -1):
+        for variable, value, move in zip(variables, before, moves, strict=True):
+            variable.load(value + sign * move, session)
+        ends.append(float(session.run(total_loss, fed)))
+    print(length, (ends[0] - ends[1]) / 0.02)
+"""
+DIFFERENTIATE_EXPORT = """
+import sys
+import numpy as np
+import tensorflow as tf
+
+model = tf.saved_model.load(sys.argv[1])
+(convolution,) = [op for op in model.graph.get_operations() if op.name == "conv1/Conv2D"]
+crops_to_probabilities = model.prune(convolution.inputs[0].name, "probabilities:0")
+crops = tf.constant(np.random.default_rng(0).normal(size=[3, 24, 24, 3]).astype(np.float32))
+with tf.GradientTape() as tape:
+    tape.watch(crops)
+    total = tf.reduce_sum(crops_to_probabilities(crops)[:, 3])
+gradient = tape.gradient(total, crops)
+length = tf.norm(gradient)
+ends = [
+    tf.reduce_sum(crops_to_probabilities(crops + step * gradient / length)[:, 3])
+    for step in (0.1, -0.1)
+]
+print(length.numpy(), ((ends[0] - ends[1]) / 0.2).numpy())
+"""
+
+
+def check_gradients(code, path, tmp_path, count):
+    """Runs code that prints lengths and slopes, in a process that imports TensorFlow only."""
+    process = subprocess.run(
+        [sys.executable, "-c", code, path],
+        cwd=tmp_path,
+        env=script_environment(),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert process.returncode == 0, process.stderr
+    lines = [tuple(map(float, line.split())) for line in process.stdout.splitlines()]
+    assert len(lines) == count
+    for length, slope in lines:
+        assert length > 0
+        assert slope == pytest.approx(length, rel=0.02)
+
+
+def test_a_stored_training_graph_can_be_differentiated(tmp_path, synthetic_data_dir):
+    run_script(
+        "cifar10_train.py",
+        "--synthetic_data",
+        f"--data_dir={synthetic_data_dir}",
+        f"--train_dir={tmp_path / 'train'}",
+        "--batch_size=4",
+        "--max_steps=1",
+        "--min_fraction_of_examples_in_queue=0.01",
+    )
+    check_gradients(DIFFERENTIATE_CHECKPOINT, tmp_path / "train" / "model.ckpt-1", tmp_path, 2)
+
+
+@pytest.mark.slow
+def test_an_exported_model_can_be_differentiated(tmp_path):
+    save_checkpoint(tmp_path / "train", 7)
+    run_script(
+        "cifar10_predict.py",
+        f"--checkpoint_dir={tmp_path / 'train'}",
+        f"--export_dir={tmp_path / 'export'}",
+    )
+    check_gradients(DIFFERENTIATE_EXPORT, tmp_path / "export", tmp_path, 1)
 
 
 @pytest.mark.slow

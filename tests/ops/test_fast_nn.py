@@ -113,6 +113,36 @@ def test_no_lrn_operation_is_used_on_a_cpu(monkeypatch):
     assert operation_types().isdisjoint({"LRN", "LRNGrad"})
 
 
+def test_the_gradient_has_fewer_operations_than_the_one_that_tensorflow_derives(monkeypatch):
+    monkeypatch.setattr(tensorflow_v1, "GPUS", [])
+    run(fast_nn.lrn, *make_input([2, 3, 3, 10], 1.0), **TUTORIAL)
+    assert operation_types().isdisjoint({"RsqrtGrad", "SqrtGrad"})
+
+
+@pytest.mark.parametrize("beta", [0.5, 0.75, 1.3])
+def test_tensorflow_derives_equal_gradients_from_a_stored_graph(monkeypatch, beta):
+    monkeypatch.setattr(tensorflow_v1, "GPUS", [])
+    batch = make_input([2, 3, 3, 10], 3.0)
+    parameters = {"depth_radius": 2, "bias": 2.0, "alpha": 0.1, "beta": beta}
+    images = tf.constant(batch[0], name="images")
+    result = fast_nn.lrn(images, **parameters, name="norm")
+
+    def first_and_second_gradients(result, images):
+        (first,) = tf.gradients(result, images, tf.constant(batch[1]))
+        (second,) = tf.gradients(first, images, tf.constant(batch[1][::-1].copy()))
+        with tf.Session() as session:
+            return session.run([first, second])
+
+    stored = tf.get_default_graph().as_graph_def()
+    found = first_and_second_gradients(result, images)
+    with tf.Graph().as_default():
+        loaded = tf.import_graph_def(stored, return_elements=["norm:0", "images:0"], name="")
+        derived = first_and_second_gradients(*loaded)
+        assert operation_types() >= {"RsqrtGrad"} or beta != 0.75
+    assert_close(found, derived)
+    assert_close(derived[:1], compute_exactly(*batch, **parameters)[1:])
+
+
 def test_tensorflows_operation_is_used_where_there_is_a_gpu(monkeypatch):
     monkeypatch.setattr(tensorflow_v1, "GPUS", ["a GPU"])
     run(fast_nn.lrn, *make_input([2, 3, 3, 10], 1.0), **TUTORIAL)
