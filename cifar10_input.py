@@ -99,6 +99,8 @@ def _read_block(filename_queue):
 def _decode(value):
     """Decodes a record, string [], or records, string [n].
 
+    If you edit this function, count axes from the end: `[..., ::-1, :, :]`, not `[::-1]`.
+
     Returns:
       label: int32 [1] or [n, 1]; 0 to the number of classes - 1.
       depth_major: uint8 [3, 32, 32] or [n, 3, 32, 32].
@@ -141,24 +143,36 @@ def distort(image, image_ops):
 
 def _read_and_distort(filename_queue):
     """Returns a key, label and image, or blocks of them if `distort` can process blocks."""
-    if FLAGS.fast_ops:
+    if FLAGS.fast_ops and _can_distort_blocks():
         keys, labels, planes = _read_block(filename_queue)
-        try:
-            return keys, labels, fast_image.finish(distort(fast_image.Block(planes), fast_image))
-        except fast_image.NeedsSingleImages as reason:
-            tf.logging.warning(
-                "Distorting one image at a time, which takes about five times as long, because "
-                "blocks of images do not support %s.",
-                reason,
-            )
+        return keys, labels, fast_image.finish(distort(fast_image.Block(planes), fast_image))
     record = read_cifar10(filename_queue)
     with conditionals_without_functions():
         image = distort(tf.cast(record.uint8image, tf.float32), tf.image)
     return record.key, record.label, image
 
 
+def _can_distort_blocks():
+    """Returns whether `distort` can process blocks of images; warns if it cannot."""
+    with tf.Graph().as_default():  # so that the attempt leaves nothing in the training graph
+        shape = [None, records.DEPTH, records.HEIGHT, records.WIDTH]
+        try:
+            block = fast_image.Block(tf.placeholder(tf.uint8, shape))
+            fast_image.finish(distort(block, fast_image))
+        except fast_image.NeedsSingleImages as reason:
+            tf.logging.warning(
+                "Distorting one image at a time, which takes about five times as long, because "
+                "blocks of images do not support %s.",
+                reason,
+            )
+            return False
+    return True
+
+
 def central_crops(images):
     """Crops images centrally to --crop_size and standardizes them, as evaluation does.
+
+    If you edit this function, count axes from the end: `[..., ::-1, :]`, not `[:, ::-1]`.
 
     Args:
       images: uint8 [32, 32, 3] or [n, 32, 32, 3]; values from 0 to 255.

@@ -13,14 +13,15 @@ of a block to a tensor.
 """
 
 import functools
+import inspect
 import math
 import numbers
 
 from support.ops.tensorflow_v1 import tf
 
 _OPERATORS = (
-    "abs add and array bool contains eq float floordiv ge getitem gt int invert iter le len lt "
-    "matmul mod mul ne neg or pos pow radd rand rfloordiv rmatmul rmod rmul ror round rpow rsub "
+    "abs add and array bool contains eq float floordiv ge getitem gt hash int invert iter le len "
+    "lt matmul mod mul ne neg or pos pow radd rand rfloordiv rmatmul rmod rmul ror round rpow rsub "
     "rtruediv rxor setitem sub truediv xor"
 )
 
@@ -42,7 +43,6 @@ class Block:
     """
 
     dtype = tf.float32
-    __hash__ = None
 
     def __init__(self, planes):
         depth, height, width = planes.shape.as_list()[1:]
@@ -81,14 +81,14 @@ def _operation(note):
     """Makes an operation from a function that notes it; refuses arguments that it does not know."""
 
     @functools.wraps(note)
-    def operate(image, *arguments, **named):
-        if not isinstance(image, Block) or image.is_standardized:
-            raise NeedsSingleImages(f"{note.__name__} at this place")
-        values = tf.nest.flatten([arguments, named])
+    def operate(*arguments, **named):
         try:
-            if not all(isinstance(value, numbers.Real) for value in values):
+            image, *values = inspect.signature(note).bind(*arguments, **named).args
+            if not all(isinstance(value, numbers.Real) for value in tf.nest.flatten(values)):
                 raise TypeError
-            return note(image, *arguments, **named)
+            if not isinstance(image, Block) or image.is_standardized:
+                raise NeedsSingleImages(f"{note.__name__} at this place")
+            return note(image, *values)
         except (TypeError, ValueError):
             raise NeedsSingleImages(f"{note.__name__} with these arguments") from None
 
@@ -96,15 +96,15 @@ def _operation(note):
 
 
 @_operation
-def random_crop(image, size):
+def random_crop(value, size):
     """Notes a random crop like `tf.image.random_crop`; `size` is [height, width, depth]."""
     height, width, depth = size
-    if height > image.shape[0] or width > image.shape[1] or depth != image.shape[2]:
+    if height > value.shape[0] or width > value.shape[1] or depth != value.shape[2]:
         raise ValueError
     # A change of contrast depends on the mean of all pixels that it gets.
-    if image.is_cropped or any(is_contrast for is_contrast, _, _ in image.changes):
+    if value.is_cropped or any(is_contrast for is_contrast, _, _ in value.changes):
         raise NeedsSingleImages("random_crop at this place")
-    return image.replace(is_cropped=True, shape=tf.TensorShape(size))
+    return value.replace(is_cropped=True, shape=tf.TensorShape(size))
 
 
 @_operation
@@ -130,9 +130,9 @@ def random_contrast(image, lower, upper):
 
 
 @_operation
-def adjust_contrast(image, contrast_factor):
+def adjust_contrast(images, contrast_factor):
     """Notes a change like `tf.image.adjust_contrast`."""
-    return image.replace(changes=(*image.changes, (True, contrast_factor, contrast_factor)))
+    return images.replace(changes=(*images.changes, (True, contrast_factor, contrast_factor)))
 
 
 @_operation
@@ -142,8 +142,8 @@ def per_image_standardization(image):
 
 
 def __getattr__(name):
-    operation = getattr(tf.image, name)  # raises AttributeError if there is none
-    return _refuse(f"tf.image.{name}") if callable(operation) else operation
+    found = getattr(tf.image, name)  # raises AttributeError if there is none
+    return _refuse(f"tf.image.{name}") if inspect.isfunction(found) else found
 
 
 def finish(image):

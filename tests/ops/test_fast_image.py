@@ -475,6 +475,22 @@ def seeded_brightness(image, image_ops):
     return image_ops.random_brightness(image, 63, seed=5)
 
 
+def tensorflows_names(image, image_ops):
+    image = image_ops.random_crop(value=image, size=[24, 24, 3])
+    image = image_ops.adjust_contrast(images=image, contrast_factor=0.5)
+    return image_ops.per_image_standardization(image_ops.random_flip_left_right(image=image))
+
+
+def resized_by_image_ops(image, image_ops):
+    image = image_ops.resize(image, [24, 24], method=image_ops.ResizeMethod.BILINEAR)
+    return image_ops.per_image_standardization(image)
+
+
+def with_a_variable(image, image_ops):
+    scale = tf.get_variable("scale", [], initializer=tf.ones_initializer())
+    return image_ops.per_image_standardization(image[::-1]) * scale
+
+
 def not_standardized(image, image_ops):
     return image_ops.random_brightness(image, 63)
 
@@ -556,6 +572,9 @@ def check_brightness(images, image):
         (resized, "conversion to a tensor", check_resized),
         (contrast_as_tensor, "adjust_contrast with these arguments", check_contrasts(0.5, 0.5)),
         (seeded_brightness, "random_brightness with these arguments", None),
+        (tensorflows_names, None, check_contrasts(0.5, 0.5)),
+        (resized_by_image_ops, "tf.image.resize", check_resized),
+        (with_a_variable, "the operator __getitem__", check_upside_down),
     ],
 )
 def test_an_edited_distortion_has_the_same_effect_with_both_backends(
@@ -573,6 +592,16 @@ def test_an_edited_distortion_has_the_same_effect_with_both_backends(
         assert re.search(refused, line)
     else:
         assert warnings == []
+
+
+def test_an_attempt_that_fails_leaves_nothing_in_the_graph(tmp_path, image, monkeypatch):
+    monkeypatch.setattr(cifar10_input, "distort", with_a_variable)
+    operations = []
+    for fast_ops in (True, False):
+        with tf.Graph().as_default() as graph, flagsaver.flagsaver(fast_ops=fast_ops):
+            cifar10_input.distorted_inputs(str(tmp_path), 8)
+            operations.append([node.name for node in graph.as_graph_def().node])
+    assert operations[0] == operations[1]
 
 
 def test_an_operation_does_not_change_the_block_that_it_gets():
