@@ -331,7 +331,8 @@ def find_variables(use_moving_averages):
     """
     if use_moving_averages:
         averages = tf.train.ExponentialMovingAverage(0.0)  # for the names; the decay has no effect
-        return averages.variables_to_restore(tf.trainable_variables())
+        # Sorted, because TensorFlow's order depends on the addresses of the variables.
+        return dict(sorted(averages.variables_to_restore(tf.trainable_variables()).items()))
     return {variable.op.name: variable for variable in tf.global_variables()}
 
 
