@@ -181,7 +181,7 @@ def test_a_signal_lets_the_step_finish_and_saves_it(data_dir, train_dir, script,
 
 
 def test_a_signal_interrupts_the_filling_of_the_queue(data_dir, train_dir):
-    flags = ("--min_fraction_of_examples_in_queue=1", "--batch_size=50000")
+    flags = ("--min_fraction_of_examples_in_queue=1", "--batch_size=500000")
     with training(data_dir, train_dir, *flags) as process:
         assert process.stdout.readline().startswith("Filling queue with 200 ")
         wait_for_checkpoint(train_dir, 0, process)  # saved just before the queue is filled
@@ -331,7 +331,7 @@ def test_touching_the_record_files_during_training_does_not_end_it(data_dir, tra
 
 
 def test_record_files_emptied_while_the_queue_fills_do_not_block_training(data_dir, train_dir):
-    flags = ("--min_fraction_of_examples_in_queue=1", "--batch_size=50000")
+    flags = ("--min_fraction_of_examples_in_queue=1", "--batch_size=500000")
     with training(data_dir, train_dir, *flags) as process:
         wait_for_checkpoint(train_dir, 0, process)
         for path in records.record_files(data_dir / dataset.EXTRACTED_FOLDER, eval_data=False):
