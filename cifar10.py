@@ -17,11 +17,11 @@ from absl import flags
 
 import cifar10_input
 from support.base import options
-from support.base.errors import DataError, UserError
+from support.base.errors import DataError
 from support.base.worker import ALONE
 from support.data import dataset, download, records, synthetic
 from support.data.settings import TrainingSettings
-from support.ops import fast_nn, graph_notes, summaries
+from support.ops import fast_nn, graph_notes, summaries, updates
 from support.ops.tensorflow_v1 import (
     GPUS,
     computes_in_16_bits,
@@ -174,24 +174,17 @@ def _variable_with_weight_decay(name, shape, stddev, wd):
     Returns:
       The variable.
     """
+    return _weights(name, shape, stddev, wd)[0]
+
+
+def _weights(name, shape, stddev, wd):
+    """Does what `_variable_with_weight_decay` does; returns the variable and its value."""
     variable = _variable_on_cpu(name, shape, tf.truncated_normal_initializer(stddev=stddev))
+    value = tf.convert_to_tensor(variable)  # once: in a cluster, each read crosses the network
     if wd is not None:
-        weight_decay = tf.multiply(tf.nn.l2_loss(_value(variable)), wd, name="weight_decay")
+        weight_decay = tf.multiply(tf.nn.l2_loss(value), wd, name="weight_decay")
         tf.add_to_collection("losses", weight_decay)
-    return variable
-
-
-def _value(variable):
-    """Returns the value of a variable. All calls within a layer share one read operation.
-
-    In a cluster, each read operation sends the value across the network.
-    """
-    for value in tf.get_collection("variable_values", tf.get_default_graph().get_name_scope()):
-        if value.op.inputs[0].op is variable.op:
-            return value
-    value = tf.convert_to_tensor(variable)
-    tf.add_to_collection("variable_values", value)
-    return value
+    return variable, value
 
 
 def _tag(operation):
@@ -220,27 +213,45 @@ def _activation_summary(x):
     summaries.sparsity(f"sparsity/{layer}", x)
 
 
-def _convolution(nn, images, name, channels, bias):
+def _nn():
+    """Returns the module whose operations the layers use."""
+    return fast_nn if FLAGS.fast_ops else tf.nn
+
+
+def _convolution(images, name, channels, bias):
     """5 x 5 convolution, bias and ReLU: float32 [batch, n, n, m] to [batch, n, n, channels]."""
     with tf.variable_scope(name):
         shape = [5, 5, images.shape.as_list()[3], channels]
-        kernel = _variable_with_weight_decay("weights", shape, stddev=5e-2, wd=None)
+        _, kernel = _weights("weights", shape, stddev=5e-2, wd=None)
         biases = _variable_on_cpu("biases", [channels], tf.constant_initializer(bias))
         # The one in fast_nn needs 32 bits.
-        conv2d = tf.nn.conv2d if computes_in_16_bits(FLAGS.use_fp16) else nn.conv2d
-        conv = conv2d(images, _value(kernel), strides=[1, 1, 1, 1], padding="SAME")
-        activation = nn.relu(nn.bias_add(conv, biases), name=name)
+        conv2d = tf.nn.conv2d if computes_in_16_bits(FLAGS.use_fp16) else _nn().conv2d
+        conv = conv2d(images, kernel, strides=[1, 1, 1, 1], padding="SAME")
+        activation = _nn().relu(_nn().bias_add(conv, biases), name=name)
         _activation_summary(activation)
         return activation
 
 
-def _fully_connected(features, name, units, stddev, bias, wd, relu=True):
+def _max_pool(images, name):
+    """3 x 3 maxima, stride 2: float32 [batch, n, n, m] to [batch, n / 2, n / 2, m]."""
+    ksize, strides = [1, 3, 3, 1], [1, 2, 2, 1]
+    return _nn().max_pool(images, ksize=ksize, strides=strides, padding="SAME", name=name)
+
+
+def _normalize(images, name):
+    """Local response normalization across channels: float32 [batch, n, n, m], shape unchanged."""
+    # Radius and alpha as in cuda-convnet, which divides alpha by the size of the window.
+    return _nn().lrn(images, 4, bias=1.0, alpha=0.001 / 9.0, beta=0.75, name=name)
+
+
+def _fully_connected(features, name, units, stddev, wd, relu=True):
     """Fully connected layer, ReLU optional: float32 [batch, n] to [batch, units]."""
+    bias = 0.1 if relu else 0.0  # with a positive bias, few ReLUs are 0 at first
     with tf.variable_scope(name):
         shape = [features.shape.as_list()[1], units]
-        weights = _variable_with_weight_decay("weights", shape, stddev, wd)
+        _, weights = _weights("weights", shape, stddev, wd)
         biases = _variable_on_cpu("biases", [units], tf.constant_initializer(bias))
-        product = tf.matmul(features, _value(weights))
+        product = tf.matmul(features, weights)
         if relu:
             activation = tf.nn.relu(product + biases, name=name)
         else:
@@ -253,11 +264,10 @@ def _locally_connected(images, name, channels, stddev, wd):
     """3 x 3 filters that differ by position, bias, ReLU: float32 [b, n, n, m] to [b, n, n, c]."""
     height, width, depth = images.shape.as_list()[1:]
     with tf.variable_scope(name):
-        shape = [height, width, 3, 3, depth, channels]
-        weights = _variable_with_weight_decay("weights", shape, stddev, wd)
+        _, weights = _weights("weights", [height, width, 3, 3, depth, channels], stddev, wd)
         shape = [height, width, channels]
         biases = _variable_on_cpu("biases", shape, tf.constant_initializer(0.0))
-        product = fast_nn.locally_connected(images, _value(weights))
+        product = fast_nn.locally_connected(images, weights)
         activation = tf.nn.relu(product + biases, name=name)
         _activation_summary(activation)
         return activation
@@ -281,21 +291,15 @@ def inference(images, num_classes=None):
     """
     if num_classes is None:
         num_classes = len(find_dataset().class_names)
-    nn = fast_nn if FLAGS.fast_ops else tf.nn
     wd = FLAGS.weight_decay
 
-    conv1 = _convolution(nn, images, "conv1", channels=64, bias=0.0)  # [batch, 24, 24, 64]
-    pool1 = nn.max_pool(
-        conv1, ksize=[1, 3, 3, 1], strides=[1, 2, 2, 1], padding="SAME", name="pool1"
-    )  # [batch, 12, 12, 64]
-    # Radius and alpha as in cuda-convnet, which divides alpha by the size of the window.
-    norm1 = nn.lrn(pool1, 4, bias=1.0, alpha=0.001 / 9.0, beta=0.75, name="norm1")
+    conv1 = _convolution(images, "conv1", channels=64, bias=0.0)  # [batch, 24, 24, 64]
+    pool1 = _max_pool(conv1, "pool1")  # [batch, 12, 12, 64]
+    norm1 = _normalize(pool1, "norm1")
 
-    conv2 = _convolution(nn, norm1, "conv2", channels=64, bias=0.1)  # [batch, 12, 12, 64]
-    norm2 = nn.lrn(conv2, 4, bias=1.0, alpha=0.001 / 9.0, beta=0.75, name="norm2")
-    pool2 = nn.max_pool(
-        norm2, ksize=[1, 3, 3, 1], strides=[1, 2, 2, 1], padding="SAME", name="pool2"
-    )  # [batch, 6, 6, 64]
+    conv2 = _convolution(norm1, "conv2", channels=64, bias=0.1)  # [batch, 12, 12, 64]
+    norm2 = _normalize(conv2, "norm2")
+    pool2 = _max_pool(norm2, "pool2")  # [batch, 6, 6, 64]
 
     if FLAGS.top_layers == "local":
         # Source: layers-conv-local-11pct.cfg and layer-params-conv-local-11pct.cfg of cuda-convnet.
@@ -304,14 +308,14 @@ def inference(images, num_classes=None):
         features, softmax_wd = _flatten(local4), wd  # [batch, 1152]
     else:
         flat = _flatten(pool2)  # [batch, 2304]
-        local3 = _fully_connected(flat, "local3", 384, stddev=0.04, bias=0.1, wd=wd)
-        local4 = _fully_connected(local3, "local4", 192, stddev=0.04, bias=0.1, wd=wd)
+        local3 = _fully_connected(flat, "local3", 384, stddev=0.04, wd=wd)
+        local4 = _fully_connected(local3, "local4", 192, stddev=0.04, wd=wd)
         features, softmax_wd = local4, None  # [batch, 192]
 
     # No softmax here: the loss takes logits, which is faster and numerically more stable.
     stddev = 1.0 / features.shape.as_list()[1]
     return _fully_connected(
-        features, "softmax_linear", num_classes, stddev, bias=0.0, wd=softmax_wd, relu=False
+        features, "softmax_linear", num_classes, stddev, wd=softmax_wd, relu=False
     )  # [batch, num_classes]
 
 
@@ -336,34 +340,22 @@ def loss(logits, labels, scope=None):
 
 
 def _add_loss_summaries(total_loss):
-    """Shows the losses in TensorBoard; see `average_losses`.
-
-    Args:
-      total_loss: float32 [] from `loss`.
-
-    Returns:
-      The operation that updates the moving averages of the losses.
-    """
-    return average_losses([[*tf.get_collection("losses"), total_loss]])
-
-
-def average_losses(tower_losses):
-    """Averages each loss over the towers, and shows it with its moving average in TensorBoard.
+    """Shows each loss in TensorBoard, with its moving average and averaged over the towers.
 
     The loss of a single batch is noisy. TensorBoard shows the moving average under the name of the
     loss, and the value of the batch with `_raw` appended.
 
     Args:
-      tower_losses: a list of losses, float32 [], for each tower, all in the same order.
+      total_loss: float32 [] from `loss`, or the mean of those of the towers.
 
     Returns:
       The operation that updates the moving averages of the losses.
     """
+    losses = {}
+    for loss in [*tf.get_collection("losses"), total_loss]:
+        losses.setdefault(_tag(loss.op), []).append(loss)
     with tf.device("/cpu:0"), tf.name_scope("loss_averages"):
-        means = {
-            _tag(losses[0].op): tf.reduce_mean(tf.stack(losses), name=_tag(losses[0].op))
-            for losses in zip(*tower_losses, strict=True)
-        }
+        means = {tag: tf.reduce_mean(tf.stack(same), name=tag) for tag, same in losses.items()}
         averages = tf.train.ExponentialMovingAverage(
             LOSS_AVERAGE_DECAY,
             zero_debias=True,  # without it, the curves start near 0
@@ -419,31 +411,37 @@ def make_optimizer(learning_rate):
     return optimizer
 
 
-def apply_gradients(optimizer, gradients, global_step):
-    """Applies gradients, then counts the step, and then updates the moving averages.
+def train(total_loss, global_step, examples_per_step=None, worker=ALONE):
+    """Builds one training step: gradients, update and moving averages.
 
     Args:
-      optimizer: from `make_optimizer`.
-      gradients: list of (gradient, variable).
-      global_step: int64 [] variable.
+      total_loss: float32 [] from `loss`.
+      global_step: int64 [] variable; counts the updates.
+      examples_per_step: int; images that one step consumes, over all workers. --batch_size for each
+        worker if None.
+      worker: `support.base.worker.Worker`; the one that this process runs in a cluster.
 
     Returns:
-      The operation that does all of this.
+      The operation that trains on one batch.
+
+    Raises:
+      UserError: no variable has a gradient.
     """
-    with tf.name_scope("update"):
-        # Loss scaling may skip the update, but the step still counts.
-        apply_gradient_op = optimizer.apply_gradients(gradients)
-        with tf.control_dependencies([apply_gradient_op]):
-            count_op = tf.assign_add(global_step, 1)
-        variable_averages = tf.train.ExponentialMovingAverage(
-            FLAGS.moving_average_decay, global_step
-        )
-        with tf.control_dependencies([count_op]), conditionals_without_functions():
-            return variable_averages.apply(tf.trainable_variables())
+    if examples_per_step is None:
+        examples_per_step = FLAGS.batch_size * worker.count
+    learning_rate = decayed_learning_rate(global_step, examples_per_step)
+    loss_averages_op = _add_loss_summaries(total_loss)
+
+    optimizer = make_optimizer(learning_rate)
+    gradients = optimizer.compute_gradients(total_loss)
+    update_op = update_variables(optimizer, gradients, global_step, worker)
+    if not worker.is_chief:  # the workers share the loss averages
+        return update_op
+    return tf.group(update_op, loss_averages_op, name="train")
 
 
 def update_variables(optimizer, gradients, global_step, worker=ALONE):
-    """Applies gradients as `apply_gradients` does, checks them and shows them in TensorBoard.
+    """Applies gradients, counts the step, and then updates the moving averages.
 
     A variable whose gradient is None keeps its value. Operations in the collection
     `tf.GraphKeys.UPDATE_OPS` run as well, for example those of batch normalization.
@@ -460,78 +458,29 @@ def update_variables(optimizer, gradients, global_step, worker=ALONE):
     Raises:
       UserError: no variable has a gradient.
     """
-    gradients = _without_missing(gradients)
-    _summarize_gradients(optimizer, gradients)
+    gradients = updates.without_missing(gradients)
+    updates.summarize_gradients(optimizer, gradients)
+    average_gradients = worker.average_gradients(gradients, global_step)
 
-    def apply(gradients):
-        return apply_gradients(optimizer, gradients, global_step)
+    with tf.name_scope("update"):
+        # Loss scaling may skip the update, but the step still counts.
+        apply_gradient_op = optimizer.apply_gradients(average_gradients)
+        with tf.control_dependencies([apply_gradient_op]):
+            count_op = tf.assign_add(global_step, 1)
 
-    update_op = worker.synchronize(gradients, global_step, apply)
+        # With a constant learning rate, the variables keep moving around a minimum. Their average
+        # over the last steps is closer to it, so evaluation uses the averages.
+        variable_averages = tf.train.ExponentialMovingAverage(
+            FLAGS.moving_average_decay, global_step
+        )
+        with tf.control_dependencies([count_op]), conditionals_without_functions():
+            variables_averages_op = variable_averages.apply(tf.trainable_variables())
+
+    update_op = worker.synchronize(variables_averages_op)
     with tf.control_dependencies([update_op]):  # show the updated variables
         for _, variable in gradients:
             summaries.histogram(_tag(variable.op), variable)
-    updates = _updates_of_first_tower()
-    if updates and worker.is_chief:  # the workers share the variables
-        return tf.group(update_op, *updates)
+
+    if worker.is_chief:  # the workers share the variables
+        update_op = tf.group(update_op, *updates.collected(TOWER_NAME))
     return update_op
-
-
-def _without_missing(gradients):
-    """Returns the (gradient, variable) pairs that have a gradient, and reports the others."""
-    missing = [variable.op.name for gradient, variable in gradients if gradient is None]
-    if len(missing) == len(gradients):
-        raise UserError(
-            "no gradient reaches any variable: the loss depends on none of them, or only through "
-            "tf.stop_gradient"
-        )
-    if missing:
-        them = "it" if len(missing) == 1 else "them"
-        names = ", ".join(missing)
-        tf.logging.warning("No gradient reaches %s: training leaves %s unchanged.", names, them)
-    return [pair for pair in gradients if pair[0] is not None]
-
-
-def _updates_of_first_tower():
-    """Returns the collected updates: list of operations.
-
-    The towers share the variables, so those of the other towers would repeat them.
-    """
-    updates = [getattr(u, "op", u) for u in tf.get_collection(tf.GraphKeys.UPDATE_OPS)]
-    return [op for op in updates if not re.match(f"{TOWER_NAME}_[1-9]", op.name)]
-
-
-def _summarize_gradients(optimizer, gradients):
-    """Shows gradients in TensorBoard, and makes the session check that they are finite."""
-    scales_loss = isinstance(optimizer, tf.mixed_precision.MixedPrecisionLossScaleOptimizer)
-    for gradient, variable in gradients:
-        tag = f"gradients/{variable.op.name}"
-        if scales_loss:  # an overflow is not an error here, but would be one in a histogram
-            gradient = tf.where_v2(tf.is_finite(gradient), gradient, 0.0)
-        else:
-            graph_notes.check_finite(gradient, tag)
-        summaries.histogram(tag, gradient)
-
-
-def train(total_loss, global_step, examples_per_step=None, worker=ALONE):
-    """Builds one training step: gradients, update and moving averages.
-
-    Args:
-      total_loss: float32 [] from `loss`.
-      global_step: int64 [] variable; counts the updates.
-      examples_per_step: int; images that one step consumes, over all workers. --batch_size for each
-        worker if None.
-      worker: `support.base.worker.Worker`; the one that this process runs in a cluster.
-
-    Returns:
-      The operation that trains on one batch.
-    """
-    if examples_per_step is None:
-        examples_per_step = FLAGS.batch_size * worker.count
-    learning_rate = decayed_learning_rate(global_step, examples_per_step)
-    optimizer = make_optimizer(learning_rate)
-    loss_averages_op = _add_loss_summaries(total_loss)
-    gradients = optimizer.compute_gradients(total_loss)
-    train_ops = [update_variables(optimizer, gradients, global_step, worker)]
-    if worker.is_chief:  # the workers share the loss averages
-        train_ops.append(loss_averages_op)
-    return tf.group(*train_ops, name="train")

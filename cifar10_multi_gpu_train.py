@@ -105,16 +105,17 @@ def build_training(num_gpus, batch_size):
             tf.name_scope(f"{cifar10.TOWER_NAME}_{i}") as scope,
         ):
             loss = tower_loss(scope, tower_images[i], tower_labels[i])
-            tower_losses.append([*tf.get_collection("losses", scope), loss])
+            tower_losses.append(loss)
             tower_grads.append(optimizer.compute_gradients(loss))
 
     with tf.device("/cpu:0"):
+        loss = tf.divide(tf.add_n(tower_losses), num_gpus, name="total_loss")
         train_op = tf.group(
-            cifar10.average_losses(tower_losses),
             cifar10.update_variables(optimizer, average_gradients(tower_grads), global_step),
+            cifar10._add_loss_summaries(loss),
             name="train",
         )
-        return train_op, tf.add_n([losses[-1] for losses in tower_losses]) / num_gpus
+        return train_op, loss
 
 
 def train():

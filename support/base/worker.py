@@ -29,19 +29,25 @@ class Worker:
         """Returns what to pass to `tf.device` for the graph of this worker."""
         return
 
-    def synchronize(self, gradients, global_step, apply_gradients):
-        """Builds the update of the variables. Call it once, before `hooks`.
+    def average_gradients(self, gradients, global_step):
+        """Returns the average gradients of all workers. Call it once, before `synchronize`.
 
         Args:
           gradients: list of (gradient, variable) of this worker's batch.
           global_step: int64 [] variable.
-          apply_gradients: function from a list of (gradient, variable) to the operation that
-            applies them, counts the step and updates the moving averages.
 
         Returns:
-          That operation, for the average of the gradients of all workers.
+          list of (gradient, variable).
         """
-        return apply_gradients(gradients)
+        return gradients
+
+    def synchronize(self, update_op):
+        """Returns the operation that waits until all workers have taken part in the update.
+
+        Args:
+          update_op: applies the average gradients, counts the step and updates the moving averages.
+        """
+        return update_op
 
     def hooks(self):
         """Returns a list of the hooks that the session needs to run the update."""

@@ -72,33 +72,42 @@ class SynchronizedStep(tf.train.SessionRunHook):
     Args:
       gradients: list of (gradient, variable) of this worker.
       global_step: int64 [] variable.
-      apply_gradients: function from a list of (average gradient, variable) to the operation that
-        applies them and counts the step.
       num_workers: int.
       on_ready: function that the chief calls when the other workers can start; None if this worker
         is not the chief.
 
     Attributes:
+      average_gradients: list of (average gradient, variable), for the operation that is passed to
+        `set_update`.
       train_op: adds the gradients of this worker and waits for the update.
       add_tokens_op: adds a token for each worker, which ends steps that wait for an update.
     """
 
-    def __init__(self, gradients, global_step, apply_gradients, num_workers, on_ready):
-        # The optimizer's own `variable_averages` are updated only after the workers have their
-        # tokens: the chief could save averages that lack a step. `apply_gradients` updates them
-        # before that, and counts the step.
-        updater = types.SimpleNamespace(
-            apply_gradients=lambda averages, _: apply_gradients(list(averages))
-        )
-        synchronizer = tf.train.SyncReplicasOptimizer(updater, num_workers, num_workers)
-        self.train_op = synchronizer.apply_gradients(gradients, global_step)
-        synchronizer.ready_for_local_init_op.mark_used()  # workers wait until the chief is READY
-        (self._update_op,) = synchronizer.get_chief_queue_runner().enqueue_ops
-        self._read_step_op = synchronizer.local_step_init_op
-        self._start_op = synchronizer.chief_init_op
-        self.add_tokens_op = synchronizer.get_init_tokens_op(num_workers)
+    def __init__(self, gradients, global_step, num_workers, on_ready):
+        self.average_gradients = []
+        # The optimizer would update the moving averages only after the workers have their tokens:
+        # the chief could save averages that lack a step. So it only collects the gradients, and
+        # `set_update` builds the rest.
+        collector = types.SimpleNamespace(apply_gradients=self._collect)
+        self._synchronizer = tf.train.SyncReplicasOptimizer(collector, num_workers, num_workers)
+        self.train_op = self._synchronizer.apply_gradients(gradients, global_step)
+        self._synchronizer.ready_for_local_init_op.mark_used()  # workers wait for the chief's READY
+        self._read_step_op = self._synchronizer.local_step_init_op
+        self._start_op = self._synchronizer.chief_init_op
+        self.add_tokens_op = self._synchronizer.get_init_tokens_op(num_workers)
+        self._num_workers = num_workers
+        self._update_op = None
         self._on_ready = on_ready
         self._thread = None
+
+    def _collect(self, gradients, _):
+        self.average_gradients.extend(gradients)
+        return tf.no_op()
+
+    def set_update(self, update_op):
+        """Sets the operation that applies `average_gradients` and counts the step."""
+        with tf.control_dependencies([update_op]):  # then, each worker gets its token
+            self._update_op = self._synchronizer.get_init_tokens_op(self._num_workers)
 
     def after_create_session(self, session, coord):
         """On the chief, prepares the accumulators and reports that it is ready."""

@@ -58,10 +58,15 @@ class Worker(worker.Worker):
         with tf.Session(self.target, graph, config) as session:
             return int(session.run(global_step))
 
-    def synchronize(self, gradients, global_step, apply_gradients):
-        """Builds the synchronized step, whose update the chief performs; see the base class."""
+    def average_gradients(self, gradients, global_step):
+        """Returns the averages that the parameter servers compute; see the base class."""
         on_ready = self._report_ready if self.is_chief else None
-        self._step = SynchronizedStep(gradients, global_step, apply_gradients, self.count, on_ready)
+        self._step = SynchronizedStep(gradients, global_step, self.count, on_ready)
+        return self._step.average_gradients
+
+    def synchronize(self, update_op):
+        """Makes the chief perform the update, for which this worker waits; see the base class."""
+        self._step.set_update(update_op)
         return self._step.train_op
 
     def _report_ready(self):

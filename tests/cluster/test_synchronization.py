@@ -109,21 +109,19 @@ class Workers:
             global_step = tf.train.get_or_create_global_step()
             averages = tf.train.ExponentialMovingAverage(0.5)
 
-            def apply_gradients(gradients):
-                optimizer = tf.train.GradientDescentOptimizer(LEARNING_RATE)
-                with tf.control_dependencies([optimizer.apply_gradients(gradients, global_step)]):
-                    return averages.apply([x])
-
             def on_ready():
                 self.status.write(STATE, READY)
 
             step = SynchronizedStep(
                 [(tf.constant(gradient), x)],
                 global_step,
-                apply_gradients,
                 2,
                 on_ready if task.is_chief else None,
             )
+            optimizer = tf.train.GradientDescentOptimizer(LEARNING_RATE)
+            apply_op = optimizer.apply_gradients(step.average_gradients, global_step)
+            with tf.control_dependencies([apply_op]):
+                step.set_update(averages.apply([x]))
             self._variables.append([x, averages.average(x), global_step])
             initialize = tf.global_variables_initializer()
             initialize_local = tf.local_variables_initializer()

@@ -1,0 +1,50 @@
+"""What the update of the variables needs besides the gradients: checks, histograms, statistics."""
+
+import re
+
+from support.base.errors import UserError
+from support.ops import graph_notes, summaries
+from support.ops.tensorflow_v1 import tf
+
+
+def without_missing(gradients):
+    """Returns the (gradient, variable) pairs that have a gradient, and reports the others.
+
+    Raises:
+      UserError: no pair has a gradient.
+    """
+    missing = [variable.op.name for gradient, variable in gradients if gradient is None]
+    if len(missing) == len(gradients):
+        raise UserError(
+            "no gradient reaches any variable: the loss depends on none of them, or only through "
+            "tf.stop_gradient"
+        )
+    if missing:
+        them = "it" if len(missing) == 1 else "them"
+        names = ", ".join(missing)
+        tf.logging.warning("No gradient reaches %s: training leaves %s unchanged.", names, them)
+    return [pair for pair in gradients if pair[0] is not None]
+
+
+def summarize_gradients(optimizer, gradients):
+    """Shows gradients in TensorBoard, and makes the session check that they are finite."""
+    scales_loss = isinstance(optimizer, tf.mixed_precision.MixedPrecisionLossScaleOptimizer)
+    for gradient, variable in gradients:
+        tag = f"gradients/{variable.op.name}"
+        if scales_loss:  # an overflow is not an error here, but would be one in a histogram
+            gradient = tf.where_v2(tf.is_finite(gradient), gradient, 0.0)
+        else:
+            graph_notes.check_finite(gradient, tag)
+        summaries.histogram(tag, gradient)
+
+
+def collected(tower_name):
+    """Returns the operations in `tf.GraphKeys.UPDATE_OPS`, for example of batch normalization.
+
+    The towers share the variables, so the operations of the first tower suffice.
+
+    Args:
+      tower_name: string; the operations of tower N are named `TOWER_NAME_N/...`.
+    """
+    found = [getattr(update, "op", update) for update in tf.get_collection(tf.GraphKeys.UPDATE_OPS)]
+    return [op for op in found if not re.match(f"{tower_name}_[1-9]", op.name)]
