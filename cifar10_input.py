@@ -9,6 +9,7 @@ The input runs on the CPU. By default, each thread works on a block of records a
 import contextlib
 import functools
 import os
+import re
 
 from absl import flags
 
@@ -250,7 +251,7 @@ def _generate_image_and_label_batch(
 
 @contextlib.contextmanager
 def _input_pipeline(name):
-    """A scope on the CPU, without TensorFlow's own summaries.
+    """A scope on the CPU, without the summaries that TensorFlow adds for its queues.
 
     The tags of those summaries contain the capacity of the queue and thus depend on the batch size.
     """
@@ -258,7 +259,8 @@ def _input_pipeline(name):
     with tf.device("/cpu:0"), tf.name_scope(name) as scope:
         yield
     collected = tf.get_collection_ref(tf.GraphKeys.SUMMARIES)
-    collected[:] = [summary for summary in collected if not summary.op.name.startswith(scope)]
+    of_queue = re.compile(re.escape(scope) + r".*/fraction_(of|over)_\w+_full")
+    collected[:] = [summary for summary in collected if not of_queue.match(summary.op.name)]
 
 
 def _filename_queue(filenames, num_epochs=None, shuffle=True):

@@ -485,6 +485,23 @@ def test_fewer_than_five_training_files_are_read(tmp_path, fast_ops):
 
 
 @both_pipelines
+def test_a_summary_that_a_distortion_adds_is_kept(tmp_path, monkeypatch, fast_ops):
+    write_dataset(tmp_path)
+    distort = cifar10_input.distort
+
+    def distort_and_summarize(image, image_ops):
+        tf.summary.scalar("brightness", tf.reduce_mean(image))
+        return distort(image, image_ops)
+
+    monkeypatch.setattr(cifar10_input, "distort", distort_and_summarize)
+    distorted_inputs(str(tmp_path), 6, 0.001, fast_ops=fast_ops)
+    with running_queues() as session:
+        summary = tf.Summary.FromString(session.run(tf.summary.merge_all()))
+    tags = {value.tag for value in summary.value}
+    assert tags == {"input", "queue/fraction_full", "distorted_inputs/brightness"}
+
+
+@both_pipelines
 @pytest.mark.parametrize("batch_size", [6, 16, 37])
 @pytest.mark.parametrize("is_training", [True, False])
 def test_an_image_summary_shows_up_to_16_images_of_the_batch_that_the_model_gets(

@@ -8,8 +8,8 @@ of images at a time. Crops, flips and changes of brightness and contrast are onl
 then draws the random numbers of all images and does the arithmetic at once.
 
 A block does only what it can do exactly as each image would by itself. Everything else raises
-`NeedsSingleImages`: other operations, operators, indices, tensors as arguments, and the conversion
-of a block to a tensor.
+`NeedsSingleImages`: other operations, operators, indices, tensors as arguments, control
+dependencies, and the conversion of a block to a tensor.
 """
 
 import functools
@@ -86,6 +86,8 @@ def _operation(note):
             image, *values = inspect.signature(note).bind(*arguments, **named).args
             if not all(isinstance(value, numbers.Real) for value in tf.nest.flatten(values)):
                 raise TypeError
+            if tf.get_default_graph()._current_control_dependencies():
+                raise NeedsSingleImages("tf.control_dependencies")
             if not isinstance(image, Block) or image.is_standardized:
                 raise NeedsSingleImages(f"{note.__name__} at this place")
             return note(image, *values)

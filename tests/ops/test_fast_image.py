@@ -491,6 +491,12 @@ def with_a_variable(image, image_ops):
     return image_ops.per_image_standardization(image[::-1]) * scale
 
 
+def with_control_dependencies(image, image_ops):
+    with tf.control_dependencies([tf.no_op()]):
+        image = image_ops.random_crop(image, [24, 24, 3])
+    return image_ops.per_image_standardization(image_ops.random_flip_left_right(image))
+
+
 def not_standardized(image, image_ops):
     return image_ops.random_brightness(image, 63)
 
@@ -574,6 +580,7 @@ def check_brightness(images, image):
         (seeded_brightness, "random_brightness with these arguments", None),
         (tensorflows_names, None, check_contrasts(0.5, 0.5)),
         (resized_by_image_ops, "tf.image.resize", check_resized),
+        (with_control_dependencies, "tf.control_dependencies", check_contrasts(1.0, 1.0)),
         (with_a_variable, "the operator __getitem__", check_upside_down),
     ],
 )
