@@ -43,7 +43,7 @@ INITIAL_LEARNING_RATE = 0.1  # per update
 NUM_EPOCHS_PER_DECAY = 350.0  # epochs between decays of the learning rate
 LEARNING_RATE_DECAY_FACTOR = 0.1
 MOVING_AVERAGE_DECAY = 0.9999  # per update, of the trainable variables
-WEIGHT_DECAY = 0.004  # of local3 and local4; multiplies half the sum of the squared weights
+WEIGHT_DECAY = 0.004  # of local3 and local4; multiplies half the sum of their squared weights
 
 # Decay per step of the averaged losses in TensorBoard. It does not affect training.
 LOSS_AVERAGE_DECAY = 0.9
@@ -178,9 +178,9 @@ def _variable_with_weight_decay(name, shape, stddev, wd):
 
 
 def _weights(name, shape, stddev, wd):
-    """Does what `_variable_with_weight_decay` does; returns the variable and its value."""
+    """Returns the variable of `_variable_with_weight_decay` and its value, which is read once."""
     variable = _variable_on_cpu(name, shape, tf.truncated_normal_initializer(stddev=stddev))
-    value = tf.convert_to_tensor(variable)  # once: in a cluster, each read crosses the network
+    value = tf.convert_to_tensor(variable)  # in a cluster, each read crosses the network
     if wd is not None:
         weight_decay = tf.multiply(tf.nn.l2_loss(value), wd, name="weight_decay")
         tf.add_to_collection("losses", weight_decay)
@@ -224,7 +224,7 @@ def _convolution(images, name, channels, bias):
         shape = [5, 5, images.shape.as_list()[3], channels]
         _, kernel = _weights("weights", shape, stddev=5e-2, wd=None)
         biases = _variable_on_cpu("biases", [channels], tf.constant_initializer(bias))
-        # The one in fast_nn needs 32 bits.
+        # In 16 bits, the error of fast_nn.conv2d would be too large.
         conv2d = tf.nn.conv2d if computes_in_16_bits(FLAGS.use_fp16) else _nn().conv2d
         conv = conv2d(images, kernel, strides=[1, 1, 1, 1], padding="SAME")
         activation = _nn().relu(_nn().bias_add(conv, biases), name=name)
@@ -233,7 +233,7 @@ def _convolution(images, name, channels, bias):
 
 
 def _max_pool(images, name):
-    """3 x 3 maxima, stride 2: float32 [batch, n, n, m] to [batch, n / 2, n / 2, m]."""
+    """3 x 3 max pooling, stride 2: float32 [b, n, n, m] to [b, ceil(n / 2), ceil(n / 2), m]."""
     ksize, strides = [1, 3, 3, 1], [1, 2, 2, 1]
     return _nn().max_pool(images, ksize=ksize, strides=strides, padding="SAME", name=name)
 
@@ -246,7 +246,7 @@ def _normalize(images, name):
 
 def _fully_connected(features, name, units, stddev, wd, relu=True):
     """Fully connected layer, ReLU optional: float32 [batch, n] to [batch, units]."""
-    bias = 0.1 if relu else 0.0  # with a positive bias, few ReLUs are 0 at first
+    bias = 0.1 if relu else 0.0  # a positive bias keeps most ReLUs active at first
     with tf.variable_scope(name):
         shape = [features.shape.as_list()[1], units]
         _, weights = _weights("weights", shape, stddev, wd)
@@ -340,13 +340,13 @@ def loss(logits, labels, scope=None):
 
 
 def _add_loss_summaries(total_loss):
-    """Shows each loss in TensorBoard, with its moving average and averaged over the towers.
+    """Shows each loss in TensorBoard, averaged over the towers, with its moving average.
 
     The loss of a single batch is noisy. TensorBoard shows the moving average under the name of the
     loss, and the value of the batch with `_raw` appended.
 
     Args:
-      total_loss: float32 [] from `loss`, or the mean of those of the towers.
+      total_loss: float32 [] from `loss`, or its mean over the towers.
 
     Returns:
       The operation that updates the moving averages of the losses.
@@ -435,7 +435,7 @@ def train(total_loss, global_step, examples_per_step=None, worker=ALONE):
     optimizer = make_optimizer(learning_rate)
     gradients = optimizer.compute_gradients(total_loss)
     update_op = update_variables(optimizer, gradients, global_step, worker)
-    if not worker.is_chief:  # the workers share the loss averages
+    if not worker.is_chief:  # only the chief updates the shared loss averages
         return update_op
     return tf.group(update_op, loss_averages_op, name="train")
 
@@ -468,8 +468,8 @@ def update_variables(optimizer, gradients, global_step, worker=ALONE):
         with tf.control_dependencies([apply_gradient_op]):
             count_op = tf.assign_add(global_step, 1)
 
-        # With a constant learning rate, the variables keep moving around a minimum. Their average
-        # over the last steps is closer to it, so evaluation uses the averages.
+        # Gradients are noisy, so the variables keep moving around a minimum. The average of recent
+        # values is usually closer to it, so evaluation uses the averages.
         variable_averages = tf.train.ExponentialMovingAverage(
             FLAGS.moving_average_decay, global_step
         )
@@ -481,6 +481,6 @@ def update_variables(optimizer, gradients, global_step, worker=ALONE):
         for _, variable in gradients:
             summaries.histogram(_tag(variable.op), variable)
 
-    if worker.is_chief:  # the workers share the variables
-        update_op = tf.group(update_op, *updates.collected(TOWER_NAME))
+    if worker.is_chief:  # only the chief updates the shared batch statistics
+        update_op = tf.group(update_op, *updates.collect_updates(TOWER_NAME))
     return update_op

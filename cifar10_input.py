@@ -1,4 +1,4 @@
-"""Records in, batches out: the reader, the distortions and the queues of the CIFAR-10 tutorial.
+"""The input pipeline of the CIFAR-10 tutorial: the reader, the distortions and the queues.
 
     string_input_producer -> FixedLengthRecordReader -> decode -> distort -> shuffle_batch
 
@@ -33,7 +33,7 @@ NUM_EXAMPLES_PER_EPOCH_FOR_EVAL = 10000
 # one starts sooner.
 MIN_FRACTION_OF_EXAMPLES_IN_QUEUE = 0.4
 NUM_PREPROCESS_THREADS = 16
-RECORDS_PER_BLOCK = 128  # that a thread reads and distorts at a time with --fast_ops
+RECORDS_PER_BLOCK = 128  # records that a thread processes at a time with --fast_ops
 
 MAX_BRIGHTNESS_DELTA = 63.0  # pixel values range from 0 to 255
 MIN_CONTRAST_FACTOR = 0.2
@@ -42,7 +42,7 @@ MAX_CONTRAST_FACTOR = 1.8
 # These constants are the defaults of flags.
 options.register_constants(globals())
 options.define("input")
-options.check(  # each image can be cropped, and pooled twice
+options.check(  # no larger than an image; large enough to be pooled twice
     "crop_size",
     lambda size: 8 <= size <= min(records.HEIGHT, records.WIDTH),
     f"it must be 8 to {min(records.HEIGHT, records.WIDTH)}",
@@ -85,7 +85,7 @@ def read_cifar10(filename_queue):
 
 
 def _read_block(filename_queue):
-    """Reads n records, as many as a thread processes at a time, or fewer at the end of a file.
+    """Reads a block: RECORDS_PER_BLOCK records, or fewer at the end of a file.
 
     Returns:
       keys: string [n]; `file:record` each.
@@ -124,7 +124,7 @@ def distort(image, image_ops):
     Args:
       image: float32 [32, 32, 3]; or a block of images, `fast_image.Block`.
       image_ops: `tf.image`; or `fast_image`, whose operations have the same effect on each image of
-        a block. If the block cannot do what you add, the input distorts one image at a time.
+        a block. If a block does not support what you add, images are distorted one at a time.
 
     Returns:
       float32 [24, 24, 3], or another size with --crop_size; with mean 0 and variance 1. Or a block.
@@ -133,11 +133,11 @@ def distort(image, image_ops):
     image = image_ops.random_crop(image, [size, size, records.DEPTH])
     if FLAGS.random_flip:
         image = image_ops.random_flip_left_right(image)
-    # Standardization cancels the change in brightness, unless you remove standardization.
+    # This has no effect before standardization, which subtracts the mean.
     image = image_ops.random_brightness(image, max_delta=FLAGS.max_brightness_delta)
     if low < high:
         image = image_ops.random_contrast(image, low, high)
-    else:  # which random_contrast refuses
+    else:  # random_contrast requires low < high
         image = image_ops.adjust_contrast(image, high)
     return image_ops.per_image_standardization(image)
 
@@ -187,7 +187,7 @@ def central_crops(images):
     """
     images = tf.cast(images, tf.float32)
     shape = [records.HEIGHT, records.WIDTH, records.DEPTH]
-    if not images.shape[-3:].is_compatible_with(shape):  # would be padded, or cropped to a detail
+    if not images.shape[-3:].is_compatible_with(shape):  # would be padded or cropped
         text = ", ".join(map(str, shape))
         raise UserError(f"images must be [n, {text}] or [{text}], not {images.shape.as_list()}")
     size = FLAGS.crop_size
@@ -251,7 +251,7 @@ def _generate_image_and_label_batch(
 
 @contextlib.contextmanager
 def _input_pipeline(name):
-    """A scope on the CPU, without the summaries that TensorFlow adds for its queues.
+    """A name scope on the CPU, without the summaries that TensorFlow adds for its queues.
 
     The tags of those summaries contain the capacity of the queue and thus depend on the batch size.
     """

@@ -42,7 +42,7 @@ class Worker:
         return gradients
 
     def synchronize(self, update_op):
-        """Returns the operation that waits until all workers have taken part in the update.
+        """Returns the operation to run in each step, which ends when the update is complete.
 
         Args:
           update_op: applies the average gradients, counts the step and updates the moving averages.

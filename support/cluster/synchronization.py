@@ -85,13 +85,13 @@ class SynchronizedStep(tf.train.SessionRunHook):
 
     def __init__(self, gradients, global_step, num_workers, on_ready):
         self.average_gradients = []
-        # The optimizer would update the moving averages only after the workers have their tokens:
-        # the chief could save averages that lack a step. So it only collects the gradients, and
-        # `set_update` builds the rest.
+        # SyncReplicasOptimizer would update the moving averages only after the workers have their
+        # tokens, so the chief could save averages that lack a step. It therefore only averages the
+        # gradients here; `set_update` adds the tokens after the update.
         collector = types.SimpleNamespace(apply_gradients=self._collect)
         self._synchronizer = tf.train.SyncReplicasOptimizer(collector, num_workers, num_workers)
         self.train_op = self._synchronizer.apply_gradients(gradients, global_step)
-        self._synchronizer.ready_for_local_init_op.mark_used()  # workers wait for the chief's READY
+        self._synchronizer.ready_for_local_init_op.mark_used()  # unused: workers wait for READY
         self._read_step_op = self._synchronizer.local_step_init_op
         self._start_op = self._synchronizer.chief_init_op
         self.add_tokens_op = self._synchronizer.get_init_tokens_op(num_workers)
@@ -106,7 +106,7 @@ class SynchronizedStep(tf.train.SessionRunHook):
 
     def set_update(self, update_op):
         """Sets the operation that applies `average_gradients` and counts the step."""
-        with tf.control_dependencies([update_op]):  # then, each worker gets its token
+        with tf.control_dependencies([update_op]):  # workers get their tokens after the update
             self._update_op = self._synchronizer.get_init_tokens_op(self._num_workers)
 
     def after_create_session(self, session, coord):

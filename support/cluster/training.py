@@ -65,7 +65,7 @@ class Worker(worker.Worker):
         return self._step.average_gradients
 
     def synchronize(self, update_op):
-        """Makes the chief perform the update, for which this worker waits; see the base class."""
+        """Returns the operation that adds this worker's gradients and waits for the update."""
         self._step.set_update(update_op)
         return self._step.train_op
 

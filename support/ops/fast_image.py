@@ -4,11 +4,11 @@
     image = image_ops.random_brightness(image, max_delta=63)
 
 An operation costs about as much for one small image as for dozens, so a thread distorts a `Block`
-of images at a time. Crops, flips and changes of brightness and contrast are only noted. `finish`
-then draws the random numbers of all images and does the arithmetic at once.
+of images at a time. The operations only record what to do; `finish` then draws the random numbers
+for all images and computes the result in one pass.
 
-A block does only what it can do exactly as each image would by itself. Everything else raises
-`NeedsSingleImages`: other operations, operators, indices, tensors as arguments, control
+A block supports only what has the same effect as distorting each image by itself. Everything else
+raises `NeedsSingleImages`: other operations, operators, indices, tensors as arguments, control
 dependencies, and the conversion of a block to a tensor.
 """
 
@@ -31,7 +31,7 @@ class NeedsSingleImages(Exception):  # noqa: N818
 
 
 class Block:
-    """n images, and the distortions that have been noted for each of them.
+    """n images, and the distortions that have been recorded for them.
 
     Args:
       planes: uint8 [n, depth, height, width]; depth-major, as in the records: operations on a
@@ -77,47 +77,47 @@ for _operator in _OPERATORS.split():
     setattr(Block, f"__{_operator}__", _refuse(f"the operator __{_operator}__"))
 
 
-def _operation(note):
-    """Makes an operation from a function that notes it; refuses arguments that it does not know."""
+def _operation(record):
+    """Makes an operation from a function that records it; refuses unsupported calls."""
 
-    @functools.wraps(note)
+    @functools.wraps(record)
     def operate(*arguments, **named):
         try:
-            image, *values = inspect.signature(note).bind(*arguments, **named).args
+            image, *values = inspect.signature(record).bind(*arguments, **named).args
             if not all(isinstance(value, numbers.Real) for value in tf.nest.flatten(values)):
                 raise TypeError
             if tf.get_default_graph()._current_control_dependencies():
                 raise NeedsSingleImages("tf.control_dependencies")
             if not isinstance(image, Block) or image.is_standardized:
-                raise NeedsSingleImages(f"{note.__name__} at this place")
-            return note(image, *values)
+                raise NeedsSingleImages(f"{record.__name__} at this point")
+            return record(image, *values)
         except (TypeError, ValueError):
-            raise NeedsSingleImages(f"{note.__name__} with these arguments") from None
+            raise NeedsSingleImages(f"{record.__name__} with these arguments") from None
 
     return operate
 
 
 @_operation
 def random_crop(value, size):
-    """Notes a random crop like `tf.image.random_crop`; `size` is [height, width, depth]."""
+    """Records a random crop like `tf.image.random_crop`; `size` is [height, width, depth]."""
     height, width, depth = size
     if height > value.shape[0] or width > value.shape[1] or depth != value.shape[2]:
         raise ValueError
     # A change of contrast depends on the mean of all pixels that it gets.
     if value.is_cropped or any(is_contrast for is_contrast, _, _ in value.changes):
-        raise NeedsSingleImages("random_crop at this place")
+        raise NeedsSingleImages("random_crop at this point")
     return value.replace(is_cropped=True, shape=tf.TensorShape(size))
 
 
 @_operation
 def random_flip_left_right(image):
-    """Notes a random flip like `tf.image.random_flip_left_right`; a second one has no effect."""
+    """Records a random flip like `tf.image.random_flip_left_right`; two are equivalent to one."""
     return image.replace(is_flipped=True)
 
 
 @_operation
 def random_brightness(image, max_delta):
-    """Notes a random change like `tf.image.random_brightness`."""
+    """Records a random change like `tf.image.random_brightness`."""
     if max_delta < 0:
         raise ValueError
     return image.replace(changes=(*image.changes, (False, -max_delta, max_delta)))
@@ -125,7 +125,7 @@ def random_brightness(image, max_delta):
 
 @_operation
 def random_contrast(image, lower, upper):
-    """Notes a random change like `tf.image.random_contrast`."""
+    """Records a random change like `tf.image.random_contrast`."""
     if not 0 <= lower < upper:
         raise ValueError
     return image.replace(changes=(*image.changes, (True, lower, upper)))
@@ -133,13 +133,13 @@ def random_contrast(image, lower, upper):
 
 @_operation
 def adjust_contrast(images, contrast_factor):
-    """Notes a change like `tf.image.adjust_contrast`."""
+    """Records a change like `tf.image.adjust_contrast`."""
     return images.replace(changes=(*images.changes, (True, contrast_factor, contrast_factor)))
 
 
 @_operation
 def per_image_standardization(image):
-    """Notes the standardization like `tf.image.per_image_standardization`; nothing may follow."""
+    """Records a standardization like `tf.image.per_image_standardization`; it must come last."""
     return image.replace(is_standardized=True)
 
 
@@ -228,7 +228,7 @@ def _standardize(mean, contrast, deviation):
     """Scales images `mean + contrast * deviation` to mean 0 and variance 1.
 
     Like `tf.image.per_image_standardization`, it assumes a standard deviation of at least
-    1 / sqrt(number of values), so an image of a single color becomes all zeros.
+    1 / sqrt(number of values), so an image whose values are all equal becomes all zeros.
 
     Args:
       mean: float32 [n, depth, 1, 1]; of each channel.

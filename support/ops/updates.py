@@ -1,4 +1,4 @@
-"""What the update of the variables needs besides the gradients: checks, histograms, statistics."""
+"""Checks and histograms of gradients, and the operations that update batch statistics."""
 
 import re
 
@@ -8,7 +8,7 @@ from support.ops.tensorflow_v1 import tf
 
 
 def without_missing(gradients):
-    """Returns the (gradient, variable) pairs that have a gradient, and reports the others.
+    """Returns the (gradient, variable) pairs that have a gradient, and warns about the others.
 
     Raises:
       UserError: no pair has a gradient.
@@ -31,20 +31,20 @@ def summarize_gradients(optimizer, gradients):
     scales_loss = isinstance(optimizer, tf.mixed_precision.MixedPrecisionLossScaleOptimizer)
     for gradient, variable in gradients:
         tag = f"gradients/{variable.op.name}"
-        if scales_loss:  # an overflow is not an error here, but would be one in a histogram
+        if scales_loss:  # overflows are expected here, but a histogram refuses them
             gradient = tf.where_v2(tf.is_finite(gradient), gradient, 0.0)
         else:
             graph_notes.check_finite(gradient, tag)
         summaries.histogram(tag, gradient)
 
 
-def collected(tower_name):
-    """Returns the operations in `tf.GraphKeys.UPDATE_OPS`, for example of batch normalization.
+def collect_updates(tower_name):
+    """Returns the operations in `tf.GraphKeys.UPDATE_OPS`, except those of towers 1, 2 and so on.
 
-    The towers share the variables, so the operations of the first tower suffice.
+    Batch normalization adds such operations. The towers share the variables, so one tower suffices.
 
     Args:
-      tower_name: string; the operations of tower N are named `TOWER_NAME_N/...`.
+      tower_name: string; the operations of tower N are named `{tower_name}_N/...`.
     """
     found = [getattr(update, "op", update) for update in tf.get_collection(tf.GraphKeys.UPDATE_OPS)]
     return [op for op in found if not re.match(f"{tower_name}_[1-9]", op.name)]

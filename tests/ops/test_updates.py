@@ -65,4 +65,4 @@ def test_only_the_updates_of_the_first_tower_are_collected():
     assign = tf.assign_add(variable, 1.0)  # has an operation, but is none
     for update in (*expected, assign):
         tf.add_to_collection(tf.GraphKeys.UPDATE_OPS, update)
-    assert updates.collected("tower") == [expected[0], expected[1], expected[4], assign.op]
+    assert updates.collect_updates("tower") == [expected[0], expected[1], expected[4], assign.op]
