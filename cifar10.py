@@ -6,8 +6,8 @@
     train_op = train(total_loss, global_step)
 
 For ten classes and crops of 24 x 24 pixels, the model has 1,068,298 parameters, and inference takes
-about 18.5 million multiply-adds per image (the tutorial says 19.5). The architecture follows Alex
-Krizhevsky's cuda-convnet, with fully connected instead of locally connected layers at the top.
+about 18.5 million multiply-adds per image (the original text says 19.5). The architecture follows
+Alex Krizhevsky's cuda-convnet, with fully connected instead of locally connected layers at the top.
 """
 
 import math
@@ -164,6 +164,8 @@ def _variable_on_cpu(name, shape, initializer):
 
 def _variable_with_weight_decay(name, shape, stddev, wd):
     """Creates a variable with truncated normal values, and adds its weight decay to the losses.
+
+    Code that was written for the original calls this function; the layers here call `_weights`.
 
     Args:
       name: string.
@@ -352,8 +354,8 @@ def _add_loss_summaries(total_loss):
       The operation that updates the moving averages of the losses.
     """
     losses = {}
-    for loss in [*tf.get_collection("losses"), total_loss]:
-        losses.setdefault(_tag(loss.op), []).append(loss)
+    for each in [*tf.get_collection("losses"), total_loss]:
+        losses.setdefault(_tag(each.op), []).append(each)
     with tf.device("/cpu:0"), tf.name_scope("loss_averages"):
         means = {tag: tf.reduce_mean(tf.stack(same), name=tag) for tag, same in losses.items()}
         averages = tf.train.ExponentialMovingAverage(

@@ -23,6 +23,7 @@ from support.data.settings import (
 from support.ops.tensorflow_v1 import tf
 
 _STATE_FILE = "checkpoint"  # TensorFlow's record of which checkpoint is the newest
+_AVERAGE = "/ExponentialMovingAverage"  # the end of the names of variables' averages
 _SETTINGS = "cifar10_settings"  # a graph collection of one string, a JSON object
 
 
@@ -56,7 +57,10 @@ class Checkpoint(NamedTuple):
         )
 
     def check_variables(self, variables, folder_flag="--checkpoint_dir"):
-        """Raises CheckpointError unless the checkpoint has all variables with the same shapes.
+        """Raises CheckpointError unless the checkpoint has these variables, and no more layers.
+
+        Shapes must be equal. Only trained variables have averages, so the names of the averages
+        tell a layer that the model lacks from other variables, which are ignored.
 
         Args:
           variables: dict of `tf.Variable` by name in the checkpoint.
@@ -69,6 +73,10 @@ class Checkpoint(NamedTuple):
                 differences.append(f"{name} is missing")
             elif self.shapes[name] != shape:
                 differences.append(f"{name} is {self.shapes[name]}, not {shape}")
+        averages = {name for name in self.shapes if name.endswith(_AVERAGE)}
+        known = {name.removesuffix(_AVERAGE) for name in variables}
+        additional = {name.removesuffix(_AVERAGE) for name in averages} - known
+        differences += [f"{name} is additional" for name in sorted(additional)]
         if not differences:
             return
         shown = differences[:5]

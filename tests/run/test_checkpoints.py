@@ -441,6 +441,16 @@ def test_variables_that_are_missing_or_differ_in_shape_are_named(tmp_path, graph
         checkpoints.read(path).check_variables(variables, "--train_dir")
 
 
+def test_a_checkpoint_with_a_layer_that_the_model_lacks_is_refused(tmp_path, graph):
+    path = save(tmp_path, **{"a": 1.0, "b": 1.0, "b/ExponentialMovingAverage": 1.0, "b/avg": 1.0})
+    read = checkpoints.read(path)
+    for names in (["b"], ["b/ExponentialMovingAverage"]):  # without and with averages
+        read.check_variables({name: tf.get_variable(name, []) for name in names})
+    message = f"^{path} belongs to another model: in it, b is additional; choose another"
+    with pytest.raises(CheckpointError, match=message):
+        read.check_variables({"a": tf.get_variable("a", [])})
+
+
 def test_no_more_than_five_variables_are_named(tmp_path, graph):
     variables = {name: tf.get_variable(name, []) for name in "abcdefg"}
     with pytest.raises(CheckpointError, match="e is missing, and 2 more differ; .*checkpoint_dir$"):
