@@ -19,7 +19,7 @@ import cifar10_input
 from support.base import options
 from support.base.errors import DataError
 from support.base.worker import ALONE
-from support.data import dataset, download, records, synthetic
+from support.data import dataset, download, synthetic
 from support.data.settings import TrainingSettings
 from support.ops import fast_nn, graph_notes, summaries, updates
 from support.ops.tensorflow_v1 import (
@@ -120,11 +120,6 @@ def training_settings(class_names=None, examples_per_step=None):
         random_flip=FLAGS.random_flip,
         examples_per_step=examples_per_step,
     )
-
-
-def make_change_detector(eval_data):
-    """Returns a `records.ChangeDetector` for the test file or the training files."""
-    return records.ChangeDetector(find_data_folder(), eval_data)
 
 
 def distorted_inputs(batch_size=None, shard=None):

@@ -118,7 +118,7 @@ def evaluate(last_step=None, check_trainer=lambda: None):
     run_once = FLAGS.run_once or checkpoints.find_single_checkpoint(checkpoint_dir) is not None
     if run_once:  # before spending time on the graph
         checkpoints.use_newest(checkpoint_dir, lambda newest: newest.check_settings(settings))
-    detector = cifar10.make_change_detector(eval_test)
+    detector = records.ChangeDetector(cifar10.find_data_folder(), eval_test)
     num_examples = evaluation.limit_examples(
         records.count_records(cifar10.find_data_folder(), eval_test),
         FLAGS.num_examples,

@@ -7,7 +7,6 @@ The input runs on the CPU. By default, each thread works on a block of records a
 """
 
 import contextlib
-import functools
 import os
 import re
 
@@ -144,30 +143,13 @@ def distort(image, image_ops):
 
 def _read_and_distort(filename_queue):
     """Returns a key, label and image, or blocks of them if `distort` can process blocks."""
-    if FLAGS.fast_ops and _can_distort_blocks():
+    if FLAGS.fast_ops and fast_image.supports(distort):
         keys, labels, planes = _read_block(filename_queue)
         return keys, labels, fast_image.finish(distort(fast_image.Block(planes), fast_image))
     record = read_cifar10(filename_queue)
     with conditionals_without_functions():
         image = distort(tf.cast(record.uint8image, tf.float32), tf.image)
     return record.key, record.label, image
-
-
-def _can_distort_blocks():
-    """Returns whether `distort` can process blocks of images; warns if it cannot."""
-    with tf.Graph().as_default():  # so that the attempt leaves nothing in the training graph
-        shape = [None, records.DEPTH, records.HEIGHT, records.WIDTH]
-        try:
-            block = fast_image.Block(tf.placeholder(tf.uint8, shape))
-            fast_image.finish(distort(block, fast_image))
-        except fast_image.NeedsSingleImages as reason:
-            tf.logging.warning(
-                "Distorting one image at a time, which takes about five times as long, because "
-                "blocks of images do not support %s.",
-                reason,
-            )
-            return False
-    return True
 
 
 def central_crops(images):
@@ -196,7 +178,7 @@ def central_crops(images):
 
 
 def _generate_image_and_label_batch(
-    image, label, min_queue_examples, batch_size, shuffle, keep=None, **arguments
+    image, label, min_queue_examples, batch_size, shuffle, **arguments
 ):
     """Collects examples in a queue and dequeues them in batches.
 
@@ -207,10 +189,9 @@ def _generate_image_and_label_batch(
         in the queue. Without it, only the capacity depends on this number.
       batch_size: int.
       shuffle: bool; draw the examples of a batch from the queue at random.
-      keep: bool []; whether an example enters the queue. Every example does if None.
       **arguments: passed to `tf.train.shuffle_batch` or `tf.train.batch`. `num_threads` is
-        --num_preprocess_threads unless given. With `enqueue_many`, `image`, `label` and `keep` have
-        an additional first dimension.
+        --num_preprocess_threads unless given. With `enqueue_many`, `image` and `label` have an
+        additional first dimension.
 
     Returns:
       images: float32 [batch_size, height, width, 3].
@@ -222,10 +203,7 @@ def _generate_image_and_label_batch(
         # for a single example beyond the minimum, it always holds the same number, which makes
         # runs reproducible.
         spare = 3 * batch_size if num_preprocess_threads > 1 else 1
-        shuffle_batch = tf.train.shuffle_batch
-        if keep is not None:
-            shuffle_batch = functools.partial(tf.train.maybe_shuffle_batch, keep_input=keep)
-        images, labels = shuffle_batch(
+        images, labels = tf.train.shuffle_batch(
             [image, label],
             batch_size=batch_size,
             num_threads=num_preprocess_threads,
@@ -271,15 +249,7 @@ def _filename_queue(filenames, num_epochs=None, shuffle=True):
 
 
 def find_dataset(data_dir, class_names=None):
-    """Returns the `Dataset` in a folder. Edited constants take precedence over its files.
-
-    Args:
-      data_dir: the folder with the record files.
-      class_names: tuple of strings; read from the folder if None.
-
-    Raises:
-      DataError: the class names cannot be read, or contradict NUM_CLASSES.
-    """
+    """Returns the `Dataset` in a folder, with edited constants; see `dataset.read_dataset`."""
     return read_dataset(
         data_dir,
         options.constant("NUM_CLASSES"),
@@ -314,6 +284,8 @@ def distorted_inputs(data_dir, batch_size, shard=None):
     with _input_pipeline("distorted_inputs"):
         filename_queue = _filename_queue(records.record_files(data_dir, eval_data=False))
         key, label, image = _read_and_distort(filename_queue)
+        if shard is not None:
+            label, image = _select_shard(key, label, image, data_dir, shard)
         min_fraction_of_examples_in_queue = FLAGS.min_fraction_of_examples_in_queue
         examples_per_epoch = find_dataset(data_dir).num_examples_per_epoch_for_train
         min_queue_examples = int(examples_per_epoch * min_fraction_of_examples_in_queue)
@@ -328,19 +300,22 @@ def distorted_inputs(data_dir, batch_size, shard=None):
             min_queue_examples,
             batch_size,
             shuffle=True,
-            keep=None if shard is None else _is_in_shard(key, data_dir, *shard),
             enqueue_many=image.shape.ndims == 4,
         )
 
 
-def _is_in_shard(key, data_dir, index, count):
-    """Returns whether a record, or each record of a block, is in a shard: bool [] or [n]."""
+def _select_shard(key, label, image, data_dir, shard):
+    """Returns the labels and images in a shard, out of one record or a block: [n, 1], [n, ...]."""
+    index, count = shard
     files = records.record_files(data_dir, eval_data=False)
     size = max(os.path.getsize(file) // records.RECORD_BYTES for file in files)
     if size < count:
         raise UserError(f"--shard_data: {count} workers, but the largest file has {size} records")
+    if key.shape.ndims == 0:  # one record
+        key, label, image = (tensor[tf.newaxis] for tensor in (key, label, image))
     number = tf.strings.to_number(tf.strings.regex_replace(key, "(?s).*:", ""), tf.int64)
-    return tf.equal(number % count, index)
+    is_selected = tf.equal(number % count, index)
+    return tf.boolean_mask(label, is_selected), tf.boolean_mask(image, is_selected)
 
 
 def inputs(eval_data, data_dir, batch_size, num_epochs=None):

@@ -13,6 +13,7 @@ import cifar10
 from support.base import command_line, options
 from support.base.errors import UserError
 from support.cluster import task
+from support.data import records
 from support.ops.tensorflow_v1 import (
     GPUS,
     session_config,
@@ -124,7 +125,7 @@ def train():
     run_options = Options.select(
         options.values(),
         session_config(FLAGS.use_fp16, FLAGS.log_device_placement),
-        cifar10.make_change_detector(eval_data=False).check,
+        records.ChangeDetector(cifar10.find_data_folder(), eval_data=False).check,
     )
     settings = cifar10.training_settings(examples_per_step=FLAGS.batch_size * num_gpus)
     with TrainingRun(run_options, settings) as run:

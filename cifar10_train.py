@@ -17,6 +17,7 @@ import cifar10
 from support.base import command_line, options
 from support.base.worker import ALONE
 from support.cluster import launch, server, task
+from support.data import records
 from support.ops.tensorflow_v1 import (
     session_config,
     tf,
@@ -39,7 +40,7 @@ def train(worker=ALONE):
     run_options = Options.select(
         options.values(),
         session_config(FLAGS.use_fp16, FLAGS.log_device_placement),
-        cifar10.make_change_detector(eval_data=False).check,
+        records.ChangeDetector(cifar10.find_data_folder(), eval_data=False).check,
     )
     settings = cifar10.training_settings(examples_per_step=FLAGS.batch_size * worker.count)
     with TrainingRun(run_options, settings, worker) as run:

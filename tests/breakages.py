@@ -83,7 +83,7 @@ BREAKAGES = [Breakage(*entry) for entry in [
      "labels >= num_classes", "labels > num_classes",
      "data/test_dataset.py", "a_label_without_a_class"),
     ("training watches the test file for changes", "cifar10_train.py",
-     "make_change_detector(eval_data=False)", "make_change_detector(eval_data=True)",
+     "find_data_folder(), eval_data=False)", "find_data_folder(), eval_data=True)",
      "test_faults.py", "a_record_file_that_changes"),
     ("--pictures: each class gets the images of all", "support/data/conversion.py",
      "in _find_files(os.path.join(self._parent, folder))", "in _find_files(self._parent)",

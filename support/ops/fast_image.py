@@ -16,7 +16,9 @@ import functools
 import inspect
 import math
 import numbers
+import sys
 
+from support.data import records
 from support.ops.tensorflow_v1 import tf
 
 _OPERATORS = (
@@ -163,6 +165,26 @@ def finish(image):
     if not isinstance(image, Block):
         raise NeedsSingleImages("a result that is not an image")
     return _distort(image, *_draw(image))
+
+
+def supports(distort):
+    """Returns whether blocks support a distortion; prints a warning if they do not.
+
+    Args:
+      distort: function of an image and a module of operations, like `cifar10_input.distort`.
+    """
+    with tf.Graph().as_default():  # so that the attempt leaves nothing in the training graph
+        shape = [None, records.DEPTH, records.HEIGHT, records.WIDTH]
+        try:
+            finish(distort(Block(tf.placeholder(tf.uint8, shape)), sys.modules[__name__]))
+        except NeedsSingleImages as reason:
+            tf.logging.warning(
+                "Distorting one image at a time, which takes about five times as long, because "
+                "blocks of images do not support %s.",
+                reason,
+            )
+            return False
+    return True
 
 
 def _draw(image):
