@@ -12,7 +12,6 @@ from absl import flags
 
 import cifar10
 from support.base import command_line, options, progress, streams
-from support.base.errors import UserError
 from support.data import records
 from support.ops import summaries
 from support.ops.tensorflow_v1 import session_config, tf, warn_of_unusable_gpus
@@ -56,7 +55,6 @@ def eval_once(
     checkpoint=None,
     num_examples=None,
     outputs=None,
-    class_names=None,
 ):
     """Evaluates one checkpoint, prints precision @ 1 and writes it as a summary.
 
@@ -70,7 +68,6 @@ def eval_once(
       num_examples: int; the number of images to evaluate; it is an error if there are fewer. If
         None, at most --num_examples images are evaluated.
       outputs: dict of tensors from `evaluation.make_outputs`, for more results; or None.
-      class_names: the names of the classes; those of the dataset if None.
 
     Returns:
       float; precision @ 1, from 0 to 1.
@@ -80,7 +77,7 @@ def eval_once(
       CheckpointError: the checkpoint cannot be restored, or has or produces non-finite values.
     """
     checkpoint = checkpoint or checkpoints.use_newest(FLAGS.checkpoint_dir)
-    class_names = class_names or cifar10.find_dataset().class_names
+    class_names = cifar10.find_dataset().class_names
     counts = evaluation.Counts(class_names, num_examples or FLAGS.num_examples)
     with tf.Session(config=session_config(FLAGS.use_fp16)) as sess:
         checkpoints.restore(sess, saver, checkpoint)
@@ -100,7 +97,7 @@ def eval_once(
 def evaluate(last_step=None, check_trainer=lambda: None):
     """Evaluates the newest checkpoint, or each new one forever, depending on --run_once.
 
-    If --checkpoint_dir is not a folder but a checkpoint, only that one is evaluated.
+    If --checkpoint_dir is a checkpoint instead of a folder, only that one is evaluated.
 
     Args:
       last_step: int; stop after evaluating a checkpoint of this step or a later one. Never if None.
@@ -118,44 +115,38 @@ def evaluate(last_step=None, check_trainer=lambda: None):
     run_once = FLAGS.run_once or checkpoints.find_single_checkpoint(checkpoint_dir) is not None
     if run_once:  # before spending time on the graph
         checkpoints.use_newest(checkpoint_dir, lambda newest: newest.check_settings(settings))
-    detector = records.ChangeDetector(cifar10.find_data_folder(), eval_test)
+    folder = cifar10.find_data_folder()
+    detector = records.ChangeDetector(folder, eval_test)
     num_examples = evaluation.limit_examples(
-        records.count_records(cifar10.find_data_folder(), eval_test),
+        records.count_records(folder, eval_test),
         FLAGS.num_examples,
         FLAGS["num_examples"].using_default_value,
     )
-    with tf.Graph().as_default() as graph:
+    with tf.Graph().as_default() as graph, summaries.Writer(FLAGS.eval_dir, "--eval_dir") as writer:
         images, labels = cifar10.inputs(eval_test, num_epochs=1)
         logits = cifar10.inference(images)
         outputs = evaluation.make_outputs(images, labels, logits)
         top_k_op = tf.equal(outputs["predictions"], labels)
         # Without the sparsity of the layers, which training already shows.
         _, summary_op = summaries.merge_collected()
-        with summaries.Writer(FLAGS.eval_dir, "--eval_dir") as writer:
-            writer.add_graph(graph)
-            variables = checkpoints.find_variables(FLAGS.use_moving_averages)
-            saver = tf.train.Saver(variables)
+        writer.add_graph(graph)
+        variables = checkpoints.find_variables(FLAGS.use_moving_averages)
+        saver = tf.train.Saver(variables)
 
-            def evaluate_one(checkpoint):
-                detector.check()
-                checkpoint.check_settings(settings)
-                checkpoint.check_variables(variables)
-                names = settings.class_names
-                eval_once(
-                    saver, writer, top_k_op, summary_op, checkpoint, num_examples, outputs, names
+        def evaluate_one(checkpoint):
+            detector.check()
+            checkpoint.check_settings(settings)
+            checkpoint.check_variables(variables)
+            eval_once(saver, writer, top_k_op, summary_op, checkpoint, num_examples, outputs)
+
+        with detector.explain_errors():
+            if run_once:
+                checkpoints.use_newest(checkpoint_dir, evaluate_one)
+            else:
+                interval = FLAGS.eval_interval_secs
+                evaluation.use_new_checkpoints(
+                    checkpoint_dir, evaluate_one, interval, last_step, check_trainer
                 )
-
-            try:
-                if run_once:
-                    checkpoints.use_newest(checkpoint_dir, evaluate_one)
-                else:
-                    interval = FLAGS.eval_interval_secs
-                    evaluation.use_new_checkpoints(
-                        checkpoint_dir, evaluate_one, interval, last_step, check_trainer
-                    )
-            except (UserError, tf.errors.OpError):
-                detector.check()  # a change of the data may be the cause
-                raise
 
 
 def main(argv=None):

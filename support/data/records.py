@@ -131,3 +131,12 @@ class ChangeDetector:
                     f"{path} can no longer be read ({error.strerror}); it existed when the script "
                     "started"
                 ) from error
+
+    @contextlib.contextmanager
+    def explain_errors(self):
+        """Raises DataError instead of an error that a change of the files may have caused."""
+        try:
+            yield
+        except Exception:
+            self.check()
+            raise
