@@ -157,31 +157,26 @@ def _variable_on_cpu(name, shape, initializer):
         return tf.get_variable(name, shape, tf.float32, initializer)
 
 
-def _variable_with_weight_decay(name, shape, stddev, wd):
+def _variable_with_weight_decay(name, shape, stddev, wd, read=False):
     """Creates a variable with truncated normal values, and adds its weight decay to the losses.
-
-    Code that was written for the original calls this function; the layers here call `_weights`.
 
     Args:
       name: string.
       shape: list of ints.
       stddev: float; the standard deviation before truncation at two standard deviations.
       wd: float or None; adds `wd * tf.nn.l2_loss(variable)` to the collection `losses`.
+      read: bool; return the value instead of the variable. In a cluster, the value then crosses the
+        network only once a step.
 
     Returns:
-      The variable.
+      The variable, or its value.
     """
-    return _weights(name, shape, stddev, wd)[0]
-
-
-def _weights(name, shape, stddev, wd):
-    """Returns the variable of `_variable_with_weight_decay` and its value, which is read once."""
     variable = _variable_on_cpu(name, shape, tf.truncated_normal_initializer(stddev=stddev))
-    value = tf.convert_to_tensor(variable)  # in a cluster, each read crosses the network
+    value = tf.convert_to_tensor(variable)
     if wd is not None:
         weight_decay = tf.multiply(tf.nn.l2_loss(value), wd, name="weight_decay")
         tf.add_to_collection("losses", weight_decay)
-    return variable, value
+    return value if read else variable
 
 
 def _tag(operation):
@@ -219,7 +214,7 @@ def _convolution(images, name, channels, bias):
     """5 x 5 convolution, bias and ReLU: float32 [batch, n, n, m] to [batch, n, n, channels]."""
     with tf.variable_scope(name):
         shape = [5, 5, images.shape.as_list()[3], channels]
-        _, kernel = _weights("weights", shape, stddev=5e-2, wd=None)
+        kernel = _variable_with_weight_decay("weights", shape, stddev=5e-2, wd=None, read=True)
         biases = _variable_on_cpu("biases", [channels], tf.constant_initializer(bias))
         # In 16 bits, the error of fast_nn.conv2d would be too large.
         conv2d = tf.nn.conv2d if computes_in_16_bits(FLAGS.use_fp16) else _nn().conv2d
@@ -243,10 +238,10 @@ def _normalize(images, name):
 
 def _fully_connected(features, name, units, stddev, wd, relu=True):
     """Fully connected layer, ReLU optional: float32 [batch, n] to [batch, units]."""
-    bias = 0.1 if relu else 0.0  # a positive bias keeps most ReLUs active at first
+    bias = 0.1 if relu else 0.0  # if positive, more ReLUs are active at first
     with tf.variable_scope(name):
         shape = [features.shape.as_list()[1], units]
-        _, weights = _weights("weights", shape, stddev, wd)
+        weights = _variable_with_weight_decay("weights", shape, stddev, wd, read=True)
         biases = _variable_on_cpu("biases", [units], tf.constant_initializer(bias))
         product = tf.matmul(features, weights)
         if relu:
@@ -261,7 +256,8 @@ def _locally_connected(images, name, channels, stddev, wd):
     """3 x 3 filters that differ by position, bias, ReLU: float32 [b, n, n, m] to [b, n, n, c]."""
     height, width, depth = images.shape.as_list()[1:]
     with tf.variable_scope(name):
-        _, weights = _weights("weights", [height, width, 3, 3, depth, channels], stddev, wd)
+        shape = [height, width, 3, 3, depth, channels]
+        weights = _variable_with_weight_decay("weights", shape, stddev, wd, read=True)
         shape = [height, width, channels]
         biases = _variable_on_cpu("biases", shape, tf.constant_initializer(0.0))
         product = fast_nn.locally_connected(images, weights)
@@ -336,7 +332,7 @@ def loss(logits, labels, scope=None):
     return total_loss
 
 
-def _add_loss_summaries(total_loss):
+def _add_loss_summaries(total_loss, tower_losses=None):
     """Shows each loss in TensorBoard, averaged over the towers, with its moving average.
 
     The loss of a single batch is noisy. TensorBoard shows the moving average under the name of the
@@ -344,15 +340,19 @@ def _add_loss_summaries(total_loss):
 
     Args:
       total_loss: float32 [] from `loss`, or its mean over the towers.
+      tower_losses: list with the losses of each tower, float32 [], all in the same order. If None,
+        there is one tower, with the losses in the collection `losses`.
 
     Returns:
       The operation that updates the moving averages of the losses.
     """
-    losses = {}
-    for each in [*tf.get_collection("losses"), total_loss]:
-        losses.setdefault(_tag(each.op), []).append(each)
+    if tower_losses is None:
+        tower_losses = [tf.get_collection("losses")]
     with tf.device("/cpu:0"), tf.name_scope("loss_averages"):
-        means = {tag: tf.reduce_mean(tf.stack(same), name=tag) for tag, same in losses.items()}
+        means = {
+            _tag(losses[0].op): tf.reduce_mean(tf.stack(losses), name=_tag(losses[0].op))
+            for losses in [*zip(*tower_losses, strict=True), [total_loss]]
+        }
         averages = tf.train.ExponentialMovingAverage(
             LOSS_AVERAGE_DECAY,
             zero_debias=True,  # without it, the curves start near 0
@@ -455,11 +455,12 @@ def update_variables(optimizer, gradients, global_step, worker=ALONE):
     Raises:
       UserError: no variable has a gradient.
     """
-    gradients = updates.without_missing(gradients)
+    gradients = updates.drop_missing(gradients)
     updates.summarize_gradients(optimizer, gradients)
     average_gradients = worker.average_gradients(gradients, global_step)
 
-    with tf.name_scope("update"):
+    # In a cluster, this is a parameter server: the variables do not cross the network again.
+    with tf.device(global_step.device), tf.name_scope("update"):
         # Loss scaling may skip the update, but the step still counts.
         apply_gradient_op = optimizer.apply_gradients(average_gradients)
         with tf.control_dependencies([apply_gradient_op]):
@@ -478,6 +479,6 @@ def update_variables(optimizer, gradients, global_step, worker=ALONE):
         for _, variable in gradients:
             summaries.histogram(_tag(variable.op), variable)
 
-    if worker.is_chief:  # only the chief updates the shared batch statistics
-        update_op = tf.group(update_op, *updates.collect_updates(TOWER_NAME))
-    return update_op
+    # The workers share the batch statistics, so only the chief updates them.
+    batch_updates = updates.collect_updates(TOWER_NAME) if worker.is_chief else []
+    return tf.group(update_op, *batch_updates)

@@ -97,8 +97,7 @@ def build_training(num_gpus, batch_size):
         tower_images = tf.split(images, num_gpus)
         tower_labels = tf.split(labels, num_gpus)
 
-    tower_losses = []
-    tower_grads = []
+    tower_losses, total_losses, tower_grads = [], [], []
     for i in range(num_gpus):
         with (
             tf.variable_scope(tf.get_variable_scope(), reuse=i > 0),
@@ -106,14 +105,15 @@ def build_training(num_gpus, batch_size):
             tf.name_scope(f"{cifar10.TOWER_NAME}_{i}") as scope,
         ):
             loss = tower_loss(scope, tower_images[i], tower_labels[i])
-            tower_losses.append(loss)
+            tower_losses.append(tf.get_collection("losses", scope))
+            total_losses.append(loss)
             tower_grads.append(optimizer.compute_gradients(loss))
 
     with tf.device("/cpu:0"):
-        loss = tf.divide(tf.add_n(tower_losses), num_gpus, name="total_loss")
+        loss = tf.divide(tf.add_n(total_losses), num_gpus, name="total_loss")
         train_op = tf.group(
             cifar10.update_variables(optimizer, average_gradients(tower_grads), global_step),
-            cifar10._add_loss_summaries(loss),
+            cifar10._add_loss_summaries(loss, tower_losses),
             name="train",
         )
         return train_op, loss

@@ -493,6 +493,20 @@ def test_the_moving_average_decays_as_the_flag_says():
         assert session.run(average) == pytest.approx(0.01 * 1.0 + 0.99 * 2.0)
 
 
+def test_summaries_show_the_variables_after_the_update():
+    weight = tf.get_variable("w", initializer=tf.zeros([300000]))  # an update takes a while
+    update = cifar10.update_variables(
+        tf.train.GradientDescentOptimizer(1.0),
+        [(-tf.ones([300000]), weight)],
+        tf.train.get_or_create_global_step(),
+    )
+    with initialized_session() as session:
+        for step in range(1, 10):
+            _, summary = session.run([update, tf.summary.merge_all()])
+            values = {v.tag: v.histo.min for v in tf.Summary.FromString(summary).value}
+            assert values["w"] == step
+
+
 def test_an_update_changes_a_variable_by_its_gradient_and_then_its_average():
     # The loss is 3 * w, w starts at 1, and the rate is 0.1: w is 0.7, then 0.4. The decay of the
     # average at update n is (1 + n) / (10 + n), as long as that is less than 0.9999.
@@ -628,7 +642,7 @@ def test_a_step_updates_the_statistics_of_the_batches():
 
 
 @pytest.mark.parametrize(("is_chief", "expected"), [(True, 2.0), (False, 0.0)])
-def test_in_a_cluster_the_chief_updates_the_statistics_of_the_batches(is_chief, expected):
+def test_in_a_cluster_the_chief_updates_what_the_workers_share(is_chief, expected):
     mean = tf.get_variable("norm/moving_mean", initializer=0.0, trainable=False)
     tf.add_to_collection(tf.GraphKeys.UPDATE_OPS, tf.assign_add(mean, 2.0))
     weight = tf.get_variable("w", initializer=1.0)
@@ -636,13 +650,15 @@ def test_in_a_cluster_the_chief_updates_the_statistics_of_the_batches(is_chief, 
     worker = types.SimpleNamespace(
         count=2,
         is_chief=is_chief,
-        average_gradients=lambda gradients, step: gradients,
+        average_gradients=lambda pairs, step: [(10 * grad, var) for grad, var in pairs],
         synchronize=lambda update_op: update_op,
     )
     train_op = cifar10.train(1.0 * weight, tf.train.get_or_create_global_step(), worker=worker)
     with initialized_session() as session:
         session.run(train_op)
         assert session.run(mean) == expected
+        assert (session.run(find_variable("loss_averages/w/avg")) != 0) == is_chief
+        assert session.run(weight) == pytest.approx(1.0 - 0.1 * 10)  # with the average gradient
 
 
 # Training.

@@ -342,3 +342,24 @@ def test_both_training_scripts_can_be_imported_together():
     assert FLAGS is cifar10_train.FLAGS
     assert FLAGS.num_gpus == 1
     assert FLAGS.train_dir == "/tmp/cifar10_train"
+
+
+def test_losses_are_averaged_over_the_towers_and_over_the_steps(fixed_batch):
+    extra = tf.constant(7.0, name="extra")  # in no tower, so it is not part of the objective
+    tf.add_to_collection("losses", extra)
+    train_op, loss = cifar10_multi_gpu_train.build_training(2, 2)
+    graph = tf.get_default_graph()
+    of_towers = [graph.get_tensor_by_name(f"tower_{i}/cross_entropy:0") for i in range(2)]
+    (average,) = [v for v in tf.global_variables() if v.op.name.endswith("cross_entropy/avg")]
+    with tf.Session(config=session_config()) as sess:
+        sess.run(tf.global_variables_initializer())
+        fetches = [tf.summary.merge_all(), of_towers, loss]
+        summary, cross_entropies, total_loss = sess.run(fetches)
+        values = {v.tag: v.simple_value for v in tf.Summary.FromString(summary).value}
+        before = sess.run(average)
+        sess.run(train_op)
+        assert sess.run(average) != before
+    assert cross_entropies[0] != cross_entropies[1]
+    assert values["cross_entropy_raw"] == pytest.approx(np.mean(cross_entropies))
+    assert values["total_loss_raw"] == pytest.approx(total_loss)
+    assert "extra_raw" not in values

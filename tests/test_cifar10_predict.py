@@ -30,6 +30,7 @@ from conftest import (
 from PIL import Image
 
 import cifar10
+import cifar10_input
 import cifar10_predict
 from support.base import files
 from support.base.errors import UserError
@@ -212,6 +213,13 @@ def test_if_a_trainer_deletes_a_checkpoint_the_newest_one_predicts(images, capsy
     monkeypatch.setattr(checkpoints, "restore", restore_after_the_trainer_has_continued)
     (found,) = printed_objects(capsys, images / "00.png")
     assert found["step"] == 9
+
+
+def test_an_edit_of_the_central_crops_changes_the_prediction(records, images, capsys, monkeypatch):
+    before = printed_objects(capsys, images)
+    crops = cifar10_input.central_crops
+    monkeypatch.setattr(cifar10_input, "central_crops", lambda images: -crops(images))
+    assert printed_objects(capsys, images) != before
 
 
 def test_prediction_needs_no_dataset(images, capsys, tmp_path):

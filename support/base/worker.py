@@ -30,7 +30,7 @@ class Worker:
         return
 
     def average_gradients(self, gradients, global_step):
-        """Returns the average gradients of all workers. Call it once, before `synchronize`.
+        """Returns the average gradients of all workers. Call it once.
 
         Args:
           gradients: list of (gradient, variable) of this worker's batch.
@@ -43,6 +43,8 @@ class Worker:
 
     def synchronize(self, update_op):
         """Returns the operation to run in each step, which ends when the update is complete.
+
+        Call it once, after `average_gradients` and before `hooks`.
 
         Args:
           update_op: applies the average gradients, counts the step and updates the moving averages.

@@ -18,6 +18,7 @@ import math
 import numbers
 import sys
 
+from support.base.errors import first_line
 from support.data import records
 from support.ops.tensorflow_v1 import tf
 
@@ -51,6 +52,7 @@ class Block:
         self.shape = tf.TensorShape([height, width, depth])
         self.planes = planes
         self.is_cropped = self.is_flipped = self.is_standardized = False
+        self.control_dependencies = _control_dependencies()
         self.changes = ()  # (is_contrast, low, high) for each change of brightness or contrast
 
     def replace(self, **attributes):
@@ -66,6 +68,10 @@ class Block:
     def __getattr__(self, name):
         is_special = name.startswith("_")  # TensorFlow and NumPy look for special methods
         raise NeedsSingleImages("conversion to a tensor" if is_special else f"image.{name}")
+
+
+def _control_dependencies():
+    return tf.get_default_graph()._current_control_dependencies()
 
 
 def _refuse(name):
@@ -88,10 +94,10 @@ def _operation(record):
             image, *values = inspect.signature(record).bind(*arguments, **named).args
             if not all(isinstance(value, numbers.Real) for value in tf.nest.flatten(values)):
                 raise TypeError
-            if tf.get_default_graph()._current_control_dependencies():
-                raise NeedsSingleImages("tf.control_dependencies")
             if not isinstance(image, Block) or image.is_standardized:
                 raise NeedsSingleImages(f"{record.__name__} at this point")
+            if image.control_dependencies != _control_dependencies():
+                raise NeedsSingleImages("tf.control_dependencies")
             return record(image, *values)
         except (TypeError, ValueError):
             raise NeedsSingleImages(f"{record.__name__} with these arguments") from None
@@ -177,11 +183,12 @@ def supports(distort):
         shape = [None, records.DEPTH, records.HEIGHT, records.WIDTH]
         try:
             finish(distort(Block(tf.placeholder(tf.uint8, shape)), sys.modules[__name__]))
-        except NeedsSingleImages as reason:
+        except Exception as error:  # real mistakes will occur again with single images
+            is_known = isinstance(error, NeedsSingleImages)
             tf.logging.warning(
                 "Distorting one image at a time, which takes about five times as long, because "
                 "blocks of images do not support %s.",
-                reason,
+                error if is_known else f"this distortion ({first_line(error)})",
             )
             return False
     return True

@@ -7,7 +7,7 @@ from support.ops import graph_notes, summaries
 from support.ops.tensorflow_v1 import tf
 
 
-def without_missing(gradients):
+def drop_missing(gradients):
     """Returns the (gradient, variable) pairs that have a gradient, and warns about the others.
 
     Raises:

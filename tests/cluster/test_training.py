@@ -93,6 +93,9 @@ def test_each_variable_and_each_gradient_crosses_the_network_once_a_step(graph, 
     # The chief also sends the losses, which are scalars, to average them over the steps.
     assert sorted(shape for shape in variables if shape) == shapes
     assert sorted(shape for shape in gradients if shape) == shapes
+    # The update reads and writes variables where they are.
+    for transfers in find_transfers(graph, worker._step._update_op):
+        assert [shape for shape in transfers if shape] == []
 
 
 def test_a_worker_reads_the_step_from_the_parameter_server():

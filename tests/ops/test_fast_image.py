@@ -297,6 +297,14 @@ def image(tmp_path):
     return image
 
 
+@pytest.fixture
+def warnings(monkeypatch):
+    """The warnings that TensorFlow's logger receives."""
+    warnings = []
+    monkeypatch.setattr(tf.logging, "warning", lambda text, *values: warnings.append(text % values))
+    return warnings
+
+
 def training_images(folder, fast_ops, count, **limits):
     """Returns `count` images of a training input: float32 [count, 24, 24, 3]."""
     with tf.Graph().as_default():
@@ -585,10 +593,8 @@ def check_brightness(images, image):
     ],
 )
 def test_an_edited_distortion_has_the_same_effect_with_both_backends(
-    tmp_path, image, monkeypatch, distort, refused, check, fast_ops
+    tmp_path, image, monkeypatch, warnings, distort, refused, check, fast_ops
 ):
-    warnings = []
-    monkeypatch.setattr(tf.logging, "warning", lambda text, *values: warnings.append(text % values))
     monkeypatch.setattr(cifar10_input, "distort", distort)
     images = training_images(tmp_path, fast_ops, 600)
     if check is not None:
@@ -599,6 +605,34 @@ def test_an_edited_distortion_has_the_same_effect_with_both_backends(
         assert re.search(refused, line)
     else:
         assert warnings == []
+
+
+def test_one_seed_gives_the_same_images_twice_with_single_images_too(tmp_path, image, monkeypatch):
+    monkeypatch.setattr(cifar10_input, "distort", noise_added)
+    images = [training_images(tmp_path, True, 50) for _ in range(2)]
+    np.testing.assert_array_equal(images[0], images[1])
+
+
+@pytest.mark.parametrize("fast_ops", [True, False])
+def test_a_distortion_that_needs_the_graph_of_training_distorts_single_images(
+    tmp_path, image, monkeypatch, fast_ops
+):
+    def later(image, image_ops):
+        image = image_ops.random_crop(image, [24, 24, 3])
+        return image + tf.cast(tf.train.get_global_step(), tf.float32)
+
+    monkeypatch.setattr(cifar10_input, "distort", later)
+    with flagsaver.flagsaver(fast_ops=fast_ops):
+        tf.train.get_or_create_global_step()
+        images, _ = cifar10_input.distorted_inputs(str(tmp_path), 8)
+    assert images.shape == [8, 24, 24, 3]
+
+
+def test_an_input_with_control_dependencies_distorts_blocks(tmp_path, image, warnings):
+    with tf.control_dependencies([tf.no_op()]):
+        images, _ = cifar10_input.distorted_inputs(str(tmp_path), 8)
+    assert images.shape == [8, 24, 24, 3]
+    assert warnings == []
 
 
 def test_an_attempt_that_fails_leaves_nothing_in_the_graph(tmp_path, image, monkeypatch):

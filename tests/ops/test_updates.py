@@ -12,7 +12,7 @@ pytestmark = pytest.mark.usefixtures("graph")
 def test_training_without_any_gradient_is_a_one_line_error():
     pairs = [(None, tf.get_variable(name, initializer=1.0)) for name in ("x", "y")]
     with pytest.raises(UserError, match="^no gradient reaches any variable: .*stop_gradient$"):
-        updates.without_missing(pairs)
+        updates.drop_missing(pairs)
 
 
 @pytest.mark.parametrize(
@@ -30,7 +30,7 @@ def test_variables_without_a_gradient_are_left_out_and_named(monkeypatch, missin
         (None if name in missing else tf.constant(2.0), tf.get_variable(name, initializer=1.0))
         for name in ("x", "y", "z")
     ]
-    assert updates.without_missing(pairs) == pairs[len(missing) :]
+    assert updates.drop_missing(pairs) == pairs[len(missing) :]
     assert warnings == ([message] if message else [])
 
 
