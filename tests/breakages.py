@@ -109,7 +109,7 @@ BREAKAGES = [Breakage(*entry) for entry in [
      "run/test_checkpoints.py", "saving_deletes_no_checkpoint"),
     ("training starts again on top of damaged checkpoints", "support/run/checkpoints.py",
      "if not _list_checkpoints(train_dir):", "if _find_readable(train_dir) is None:",
-     "run/test_training_run.py", "training_does_not_start_again"),
+     "run/test_checkpoints.py", "a_folder_with_only_damaged_checkpoints"),
     ("a checkpoint of another crop size is accepted", "support/data/settings.py",
      '("top_layers", "crop_size")', '("top_layers",)',
      "test_cifar10_predict.py", "a_checkpoint_of_another_crop_size"),

@@ -127,6 +127,22 @@ def all_batches(session, fetches):
     return results
 
 
+def read_events(folder):
+    """Returns the events of all files in a folder, in the order in which TensorBoard reads them."""
+    from support.ops.tensorflow_v1 import tf
+
+    paths = sorted(map(str, pathlib.Path(folder).glob("events.out.tfevents.*")))
+    return [event for path in paths for event in tf.train.summary_iterator(path)]
+
+
+def written_scopes(folder):
+    """Returns the outermost scopes of the graph in the event files of a folder."""
+    from support.ops.tensorflow_v1 import tf
+
+    (graph,) = [event.graph_def for event in read_events(folder) if event.HasField("graph_def")]
+    return {node.name.split("/")[0] for node in tf.GraphDef.FromString(graph).node}
+
+
 def written_nodes(folder):
     """Returns the default graph's nodes in TensorBoard, by name; checks that all inputs exist."""
     from support.ops import summaries
@@ -336,6 +352,16 @@ def flags_are_restored(tmp_path):
         if "data_dir" in flags.FLAGS:  # not the user's own dataset
             flags.FLAGS.data_dir = str(tmp_path / "no_data")
         yield
+
+
+@pytest.fixture
+def warnings(monkeypatch):
+    """The warnings that TensorFlow's logger receives."""
+    from support.ops.tensorflow_v1 import tf
+
+    warnings = []
+    monkeypatch.setattr(tf.logging, "warning", lambda text, *values: warnings.append(text % values))
+    return warnings
 
 
 @pytest.fixture

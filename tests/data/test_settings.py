@@ -27,6 +27,32 @@ def test_settings_that_were_saved_before_the_images_were_counted_can_be_read():
     assert settings.images_seen(7) is None
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{",
+        "[]",
+        '{"class_names": null}',
+        *(
+            json.dumps(OWN._asdict() | change)
+            for change in (
+                {"class_names": "cat"},
+                {"class_names": []},
+                {"class_names": ["cat", 2]},
+                {"crop_size": "24"},
+                {"top_layers": 5},
+                {"random_flip": 1},
+                {"examples_per_epoch": None},
+                {"another": 1},
+            )
+        ),
+    ],
+)
+def test_invalid_settings_are_refused(text):
+    with pytest.raises((ValueError, TypeError)):
+        parse_settings(text)
+
+
 def test_the_keys_in_checkpoints_do_not_change():
     assert json.loads(format_settings(OWN._replace(examples_per_step=64, examples_offset=-4))) == {
         "class_names": ["cat", "hot dog"],

@@ -1,6 +1,5 @@
 """Tests of finding, reading, checking, restoring and saving checkpoints."""
 
-import json
 import math
 import os
 import shutil
@@ -9,11 +8,7 @@ import threading
 import pytest
 
 from support.base.errors import CheckpointError, UserError
-from support.data.settings import (
-    TrainingSettings,
-    format_settings,
-    parse_settings,
-)
+from support.data.settings import TrainingSettings, format_settings
 from support.ops.tensorflow_v1 import tf
 from support.run import checkpoints
 
@@ -52,14 +47,6 @@ def remove(checkpoint):
     for file in os.listdir(folder):
         if file.startswith(f"{name}."):
             os.remove(os.path.join(folder, file))
-
-
-@pytest.fixture
-def warnings(monkeypatch):
-    """The warnings that TensorFlow's logger receives."""
-    warnings = []
-    monkeypatch.setattr(tf.logging, "warning", lambda text, *values: warnings.append(text % values))
-    return warnings
 
 
 # --- Finding the newest checkpoint.
@@ -136,24 +123,23 @@ def test_a_folder_with_only_damaged_checkpoints_cannot_be_resumed(tmp_path, stat
         checkpoints.find_checkpoint_to_resume(str(tmp_path))
 
 
-@pytest.mark.parametrize(("name", "matched"), [("a b", "a"), ("käse猫", "käse"), ("{x},~", "x")])
-def test_a_folder_means_itself_whatever_its_name(tmp_path, name, matched):
-    folder, other = tmp_path / name, tmp_path / matched
-    folder.mkdir()
-    other.mkdir()
-    path = save(folder, 3, OWN, x=3.5)
-    save(other, 4, OWN, x=4.5)
-    save(other, 3, OWN, x=2.5)
-    assert checkpoints.find_latest_checkpoint(str(folder)) == path
-    assert checkpoints.find_checkpoint_to_resume(str(folder)).path == path
-    assert checkpoints._find_readable(str(folder)) == path
-    assert checkpoints.use_newest(str(folder)).settings == OWN
-    assert restore(folder) == (path, 3, 3.5)
-    shutil.rmtree(other)
-    assert restore(folder) == (path, 3, 3.5)
-    assert restore(f"{folder}//") == (f"{folder}//model.ckpt-3", 3, 3.5)
-    remove(path)
-    assert checkpoints.find_latest_checkpoint(str(folder)) is None
+def test_an_older_checkpoint_is_suggested_if_the_newest_is_damaged(tmp_path):
+    for step in (3, 20, 100):
+        save(tmp_path, step)
+    (tmp_path / "model.ckpt-100.data-00000-of-00001").write_bytes(b"")
+    message = r"ckpt-100 cannot be read: .*; remove the file `checkpoint` .* resume from .*ckpt-20$"
+    with pytest.raises(UserError, match=message):
+        checkpoints.find_checkpoint_to_resume(str(tmp_path))
+    (tmp_path / "checkpoint").unlink()
+    assert checkpoints.find_checkpoint_to_resume(str(tmp_path)).step == 20
+
+
+def test_no_older_checkpoint_is_suggested_if_none_is_readable(tmp_path):
+    path = save(tmp_path)
+    (tmp_path / "model.ckpt-3.data-00000-of-00001").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=f"^{path} cannot be read: ") as caught:
+        checkpoints.find_checkpoint_to_resume(str(tmp_path))
+    assert "resume" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -202,10 +188,7 @@ def test_a_state_file_may_name_a_checkpoint_in_another_folder(tmp_path):
     [
         b"",
         b"\xff not a checkpoint",
-        b"garbage",
-        b'model_checkpoint_path: "x"',
         b'model_checkpoint_path: "/home/ann/model.ckpt-9"',
-        b'model_checkpoint_path: "C:\\\\train\\\\model.ckpt-7"',
     ],
 )
 def test_if_the_state_file_names_no_checkpoint_the_highest_step_is_used_but_not_resumed(
@@ -247,27 +230,15 @@ def test_a_folder_that_cannot_be_listed_is_a_one_line_error():
 
 
 @pytest.mark.parametrize("suffix", ["", ".index", ".meta", ".data-00000-of-00001"])
-@pytest.mark.parametrize("name", ["train", "train 1"])
-def test_a_path_may_name_one_checkpoint_or_one_of_its_files(tmp_path, suffix, name):
-    folder = tmp_path / name
-    folder.mkdir()
-    path = save(folder, 3, OWN, x=3.5)
-    save(folder, 4, OWN, x=4.5)
+def test_a_path_may_name_one_checkpoint_or_one_of_its_files(tmp_path, suffix):
+    path = save(tmp_path, 3, OWN, x=3.5)
+    save(tmp_path, 4, OWN, x=4.5)
     assert checkpoints.find_single_checkpoint(f"{path}{suffix}") == path
     assert checkpoints.find_latest_checkpoint(f"{path}{suffix}") == path
     assert checkpoints._require_checkpoint(f"{path}{suffix}") == path
     assert restore(f"{path}{suffix}") == (path, 3, 3.5)
-    assert checkpoints.find_single_checkpoint(str(folder)) is None
-    assert checkpoints.find_single_checkpoint(str(folder / f"model.ckpt-5{suffix}")) is None
-
-
-def test_the_newest_readable_checkpoint_is_found_by_its_step(tmp_path):
-    assert checkpoints._find_readable(str(tmp_path)) is None
-    for step in (3, 20, 100):
-        save(tmp_path, step)
-    assert checkpoints._find_readable(str(tmp_path)).endswith("ckpt-100")
-    (tmp_path / "model.ckpt-100.data-00000-of-00001").write_bytes(b"")
-    assert checkpoints._find_readable(str(tmp_path)).endswith("ckpt-20")
+    assert checkpoints.find_single_checkpoint(str(tmp_path)) is None
+    assert checkpoints.find_single_checkpoint(str(tmp_path / f"model.ckpt-5{suffix}")) is None
 
 
 def test_the_global_step_of_a_checkpoint_is_read(tmp_path):
@@ -289,17 +260,13 @@ def save_as_in_2015(path, step, **options):
 
 
 @pytest.mark.parametrize("version", [tf.train.SaverDef.V1, tf.train.SaverDef.V2])
-@pytest.mark.parametrize("name", ["train", "train 1"])
-def test_the_step_of_a_checkpoint_of_2015_is_the_number_in_its_name(tmp_path, version, name):
-    folder = tmp_path / name
-    folder.mkdir()
+def test_the_step_of_a_checkpoint_of_2015_is_the_number_in_its_name(tmp_path, version):
     for step in (70, 600):
-        path = save_as_in_2015(folder / "model.ckpt", step, write_version=version)
-    assert checkpoints.read(path).step == 600
-    assert restore(folder, TrainingSettings()) == (path, 600, 3.5)
-    (folder / "checkpoint").unlink()
-    assert restore(folder, TrainingSettings()) == (path, 600, 3.5)
-    first = str(folder / "model.ckpt-70")
+        path = save_as_in_2015(tmp_path / "model.ckpt", step, write_version=version)
+    assert restore(tmp_path, TrainingSettings()) == (path, 600, 3.5)
+    (tmp_path / "checkpoint").unlink()
+    assert restore(tmp_path, TrainingSettings()) == (path, 600, 3.5)
+    first = str(tmp_path / "model.ckpt-70")
     assert restore(first, TrainingSettings()) == (first, 70, 3.5)
 
 
@@ -321,19 +288,14 @@ def test_a_damaged_checkpoint_is_a_one_line_error_that_names_it(tmp_path, name):
 # --- What a checkpoint was trained on.
 
 
-def test_settings_are_read_as_they_were_recorded(tmp_path):
-    assert checkpoints.read(save(tmp_path, settings=OWN)).settings == OWN
+def test_settings_are_read_as_they_were_recorded_and_add_no_variables(tmp_path):
+    path = save(tmp_path, settings=OWN)
+    assert checkpoints.read(path).settings == OWN
+    assert dict(tf.train.list_variables(path)) == {"global_step": [], "x": []}
 
 
 def test_a_checkpoint_without_settings_is_treated_as_one_of_the_original_tutorial(tmp_path):
     assert checkpoints.read(save(tmp_path)).settings == (None, None, 24, "full", True, None, 0)
-
-
-def test_recorded_settings_add_no_variables_to_a_checkpoint(tmp_path):
-    assert dict(tf.train.list_variables(save(tmp_path, settings=OWN))) == {
-        "global_step": [],
-        "x": [],
-    }
 
 
 def test_a_missing_meta_file_causes_one_warning_and_leaves_the_settings_unknown(tmp_path, warnings):
@@ -354,45 +316,20 @@ def test_a_deleted_checkpoint_is_an_error_without_a_warning(tmp_path, warnings):
     assert warnings == []
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "{",
-        "[]",
-        json.dumps({"class_names": None}),
-        json.dumps({"class_names": "cat"}),
-        json.dumps({"class_names": []}),
-        json.dumps({"class_names": [1, 2]}),
-        json.dumps(OWN._asdict() | {"class_names": ["cat", 2]}),
-        json.dumps(OWN._asdict() | {"class_names": []}),
-        json.dumps(OWN._asdict() | {"crop_size": "24"}),
-        json.dumps(OWN._asdict() | {"top_layers": 5}),
-        json.dumps(OWN._asdict() | {"random_flip": 1}),
-        json.dumps(OWN._asdict() | {"examples_per_epoch": None}),
-        json.dumps(OWN._asdict() | {"another": 1}),
-    ],
-)
-def test_invalid_settings_are_refused(tmp_path, text):
-    path = save_with_settings_text(tmp_path, text)
+@pytest.mark.parametrize("texts", [["{"], ["[]"], [format_settings(OWN)] * 2])
+def test_invalid_settings_are_refused(tmp_path, texts):
+    path = save_with_settings_text(tmp_path, *texts)
     with pytest.raises(CheckpointError, match="ckpt-3.meta cannot be read .*; move it away to use"):
         checkpoints.read(path)
-    with pytest.raises((ValueError, TypeError)):
-        parse_settings(text)
 
 
-def test_two_sets_of_settings_in_a_checkpoint_are_refused(tmp_path):
-    path = save_with_settings_text(tmp_path, *[format_settings(OWN)] * 2)
-    with pytest.raises(CheckpointError, match="ckpt-3.meta cannot be read"):
-        checkpoints.read(path)
-
-
-def test_a_damaged_meta_file_is_refused(tmp_path):
+@pytest.mark.parametrize("damage", [lambda _: b"", lambda _: b"\xff" * 99, lambda meta: meta[:-7]])
+def test_a_damaged_meta_file_is_refused(tmp_path, damage):
     path = save(tmp_path)
     meta = tmp_path / "model.ckpt-3.meta"
-    for content in (b"", b"\xff" * 99, meta.read_bytes()[:-7]):
-        meta.write_bytes(content)
-        with pytest.raises(CheckpointError, match="ckpt-3.meta cannot be read"):
-            checkpoints.read(path)
+    meta.write_bytes(damage(meta.read_bytes()))
+    with pytest.raises(CheckpointError, match="ckpt-3.meta cannot be read"):
+        checkpoints.read(path)
 
 
 def test_settings_that_do_not_match_are_an_error_that_names_the_checkpoint_and_the_cure():
@@ -412,14 +349,6 @@ def test_settings_that_do_not_match_are_an_error_that_names_the_checkpoint_and_t
         "model.ckpt-3 was trained with 3 classes (dog, cat, cow), not with 2 classes (cat, hot "
         "dog); use the dataset that it was trained on, or choose another folder with --train_dir"
     )
-
-
-def test_the_settings_of_the_newest_checkpoint_are_read(tmp_path):
-    save(tmp_path, 3, settings=OWN)
-    save(tmp_path, 4, settings=OWN._replace(crop_size=24))
-    assert checkpoints.use_newest(str(tmp_path)).settings.crop_size == 24
-    (tmp_path / "model.ckpt-4.meta").unlink()
-    assert checkpoints.use_newest(str(tmp_path)).settings is None
 
 
 # --- Variables.
@@ -457,14 +386,6 @@ def test_no_more_than_five_variables_are_named(tmp_path, graph):
         checkpoints.read(save(tmp_path)).check_variables(variables)
 
 
-def test_the_variables_of_a_damaged_checkpoint_are_a_one_line_error(tmp_path):
-    path = save(tmp_path)
-    (tmp_path / "model.ckpt-3.index").write_bytes(b"")
-    with pytest.raises(CheckpointError, match=f"^{path} cannot be read: ") as caught:
-        checkpoints.read(path).check_variables({})
-    assert "\n" not in str(caught.value)
-
-
 def restore(folder, wanted=OWN):
     """Restores the newest checkpoint into a variable `x`; returns its path, its step and `x`."""
     with tf.Graph().as_default(), tf.Session() as session:
@@ -488,9 +409,8 @@ def test_the_newest_checkpoint_is_restored(tmp_path):
     assert restore(tmp_path) == (newest, 4, 4.5)
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_a_checkpoint_that_is_not_finite_is_not_restored(tmp_path, value):
-    path = save(tmp_path, 3, OWN, x=value)
+def test_a_checkpoint_that_is_not_finite_is_not_restored(tmp_path):
+    path = save(tmp_path, 3, OWN, x=math.inf)
     with pytest.raises(CheckpointError, match=f"^{path} has non-finite values in x$"):
         restore(tmp_path)
 
@@ -501,15 +421,6 @@ def test_a_checkpoint_without_its_data_is_a_one_line_error(tmp_path):
     with pytest.raises(CheckpointError, match=f"^{path} cannot be ") as caught:
         restore(tmp_path)
     assert "\n" not in str(caught.value)
-
-
-def test_a_checkpoint_of_another_dataset_or_model_is_not_restored(tmp_path):
-    save(tmp_path, 3, OWN)
-    with pytest.raises(CheckpointError, match="was trained with --top_layers=local, not with"):
-        restore(tmp_path, OWN._replace(top_layers="full"))
-    save(tmp_path, 4, OWN, y=1.0)
-    with pytest.raises(CheckpointError, match="belongs to another model: in it, x is missing;"):
-        restore(tmp_path)
 
 
 @pytest.mark.parametrize("moment", ["_read_variables", "_read_settings", "restore"])
@@ -566,21 +477,11 @@ def steps_in(folder):
     return sorted(steps)
 
 
-@pytest.mark.parametrize(("name", "matched"), [("a b", "a"), ("käse猫", "käse"), ("{x},~", "x")])
-def test_saving_deletes_the_oldest_checkpoints_of_its_own_folder_only(tmp_path, name, matched):
-    for folder in (name, matched):
-        (tmp_path / folder).mkdir()
-        save_as_trainer(tmp_path / folder, steps=[0, 1])
-    save_as_trainer(tmp_path / name, steps=[2, 3, 4], max_to_keep=3)
-    assert steps_in(tmp_path / name) == [2, 3, 4]
-    save_as_trainer(tmp_path / name, steps=[5], max_to_keep=1)
-    assert steps_in(tmp_path / name) == [5]
-    assert steps_in(tmp_path / matched) == [0, 1]
-
-
-def test_more_checkpoints_can_be_kept_than_tensorflow_keeps_by_itself(tmp_path):
-    save_as_trainer(tmp_path, steps=range(9), max_to_keep=7)
+def test_saving_deletes_the_oldest_checkpoints(tmp_path):
+    save_as_trainer(tmp_path, steps=range(9), max_to_keep=7)  # by itself, TensorFlow keeps 5
     assert steps_in(tmp_path) == [2, 3, 4, 5, 6, 7, 8]
+    save_as_trainer(tmp_path, steps=[9], max_to_keep=1)
+    assert steps_in(tmp_path) == [9]
 
 
 def test_tensorflow_finds_and_restores_what_is_saved_here_and_counts_it(tmp_path):
@@ -642,14 +543,10 @@ def test_saving_deletes_no_checkpoint_that_the_state_file_does_not_list(tmp_path
     (tmp_path / "checkpoint").unlink()
     save_as_trainer(tmp_path, steps=[1, 2, 3], max_to_keep=1)
     assert steps_in(tmp_path) == [3, 9]
-
-
-def test_a_damaged_state_file_is_replaced_and_deletes_nothing(tmp_path):
-    save_as_trainer(tmp_path, steps=[1, 2])
-    (tmp_path / "checkpoint").write_bytes(b"\xff")
-    save_as_trainer(tmp_path, steps=[3], max_to_keep=1)
-    assert steps_in(tmp_path) == [1, 2, 3]
-    assert checkpoints.find_latest_checkpoint(str(tmp_path)).endswith("-3")
+    (tmp_path / "checkpoint").write_bytes(b"\xff")  # it lists nothing, and is replaced
+    save_as_trainer(tmp_path, steps=[4], max_to_keep=1)
+    assert steps_in(tmp_path) == [3, 4, 9]
+    assert checkpoints.find_latest_checkpoint(str(tmp_path)).endswith("-4")
 
 
 def test_a_checkpoint_that_replaces_another_one_has_its_own_settings_at_every_moment(
@@ -670,16 +567,10 @@ def test_a_checkpoint_that_replaces_another_one_has_its_own_settings_at_every_mo
     assert checkpoints.read(str(tmp_path / "model.ckpt-4")).settings == new
 
 
-@pytest.mark.parametrize("name", ["train", "train 1"])
-def test_a_failed_save_leaves_nothing_of_its_own_and_everything_else(tmp_path, monkeypatch, name):
-    folder = tmp_path / name
-    (tmp_path / "train1").mkdir()
-    folder.mkdir()
-    others = [tmp_path / "train1" / "model.ckpt-9.meta.tmp1", folder / "my.tempstate"]
-    save_as_trainer(folder, steps=[3])
-    for path in others:
-        path.write_text("unrelated")
-    before = sorted(os.listdir(folder))
+def test_a_failed_save_leaves_nothing_of_its_own_and_everything_else(tmp_path, monkeypatch):
+    save_as_trainer(tmp_path, steps=[3])
+    (tmp_path / "my.tempstate").write_text("unrelated")
+    before = sorted(os.listdir(tmp_path))
 
     def fail(saver, path, **arguments):
         for suffix in (".meta", ".meta.tmp1", ".data-00000-of-00001.tempstate2"):
@@ -689,9 +580,8 @@ def test_a_failed_save_leaves_nothing_of_its_own_and_everything_else(tmp_path, m
 
     monkeypatch.setattr(tf.train.Saver, "export_meta_graph", fail)
     with pytest.raises(UserError, match="cannot save a checkpoint in .*: No space left on device;"):
-        save_as_trainer(folder, steps=[4])
-    assert sorted(os.listdir(folder)) == before
-    assert all(path.exists() for path in others)
+        save_as_trainer(tmp_path, steps=[4])
+    assert sorted(os.listdir(tmp_path)) == before
 
 
 def test_only_a_failed_save_after_the_first_one_mentions_an_earlier_checkpoint(

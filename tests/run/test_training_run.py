@@ -1,14 +1,12 @@
 """Tests of the training session, with small graphs whose losses and gradients are given."""
 
 import contextlib
-import enum
+import itertools
 import json
 import math
 import os
-import pathlib
 import platform
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -17,13 +15,13 @@ import time
 
 import numpy as np
 import pytest
-from conftest import ROOT, lost_stream
+from conftest import ROOT, lost_stream, read_events, written_scopes
 
 from support.base.errors import DataError, Interrupted, UserError
 from support.base.worker import ALONE, Worker
 from support.data.settings import TrainingSettings
 from support.ops import graph_notes, summaries
-from support.ops.tensorflow_v1 import tf
+from support.ops.tensorflow_v1 import GPUS, tf
 from support.run import checkpoints, training_run
 
 pytestmark = pytest.mark.usefixtures("graph")
@@ -110,18 +108,9 @@ def recorded(train_dir):
     """Returns (step, tag, value) of each scalar in the event files."""
     return [
         (event.step, value.tag, value.simple_value)
-        for path in train_dir.glob("events.out.tfevents.*")
-        for event in tf.train.summary_iterator(str(path))
+        for event in read_events(train_dir)
         for value in event.summary.value
     ]
-
-
-@pytest.fixture
-def warnings(monkeypatch):
-    """The warnings that TensorFlow's logger receives."""
-    warnings = []
-    monkeypatch.setattr(tf.logging, "warning", lambda text, *values: warnings.append(text % values))
-    return warnings
 
 
 # --- Lines of progress and metrics.
@@ -168,20 +157,7 @@ def test_each_line_of_progress_is_also_a_json_object_in_the_metrics(tmp_path, ca
     assert all(abs(line["time"] - time.time()) < 60 for line in lines)
 
 
-def test_a_resumed_run_appends_to_the_metrics(tmp_path):
-    train(tmp_path, max_steps=2, log_frequency=1)
-    train(tmp_path, max_steps=4, log_frequency=1)
-    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == [0, 1, 2, 3]
-    assert all("learning_rate" not in line for line in lines)  # the graph has none
-
-
 # --- Steps, checkpoints and resuming.
-
-
-def test_training_stops_at_max_steps_and_saves_that_step(tmp_path):
-    assert train(tmp_path, max_steps=7) == 7
-    assert saved_step(tmp_path) == 7
 
 
 def test_a_run_resumes_from_the_newest_checkpoint_and_keeps_all_other_files(tmp_path, capsys):
@@ -199,110 +175,40 @@ def test_a_run_resumes_from_the_newest_checkpoint_and_keeps_all_other_files(tmp_
 
 
 def test_checkpoints_are_saved_and_kept_as_the_options_say(tmp_path):
-    train(tmp_path, max_steps=9, save_checkpoint_steps=2, max_checkpoints_to_keep=2)
-    assert saved_steps(tmp_path) == {8, 9}
+    train(tmp_path, max_steps=4, save_checkpoint_steps=2)
+    assert saved_steps(tmp_path) == {0, 2, 4}
+    train(tmp_path, max_steps=6, save_checkpoint_steps=1, max_checkpoints_to_keep=2)
+    assert saved_steps(tmp_path) == {5, 6}
 
 
 @pytest.mark.parametrize(("seconds", "is_saved_between"), [(1, True), (600, False)])
-def test_checkpoints_are_saved_after_as_many_seconds_as_the_options_say(
-    tmp_path, seconds, is_saved_between
+def test_checkpoints_are_saved_in_time_although_the_clock_goes_back(
+    tmp_path, monkeypatch, seconds, is_saved_between
 ):
-    train(
-        tmp_path,
-        max_steps=8,
-        before_step=lambda step: time.sleep(0.3),
-        save_checkpoint_secs=seconds,
-    )
-    steps = saved_steps(tmp_path)
-    assert {0, 8} <= steps
-    assert bool(steps - {0, 8}) is is_saved_between
-
-
-def test_checkpoints_are_saved_in_time_although_the_clock_goes_back(tmp_path, monkeypatch):
     now = time.time()
 
     def set_back(step):
         time.sleep(0.3)
         monkeypatch.setattr(time, "time", lambda: now - 3600.0)
 
-    train(tmp_path, max_steps=8, before_step=set_back, save_checkpoint_secs=1)
-    assert saved_steps(tmp_path) - {0, 8}
-
-
-def test_each_checkpoint_records_the_settings(tmp_path):
-    settings = SETTINGS._replace(crop_size=30, top_layers="local", random_flip=False)
-    train(tmp_path, max_steps=3, settings=settings, save_checkpoint_steps=1)
-    for step in range(4):
-        recorded = checkpoints.read(str(tmp_path / f"model.ckpt-{step}")).settings
-        assert recorded == settings
-
-
-def test_checkpoints_record_the_images_seen_whatever_the_number_of_images_per_step(tmp_path):
-    def train_up_to(max_steps, examples_per_step):
-        settings = SETTINGS._replace(examples_per_step=examples_per_step)
-        with make_run(tmp_path, max_steps, settings) as training, training.graph():
-            run_loop(training, count_step())
-
-    def images_seen(step):
-        return checkpoints.read(str(tmp_path / f"model.ckpt-{step}")).settings.images_seen(step)
-
-    for max_steps, examples_per_step in ((5, 64), (8, 128), (9, 128), (11, 2)):
-        train_up_to(max_steps, examples_per_step)
-    assert [images_seen(step) for step in (5, 8, 9, 11)] == [320, 704, 832, 836]
-
-
-def test_no_checkpoint_exists_without_the_file_that_holds_its_settings(tmp_path, monkeypatch):
-    exported = tf.train.Saver.export_meta_graph
-    checkpoint_exists = []
-
-    def export(saver, path, **arguments):
-        result = exported(saver, path, **arguments)
-        checkpoint_exists.append(os.path.exists(path.replace(".meta", ".index")))
-        return result
-
-    monkeypatch.setattr(tf.train.Saver, "export_meta_graph", export)
-    train(tmp_path, max_steps=3, save_checkpoint_steps=1)
-    assert checkpoint_exists == [False] * 4
-    assert len(list(tmp_path.glob("*.meta"))) == 4
-
-
-def test_a_settings_file_that_cannot_be_written_leaves_no_partial_file(tmp_path, monkeypatch):
-    train(tmp_path, max_steps=3)
-
-    def fail(saver, path, **arguments):
-        pathlib.Path(f"{path}.tmp123").write_text("half")
-        raise tf.errors.ResourceExhaustedError(None, None, "No space left on device")
-
-    monkeypatch.setattr(tf.train.Saver, "export_meta_graph", fail)
-    with pytest.raises(UserError, match="cannot save a checkpoint in .*: No space left on device;"):
-        train(tmp_path, max_steps=5)
-    assert not list(tmp_path.glob("*.tmp*"))
-    assert saved_step(tmp_path) == 3
+    train(tmp_path, max_steps=8, before_step=set_back, save_checkpoint_secs=seconds)
+    steps = saved_steps(tmp_path)
+    assert {0, 8} <= steps
+    assert bool(steps - {0, 8}) is is_saved_between
 
 
 def test_a_step_from_which_training_resumes_is_not_saved_again(tmp_path):
     train(tmp_path, max_steps=3)
-    before = {
-        path: (path.read_bytes(), path.stat().st_mtime_ns) for path in tmp_path.glob("model.ckpt-*")
-    }
+    before = checkpoint_files_in(tmp_path)
     changed = SETTINGS._replace(examples_per_epoch=45, random_flip=False)
     train(tmp_path, max_steps=5, settings=changed)
-    assert {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in before} == before
+    after = checkpoint_files_in(tmp_path)
+    assert {name for name in before if before[name] != after[name]} == {"checkpoint"}
     random_flips = [
         checkpoints.read(str(tmp_path / f"model.ckpt-{step}")).settings.random_flip
         for step in (0, 3, 5)
     ]
     assert random_flips == [True, True, False]
-
-
-def test_a_run_that_resumes_from_step_0_does_not_save_it_again(tmp_path):
-    train(tmp_path, max_steps=3)
-    for path in tmp_path.glob("model.ckpt-3*"):
-        path.unlink()
-    tf.train.update_checkpoint_state(str(tmp_path), "model.ckpt-0")
-    before = (tmp_path / "model.ckpt-0.meta").stat().st_mtime_ns
-    train(tmp_path, max_steps=3)
-    assert (tmp_path / "model.ckpt-0.meta").stat().st_mtime_ns == before
 
 
 def test_a_run_resumes_from_a_checkpoint_without_settings(tmp_path):
@@ -313,39 +219,29 @@ def test_a_run_resumes_from_a_checkpoint_without_settings(tmp_path):
         assert run_loop(training, count_step()) == 2
 
 
-def test_a_resumed_run_without_a_finished_step_saves_nothing(tmp_path):
+@pytest.mark.parametrize("step", [0, 3])
+def test_a_resumed_run_without_a_finished_step_saves_nothing(tmp_path, step):
     train(tmp_path, max_steps=3)
+    tf.train.update_checkpoint_state(str(tmp_path), f"model.ckpt-{step}")
     before = checkpoint_files_in(tmp_path)
     changed = SETTINGS._replace(random_flip=False)
-    assert train(tmp_path, max_steps=3, settings=changed) == 0
+    assert train(tmp_path, max_steps=step, settings=changed) == 0
     queue = tf.train.string_input_producer(["a"], num_epochs=1)
     two = queue.dequeue_many(2)  # the input ends within the first step
-    with pytest.raises(UserError, match="^the input has ended at step 3 "):
+    with pytest.raises(UserError, match=f"^the input has ended at step {step} "):
         run(count_step(two), tmp_path, max_steps=9, settings=changed)
     assert checkpoint_files_in(tmp_path) == before
 
 
-def test_more_checkpoints_than_are_kept_are_deleted_when_training_resumes(tmp_path):
-    train(tmp_path, max_steps=4, save_checkpoint_steps=1)
-    assert saved_steps(tmp_path) == {0, 1, 2, 3, 4}
-    train(tmp_path, max_steps=6, save_checkpoint_steps=1, max_checkpoints_to_keep=2)
-    assert saved_steps(tmp_path) == {5, 6}
-
-
 @pytest.mark.parametrize(("name", "matched"), [("a b", "a"), ("käse猫", "käse"), ("{x},~", "x")])
-def test_training_touches_only_its_own_folder_whatever_its_name(tmp_path, name, matched, capsys):
+def test_training_touches_only_its_own_folder_whatever_its_name(tmp_path, name, matched):
     train(tmp_path / matched, max_steps=3, save_checkpoint_steps=1)
     before = checkpoint_files_in(tmp_path / matched)
-    for max_steps in (3, 5):
-        assert has_steps_left(tmp_path / name, max_steps)
-        train(tmp_path / name, max_steps, save_checkpoint_steps=1, max_checkpoints_to_keep=2)
-    assert [step for step, *_ in printed(capsys)] == [0, 0, 3]
-    names = set(os.listdir(tmp_path / name))
-    assert {n for n in names if n.endswith(".index")} == {
-        "model.ckpt-4.index",
-        "model.ckpt-5.index",
-    }
-    assert any("tfevents" in n for n in names)
+    for max_steps, steps in ((3, 3), (5, 2)):
+        options = {"save_checkpoint_steps": 1, "max_checkpoints_to_keep": 2}
+        assert train(tmp_path / name, max_steps, **options) == steps
+    assert saved_steps(tmp_path / name) == {4, 5}
+    assert list((tmp_path / name).glob("events.out.tfevents.*"))
     assert checkpoint_files_in(tmp_path / matched) == before
 
 
@@ -360,23 +256,6 @@ def test_a_train_dir_can_be_moved(tmp_path):
     assert train(tmp_path / "after", max_steps=5) == 2
     assert saved_step(tmp_path / "after") == 5
     assert not (tmp_path / "before").exists()
-
-
-def test_training_in_a_copy_leaves_the_original_unchanged(tmp_path):
-    train(tmp_path / "original", max_steps=3)
-    before = checkpoint_files_in(tmp_path / "original")
-    shutil.copytree(tmp_path / "original", tmp_path / "copy")
-    for max_steps in range(4, 11):  # saves more checkpoints than are kept
-        train(tmp_path / "copy", max_steps=max_steps)
-    assert checkpoint_files_in(tmp_path / "original") == before
-
-
-def test_the_last_step_is_saved_while_an_exception_is_being_handled(tmp_path):
-    try:
-        raise KeyError
-    except KeyError:
-        train(tmp_path, max_steps=4)
-    assert saved_step(tmp_path) == 4
 
 
 def test_an_error_in_the_training_loop_is_raised_unchanged(tmp_path):
@@ -406,38 +285,14 @@ def test_a_session_uses_the_given_configuration(tmp_path):
 # --- Checkpoints that cannot be resumed.
 
 
-@pytest.mark.parametrize("content", [b"", b"\xff not a checkpoint", b'model_checkpoint_path: "x"'])
-def test_training_never_starts_again_on_top_of_existing_checkpoints(tmp_path, content):
+def test_training_never_starts_again_on_top_of_existing_checkpoints(tmp_path):
     train(tmp_path, max_steps=3)
-    (tmp_path / "checkpoint").write_bytes(content)
+    (tmp_path / "checkpoint").write_bytes(b"\xff not a checkpoint")
     before = checkpoint_files_in(tmp_path)
-    message = "file `checkpoint` in .* is unreadable or names .* to resume from .*ckpt-3,"
-    with pytest.raises(UserError, match=message):
-        has_steps_left(tmp_path, 5)
-    with pytest.raises(UserError, match=message):
-        train(tmp_path, max_steps=5)
+    for start in (has_steps_left, train):
+        with pytest.raises(UserError, match="^the file `checkpoint` in .* is unreadable or names"):
+            start(tmp_path, 5)
     assert checkpoint_files_in(tmp_path) == before
-
-
-def test_training_resumes_from_a_first_checkpoint_that_no_state_file_names_yet(tmp_path, capsys):
-    train(tmp_path, max_steps=3)
-    capsys.readouterr()
-    (tmp_path / "checkpoint").unlink()
-    (tmp_path / "model.ckpt-7.index").write_bytes(b"")  # a save that was killed
-    assert has_steps_left(tmp_path, 5)
-    train(tmp_path, max_steps=5)
-    assert saved_step(tmp_path) == 5
-    assert printed(capsys)[0][0] == 3
-
-
-def test_a_damaged_checkpoint_is_a_one_line_error(tmp_path):
-    train(tmp_path, max_steps=3)
-    for step in (0, 3):
-        (tmp_path / f"model.ckpt-{step}.data-00000-of-00001").write_bytes(b"")
-    with pytest.raises(UserError, match="model.ckpt-3 cannot be read: Read less bytes") as caught:
-        has_steps_left(tmp_path, 5)
-    assert "\n" not in str(caught.value)
-    assert "resume from" not in str(caught.value)  # no checkpoint is readable
 
 
 def test_a_checkpoint_that_is_damaged_while_the_graph_is_built_is_a_one_line_error(tmp_path):
@@ -450,33 +305,6 @@ def test_a_checkpoint_that_is_damaged_while_the_graph_is_built_is_a_one_line_err
         ) as caught:
             run_loop(training, count_step())
     assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("state", [None, b"\0\0"])
-def test_training_does_not_start_again_on_top_of_damaged_checkpoints(tmp_path, state):
-    train(tmp_path, max_steps=3)
-    for path in tmp_path.glob("model.ckpt-*.index"):
-        path.write_bytes(b"")
-    (tmp_path / "checkpoint").unlink()
-    if state is not None:
-        (tmp_path / "checkpoint").write_bytes(state)
-    with pytest.raises(UserError, match="none of the checkpoints in .* can be read; move them"):
-        has_steps_left(tmp_path, 2)
-
-
-def test_an_older_checkpoint_is_suggested_if_the_newest_is_damaged(tmp_path, capsys):
-    train(tmp_path, max_steps=3, save_checkpoint_steps=1)
-    (tmp_path / "model.ckpt-3.data-00000-of-00001").write_bytes(b"")
-    with pytest.raises(
-        UserError, match=r"ckpt-3 cannot be read: .*; remove the file `checkpoint` .*from .*ckpt-2$"
-    ):
-        has_steps_left(tmp_path, 5)
-    (tmp_path / "checkpoint").unlink()
-    capsys.readouterr()
-    assert has_steps_left(tmp_path, 5)
-    train(tmp_path, max_steps=5)
-    assert saved_step(tmp_path) == 5
-    assert printed(capsys)[0][0] == 2
 
 
 def test_a_checkpoint_of_another_model_is_refused_with_the_variables_that_differ(tmp_path):
@@ -498,21 +326,14 @@ def test_a_checkpoint_of_another_model_is_refused_with_the_variables_that_differ
     assert len(list(tmp_path.glob("events*"))) == 1
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (
-            {"class_names": ("cow", "pig", "hen")},
-            r"with 2 classes \(cat, dog\), not with 3 classes \(cow, pig, hen\); use the dataset",
-        ),
-        ({"crop_size": 22}, "with --crop_size=24, not with --crop_size=22; use --crop_size=24,"),
-        ({"top_layers": "local"}, "with --top_layers=full, not with --top_layers=local; use "),
-    ],
-)
-def test_training_does_not_resume_with_another_dataset_or_model(tmp_path, change, message):
+def test_training_does_not_resume_with_other_settings(tmp_path):
     train(tmp_path, max_steps=3)
-    with pytest.raises(UserError, match=f"ckpt-3 was trained {message}.*--train_dir$"):
-        has_steps_left(tmp_path, 5, SETTINGS._replace(**change))
+    settings = SETTINGS._replace(crop_size=22)
+    for start in (has_steps_left, train):
+        with pytest.raises(UserError, match="^.*ckpt-3 was trained with --crop_size=24,.*_dir$"):
+            start(tmp_path, 5, settings=settings)
+    assert not has_steps_left(tmp_path, 3, settings)  # then there is nothing to resume
+    assert saved_step(tmp_path) == 3
 
 
 def test_training_that_resumes_with_other_examples_or_flips_warns(tmp_path, warnings):
@@ -540,11 +361,6 @@ def test_steps_are_left_until_a_checkpoint_has_reached_max_steps(tmp_path, capsy
             f"{train_dir}/model.ckpt-5 has reached step 5 of --max_steps={max_steps}: nothing to "
             "do\n"
         )
-
-
-def test_a_finished_run_has_nothing_to_do_whatever_the_settings(tmp_path):
-    train(tmp_path, max_steps=5)
-    assert not has_steps_left(tmp_path, 5, SETTINGS._replace(crop_size=22))
 
 
 @pytest.mark.parametrize("start", [has_steps_left, train])
@@ -601,15 +417,13 @@ def test_the_lock_is_held_while_the_graph_is_built_and_released_by_an_error(tmp_
 
 
 def test_each_start_of_training_is_recorded_after_the_earlier_ones(tmp_path):
-    flags = {"seed": 7, "batch_size": 4}
-    for max_steps, seed in ((2, 7), (3, None)):
+    for max_steps, seed in ((2, 7), (3, None), (4, 7)):
+        flags = {"batch_size": 4, "seed": seed}
         with make_run(tmp_path, max_steps, flags=flags) as training, training.graph(seed):
             run_loop(training, count_step())
-        flags = {"seed": None}
-    first, second = json.loads((tmp_path / "run.json").read_text())
-    assert first["flags"] == {"seed": 7, "batch_size": 4}
-    assert first["seed"] == 7
-    assert second["flags"] == {"seed": None}
+    first, second, third = json.loads((tmp_path / "run.json").read_text())
+    assert [start["flags"]["seed"] for start in (first, second, third)] == [7, None, 7]
+    assert (first["seed"], third["seed"]) == (7, 7)
     assert 0 <= second["seed"] < 2**31
     assert first["script"] == os.path.basename(sys.argv[0])
     assert (first["class_names"], first["examples_per_epoch"]) == (["cat", "dog"], 100)
@@ -618,26 +432,11 @@ def test_each_start_of_training_is_recorded_after_the_earlier_ones(tmp_path):
     assert first["python"] == platform.python_version()
     assert first["processors"] == os.cpu_count()
     assert isinstance(first["processor"], str)
-    assert isinstance(first["gpus"], list)
-
-
-class Color(enum.Enum):
-    RED = 1
-
-
-def test_flags_that_json_cannot_represent_are_recorded_as_strings(tmp_path):
-    flags = {"color": Color.RED, "colors": [Color.RED], "folder": pathlib.Path("a")}
-    train(tmp_path, max_steps=1, flags=flags)
-    (start,) = json.loads((tmp_path / "run.json").read_text())
-    assert start["flags"] == {"color": "Color.RED", "colors": ["Color.RED"], "folder": "a"}
-    assert not (tmp_path / "run.json.part").exists()
-
-
-def test_the_seed_of_a_resumed_run_is_recorded_as_it_was_given(tmp_path):
-    for max_steps in (2, 3):
-        with make_run(tmp_path, max_steps) as training, training.graph(seed=7):
-            run_loop(training, count_step())
-    assert [start["seed"] for start in json.loads((tmp_path / "run.json").read_text())] == [7, 7]
+    assert len(first["gpus"]) == len(GPUS)
+    process = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert (first["commit"] or "").removesuffix("-dirty") == process.stdout.strip()
 
 
 def test_the_commit_is_not_that_of_a_repository_around_the_project(tmp_path):
@@ -651,16 +450,7 @@ def test_the_commit_is_not_that_of_a_repository_around_the_project(tmp_path):
     assert training_run._find_commit(tmp_path / "project") is None
 
 
-def test_the_record_of_a_start_names_the_commit_of_the_project(tmp_path):
-    train(tmp_path, max_steps=1)
-    (start,) = json.loads((tmp_path / "run.json").read_text())
-    process = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    assert (start["commit"] or "").removesuffix("-dirty") == process.stdout.strip()
-
-
-@pytest.mark.parametrize("content", ["{}", "[1]", "[{", ""])
+@pytest.mark.parametrize("content", ["{}", "[1]", ""])
 def test_a_run_file_that_is_not_a_list_of_starts_is_not_overwritten(tmp_path, content):
     (tmp_path / "run.json").write_text(content)
     with pytest.raises(UserError, match="run.json cannot be read as a list .*; move it away$"):
@@ -679,7 +469,7 @@ def test_a_loss_that_is_not_finite_stops_training_before_it_is_saved(tmp_path, v
     assert saved_step(tmp_path) == 3  # after the steps 0, 1 and 2
 
 
-@pytest.mark.parametrize("bad", [[math.nan, 0], [math.inf, -math.inf], [0, -math.inf]])
+@pytest.mark.parametrize("bad", [[math.nan, 0], [math.inf, -math.inf]])
 def test_a_gradient_that_is_not_finite_stops_training_before_it_is_saved(tmp_path, bad):
     global_step = tf.train.get_or_create_global_step()
     weights = tf.get_variable("layer/weights", initializer=[1.0, 2.0])
@@ -718,12 +508,6 @@ def test_a_checked_tensor_is_reported_by_its_own_name_unless_another_is_given(
     graph_notes.check_finite(tensor, name)
     with pytest.raises(UserError, match=f"^{reported} is nan at step 0;"):
         run(count_step(), tmp_path, max_steps=3)
-
-
-def test_finite_tensors_of_any_shape_pass_the_check(tmp_path):
-    for shape in ([], [3], [2, 3, 4]):
-        graph_notes.check_finite(tf.ones(shape))
-    assert run(count_step(), tmp_path, max_steps=3) == 3
 
 
 def test_a_variable_that_is_not_finite_is_not_saved(tmp_path):
@@ -781,37 +565,6 @@ def test_leaving_the_loop_early_is_an_ordinary_end_that_saves_the_last_step(tmp_
     assert train(tmp_path, max_steps=6) == 2
 
 
-class StopAt(tf.train.SessionRunHook):
-    """Records its calls, and ends training after a number of steps."""
-
-    def __init__(self, steps):
-        self.calls = []
-        self._steps = steps
-
-    def begin(self):
-        self.calls.append("begin")
-
-    def before_run(self, run_context):
-        self.calls.append("step")
-        return tf.train.SessionRunArgs(tf.train.get_global_step())
-
-    def after_run(self, run_context, run_values):
-        assert run_values.results in (len(self.calls) - 2, len(self.calls) - 1)
-        if len(self.calls) > self._steps:
-            run_context.request_stop()
-
-    def end(self, session):
-        self.calls.append("end")
-
-
-def test_a_hook_of_the_user_runs_and_may_end_training(tmp_path, capsys):
-    hook = StopAt(3)
-    assert run(count_step(), tmp_path, max_steps=100, hooks=[hook]) == 3
-    assert hook.calls == ["begin", "step", "step", "step", "end"]
-    assert saved_step(tmp_path) == 3
-    assert "error" not in capsys.readouterr().err
-
-
 def test_what_a_hook_of_the_user_restores_is_saved_in_the_first_checkpoint(tmp_path):
     variable = tf.get_variable("layer/weights", initializer=1.0)
     assign = tf.assign(variable, 7.0)
@@ -852,7 +605,7 @@ def test_a_variable_that_a_hook_of_the_user_creates_is_saved_and_restored(tmp_pa
         assert newest.get_tensor("count") == max_steps
 
 
-def test_hooks_of_tensorflow_work(tmp_path):
+def test_a_hook_of_the_user_runs_and_may_end_training(tmp_path):
     hooks = [
         tf.train.StopAtStepHook(last_step=4),
         tf.train.CheckpointSaverHook(str(tmp_path / "other"), save_steps=2),
@@ -873,13 +626,6 @@ def test_another_session_of_the_same_run_resumes_where_the_first_has_ended(tmp_p
                 assert graph is tf.get_default_graph()
             assert saved_step(tmp_path) == last_step
     assert saved_steps(tmp_path) == {0, 4, 7}
-
-
-def test_settings_are_checked_even_if_has_steps_left_is_not_called(tmp_path):
-    train(tmp_path, max_steps=3)
-    with pytest.raises(UserError, match="ckpt-3 was trained with 2 classes .*--train_dir$"):
-        train(tmp_path, max_steps=5, settings=SETTINGS._replace(class_names=("cow", "pig")))
-    assert saved_step(tmp_path) == 3
 
 
 # --- The input.
@@ -940,12 +686,6 @@ def test_an_unusable_input_explains_an_error_of_the_step(tmp_path):
         run(count_step(failure), tmp_path, max_steps=100, check_input=check_input)
 
 
-def test_an_error_of_the_step_is_raised_if_the_input_is_usable(tmp_path):
-    failure = tf.debugging.assert_equal(1, tf.placeholder_with_default(2, []))
-    with pytest.raises(tf.errors.InvalidArgumentError):
-        run(count_step(failure), tmp_path, max_steps=100)
-
-
 def test_running_out_of_memory_is_a_one_line_error(tmp_path):
     def fail():
         raise MemoryError("OOM when allocating tensor with shape[1024]")
@@ -1001,82 +741,49 @@ def test_summaries_describe_the_batch_of_their_step(tmp_path):
     assert found == [(step, step) for step in range(0, 20, 3)]
 
 
-def test_summaries_of_steps_that_are_trained_again_replace_the_earlier_ones(tmp_path):
-    train(tmp_path, max_steps=4)
-    train(tmp_path, max_steps=6)
-    starts = [
-        event.step
-        for path in sorted(tmp_path.glob("events.out.tfevents.*"))
-        for event in tf.train.summary_iterator(str(path))
-        if event.session_log.status == tf.SessionLog.START
-    ]
-    assert starts == [0, 4]
-
-
-def test_summaries_are_written_as_often_as_the_options_say_with_the_throughput(tmp_path):
-    tf.summary.scalar("of_the_graph", 7.0)
-    slow = tf.py_func(lambda: time.sleep(0.05) or np.float32(0), [], tf.float32)
-    run(count_step(slow), tmp_path, max_steps=9, save_summaries_steps=4)
-    found = recorded(tmp_path)
-    assert [step for step, tag, _ in found if tag == "of_the_graph"] == [0, 4, 8]
-    speeds = [value for _, tag, value in found if tag == "examples_per_sec"]
-    assert len(speeds) == 2
-    assert all(0 < speed < 8 / 0.05 for speed in speeds)
-    assert {tag for _, tag, _ in found} == {"of_the_graph", "examples_per_sec"}
-
-
-@pytest.mark.parametrize(
-    ("options", "expected"),
-    [
-        ({"save_histograms_steps": 4}, [0, 4, 8]),
-        ({}, [0]),
-        ({"save_histograms_steps": 0}, []),
-        ({"save_histograms_steps": 4, "save_summaries_steps": 3}, [0, 4, 8]),
-    ],
-)
-def test_histograms_and_images_have_an_interval_of_their_own(tmp_path, options, expected):
-    tf.summary.scalar("scalar", 7.0)
-    tf.summary.histogram("histogram", [1.0, 2.0])
-    summaries.image_sheet("image", tf.zeros([2, 4, 4, 3]))
-    run(count_step(), tmp_path, max_steps=10, **{"save_summaries_steps": 1} | options)
-    found = recorded(tmp_path)
-    scalar_steps = range(0, 10, options.get("save_summaries_steps", 1))
-    assert [step for step, tag, _ in found if tag == "scalar"] == list(scalar_steps)
-    for tag in ("histogram", "image"):
-        assert [step for step, other, _ in found if other == tag] == expected
-
-
-def test_a_resumed_run_starts_with_a_histogram(tmp_path):
+def test_summaries_of_a_resumed_run_replace_those_of_its_steps(tmp_path):
     for max_steps in (3, 5):
         with tf.Graph().as_default():
             tf.summary.histogram("histogram", [1.0, 2.0])
             run(count_step(), tmp_path, max_steps=max_steps)
-    assert sorted(step for step, tag, _ in recorded(tmp_path) if tag == "histogram") == [0, 3]
+    events = read_events(tmp_path)
+    is_start = [event.session_log.status == tf.SessionLog.START for event in events]
+    assert [event.step for event in itertools.compress(events, is_start)] == [0, 3]
+    assert [step for step, tag, _ in recorded(tmp_path) if tag == "histogram"] == [0, 3]
 
 
-def test_summaries_are_on_disk_before_the_next_step(tmp_path):
-    written = {}
-
-    def read_events(step):
-        written[step] = [step for step, tag, _ in recorded(tmp_path) if tag == "of_the_graph"]
-        return np.float32(1)
-
-    tf.summary.scalar("of_the_graph", 7.0)
-    step = tf.train.get_or_create_global_step().read_value()
-    run(
-        count_step(tf.py_func(read_events, [step], tf.float32)),
-        tmp_path,
-        max_steps=6,
-        save_summaries_steps=2,
-    )
-    assert written == {0: [], 1: [0], 2: [0], 3: [0, 2], 4: [0, 2], 5: [0, 2, 4]}
+def test_the_throughput_is_written_with_the_summaries(tmp_path):
+    slow = tf.py_func(lambda: time.sleep(0.05) or np.float32(0), [], tf.float32)
+    run(count_step(slow), tmp_path, max_steps=9, save_summaries_steps=4)
+    (step, tag, first), (_, _, second) = recorded(tmp_path)  # none for the first step
+    assert (step, tag) == (4, "examples_per_sec")
+    assert 0 < first < 8 / 0.05
+    assert 0 < second < 8 / 0.05
 
 
-def test_no_summaries_are_written_if_they_are_turned_off(tmp_path):
-    tf.summary.scalar("of_the_graph", 7.0)
+@pytest.mark.parametrize(
+    ("options", "scalar_steps", "histogram_steps"),
+    [
+        ({"save_histograms_steps": 4}, range(10), [0, 4, 8]),
+        ({}, range(10), [0]),
+        ({"save_histograms_steps": 0}, range(10), []),
+        ({"save_summaries_steps": 3, "save_histograms_steps": 4}, [0, 3, 6, 9], [0, 4, 8]),
+        ({"save_summaries_steps": 0, "save_histograms_steps": 4}, [], []),
+    ],
+)
+def test_scalars_have_another_interval_than_histograms_and_images(
+    tmp_path, options, scalar_steps, histogram_steps
+):
+    tf.summary.scalar("scalar", 7.0)
     tf.summary.histogram("histogram", [1.0, 2.0])
-    run(count_step(), tmp_path, max_steps=9, save_summaries_steps=0)
-    assert recorded(tmp_path) == []
+    summaries.image_sheet("image", tf.zeros([2, 4, 4, 3]))
+    run(count_step(), tmp_path, max_steps=10, **{"save_summaries_steps": 1} | options)
+    found = {"scalar": [], "histogram": [], "image": [], "examples_per_sec": []}
+    for step, tag, _ in recorded(tmp_path):
+        found[tag].append(step)
+    assert found["scalar"] == list(scalar_steps)
+    assert found["histogram"] == found["image"] == histogram_steps
+    assert found["examples_per_sec"] == list(scalar_steps)[1:]
 
 
 @pytest.mark.parametrize("save_summaries_steps", [0, 100])
@@ -1084,24 +791,9 @@ def test_the_graph_is_written_for_tensorboard(tmp_path, save_summaries_steps):
     tf.constant(1.0, name="this_one")
     tf.get_variable("layer/weights", initializer=1.0)
     run(count_step(), tmp_path, max_steps=1, save_summaries_steps=save_summaries_steps)
-    (path,) = tmp_path.glob("events.out.tfevents.*")
-    (graph,) = [
-        tf.GraphDef.FromString(event.graph_def)
-        for event in tf.train.summary_iterator(str(path))
-        if event.HasField("graph_def")
-    ]
-    scopes = {node.name.split("/")[0] for node in graph.node}
+    scopes = written_scopes(tmp_path)
     # None of the operations with which the session saves, initializes and checks.
     assert {name for name in scopes if name.islower()} == {"this_one", "layer", "global_step"}
-
-
-def test_a_second_run_in_a_folder_that_was_deleted_writes_its_summaries(tmp_path):
-    for max_steps in (2, 3):
-        with tf.Graph().as_default():
-            tf.summary.scalar("of_the_graph", max_steps)
-            run(count_step(), tmp_path / "train", max_steps)
-        assert (0, "of_the_graph", max_steps) in recorded(tmp_path / "train")
-        shutil.rmtree(tmp_path / "train")
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/fd"), reason="Linux has this folder")
@@ -1152,13 +844,12 @@ def signals():
         signal.signal(number, handler)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_lets_the_step_finish_and_saves_it(tmp_path, signals, number):
+def test_a_signal_lets_the_step_finish_and_saves_it(tmp_path, signals):
     trained = []
 
     def send_once(step):
         if step == 3:
-            signals(number)
+            signals(signal.SIGHUP)
             time.sleep(0.5)
         trained.append(step)
 
@@ -1166,7 +857,7 @@ def test_a_signal_lets_the_step_finish_and_saves_it(tmp_path, signals, number):
         train(tmp_path, max_steps=100, before_step=send_once)
     assert trained == [0, 1, 2, 3]
     assert saved_step(tmp_path) == 4
-    assert caught.value.signal_number == number
+    assert caught.value.signal_number == signal.SIGHUP
     assert caught.value.message == (
         f"step 4 is saved in {tmp_path}/model.ckpt-4; run the same command again to resume from it"
     )
@@ -1216,28 +907,14 @@ def test_a_signal_stops_a_later_step_that_waits_for_its_input_within_half_a_minu
     assert saved_step(tmp_path) == 1
 
 
-@pytest.mark.parametrize("name", ["stdout", "stderr"])
-def test_training_goes_on_when_a_stream_is_lost(tmp_path, monkeypatch, name):
-    with lost_stream("terminal") as stream:
-        monkeypatch.setattr(sys, name, stream)
-        assert train(tmp_path, max_steps=5, log_frequency=1) == 5
-    assert saved_step(tmp_path) == 5
-    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 5
-
-
-def test_a_graph_can_be_built_when_stdout_is_lost(tmp_path, monkeypatch):
+def test_training_goes_on_when_stdout_is_lost(tmp_path, monkeypatch):
     with lost_stream() as stream:
         monkeypatch.setattr(sys, "stdout", stream)
-        with make_run(tmp_path, 5) as training, training.graph():
+        with make_run(tmp_path, 5, log_frequency=1) as training, training.graph():
             print("Filling queue", flush=True)
-
-
-def test_a_session_outside_the_main_thread_trains_without_signals(tmp_path):
-    steps = []
-    thread = threading.Thread(target=lambda: steps.append(train(tmp_path, max_steps=3)))
-    thread.start()
-    thread.join()
-    assert steps == [3]
+            assert run_loop(training, count_step()) == 5
+    assert saved_step(tmp_path) == 5
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 5
 
 
 # --- Seeds.
@@ -1269,11 +946,8 @@ def make_worker(index, step=0, **attributes):
 def test_a_seed_determines_all_random_numbers_of_a_new_run(tmp_path):
     assert draw(tmp_path, 5) == draw(tmp_path, 5)
     assert draw(tmp_path, 0) == draw(tmp_path, 0)
-    assert not set(draw(tmp_path, 5)) & set(draw(tmp_path, 6))
-
-
-def test_without_a_seed_each_run_draws_different_numbers(tmp_path):
-    assert not set(draw(tmp_path)) & set(draw(tmp_path))
+    numbers = [number for seed in (5, 6, None, None) for number in draw(tmp_path, seed)]
+    assert len(set(numbers)) == 8
 
 
 def test_a_resumed_run_draws_other_numbers_than_at_its_start(tmp_path):
@@ -1286,17 +960,12 @@ def test_a_resumed_run_draws_other_numbers_than_at_its_start(tmp_path):
         drawn |= set(resumed)
 
 
-def test_a_worker_that_is_restarted_draws_from_the_step_of_the_cluster(tmp_path):
+def test_a_worker_draws_from_its_index_and_the_step_of_the_cluster(tmp_path):
     draws = [draw(tmp_path, 5, make_worker(1, step)) for step in (0, 7, 7, 8)]
     assert draws[1] == draws[2]
-    assert len({number for numbers in draws for number in numbers}) == 6
-
-
-def test_workers_draw_different_numbers_from_the_same_seed(tmp_path):
-    draws = [draw(tmp_path, 7, make_worker(index)) for index in (0, 1, 1)]
-    assert draws[0] == draw(tmp_path, 7)
-    assert draws[1] == draws[2]
-    assert not set(draws[0]) & set(draws[1])
+    draws += [draw(tmp_path, 5, make_worker(index)) for index in (0, 2)]  # have other numbers
+    assert len({number for numbers in draws for number in numbers}) == 10
+    assert draws[-2] == draw(tmp_path, 5)
 
 
 @pytest.mark.parametrize("seed", [2**31 - 1, None])
@@ -1311,9 +980,6 @@ def test_a_worker_places_the_variables_of_its_graph(tmp_path):
     worker = make_worker(1, device_setter=lambda: tf.train.replica_device_setter(ps_tasks=1))
     with make_run(tmp_path, 5, worker=worker) as training, training.graph():
         assert tf.get_variable("x", []).device == "/job:ps/task:0"
-
-
-def test_a_run_that_trains_alone_places_nothing(tmp_path):
     with make_run(tmp_path, 5) as training, training.graph():
         assert tf.get_variable("x", []).device == ""
 
@@ -1358,27 +1024,18 @@ def without_delay():
     assert time.monotonic() - start < 4
 
 
-def test_a_worker_whose_chief_has_finished_ends_without_an_error(tmp_path, server):
+@pytest.mark.parametrize("is_over", [True, False])
+def test_a_worker_explains_why_training_ends_unless_the_chief_has_finished(
+    tmp_path, server, is_over
+):
     files = tf.train.string_input_producer(["a"], num_epochs=1)
-    worker = make_worker(1, target=server.target, is_over=True)
+    worker = make_worker(1, target=server.target, is_over=is_over)
     with tf.Session(server.target) as sess:
         sess.run(tf.local_variables_initializer())
-    with without_delay():
+    message = "^training ended at step 3 of --max_steps=50: the chief has stopped training$"
+    end = contextlib.nullcontext() if is_over else pytest.raises(UserError, match=message)
+    with without_delay(), end:
         assert run(count_step(files.dequeue()), tmp_path, max_steps=50, worker=worker) == 1
-
-
-def test_a_worker_whose_training_ends_early_explains_why(tmp_path, server):
-    files = tf.train.string_input_producer(["a"], num_epochs=1)
-    worker = make_worker(1, target=server.target)
-    with tf.Session(server.target) as sess:
-        sess.run(tf.local_variables_initializer())
-    with (
-        without_delay(),
-        pytest.raises(
-            UserError, match="^training ended at step 3 of --max_steps=50: the chief has stopped "
-        ),
-    ):
-        run(count_step(files.dequeue()), tmp_path, max_steps=50, worker=worker)
 
 
 def test_a_signal_tells_a_worker_how_to_rejoin(tmp_path, server, signals):
