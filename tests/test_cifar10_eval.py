@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import sys
 import threading
 import time
@@ -16,14 +17,15 @@ from conftest import (
     RAW,
     TF_CONFIGS,
     lost_stream,
+    read_events,
     save_checkpoint,
     standardized_centers,
     write_dataset,
+    written_scopes,
 )
 
 import cifar10
 import cifar10_eval
-import cifar10_input
 from support.base.errors import CheckpointError, DataError, UserError
 from support.data import dataset
 from support.data.settings import TrainingSettings
@@ -54,10 +56,7 @@ def expected_correct(records, seed):
 
 
 def printed_precision(capsys):
-    (line,) = capsys.readouterr().out.splitlines()
-    timestamp, value = line.split(": precision @ 1 = ")
-    assert len(timestamp) == len("2015-11-06 08:30:44.391206")
-    return value
+    return capsys.readouterr().out.partition(": precision @ 1 = ")[2].rstrip()
 
 
 def written_results():
@@ -66,71 +65,42 @@ def written_results():
     return [json.loads(line) for line in lines]
 
 
-def written_summaries():
-    """Returns the (step, precision) pairs in the event files of --eval_dir, and all tags."""
-    pairs, tags = [], set()
-    for path in sorted(pathlib.Path(FLAGS.eval_dir).glob("events.out.tfevents.*")):
-        for event in tf.train.summary_iterator(str(path)):
-            for value in event.summary.value:
-                tags.add(value.tag)
-                if value.tag == "precision @ 1":
-                    pairs.append((event.step, value.simple_value))
-    return pairs, tags
-
-
-def written_scalars():
-    """Returns the recall and the precision of each class in the event files of --eval_dir."""
-    return {
-        value.tag: value.simple_value
-        for path in pathlib.Path(FLAGS.eval_dir).glob("events.out.tfevents.*")
-        for event in tf.train.summary_iterator(str(path))
+def written_values():
+    """Returns (step, tag, value) of each summary in the event files of --eval_dir."""
+    return [
+        (event.step, value.tag, value.simple_value)
+        for event in read_events(FLAGS.eval_dir)
         for value in event.summary.value
-        if value.tag.startswith(("recall/", "precision/"))
-    }
+    ]
 
 
 def evaluated_steps():
-    return [step for step, _ in written_summaries()[0]]
+    return [step for step, tag, _ in written_values() if tag == "precision @ 1"]
 
 
-def test_flags_have_the_defaults_of_the_tutorial():
-    assert FLAGS.eval_dir == "/tmp/cifar10_eval"
-    assert FLAGS.eval_data == "test"
-    assert FLAGS.checkpoint_dir == "/tmp/cifar10_train"
-    assert FLAGS.eval_interval_secs == 300
-    assert FLAGS.num_examples == 10000
-    assert FLAGS.run_once is False
-    assert FLAGS.use_moving_averages is True
-
-
-@pytest.mark.parametrize("batch_size", [1, 7, 128])
-def test_precision_matches_numpy(records, capsys, batch_size):
+@pytest.mark.parametrize("batch_size", [1, 128])
+def test_the_precision_is_that_of_numpy_whatever_tf_config_says(
+    records, capsys, monkeypatch, batch_size
+):
     _, test = records
     save_checkpoint(FLAGS.checkpoint_dir, 7)
+    monkeypatch.setenv("TF_CONFIG", TF_CONFIGS[0])
     FLAGS.batch_size = batch_size
-    cifar10_eval.evaluate()
+    cifar10_eval.main()
     expected = expected_correct(test, AVERAGED).mean()
     assert 0.05 < expected < 0.95
-    assert printed_precision(capsys) == f"{expected:.3f}"
-    pairs, tags = written_summaries()
-    assert pairs == [(7, pytest.approx(expected, rel=1e-6))]
-    assert "activations/conv1" in tags
+    output = capsys.readouterr()
+    assert re.fullmatch(
+        rf"\d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d\.\d{{6}}: precision @ 1 = {expected:.3f}\n", output.out
+    )
+    assert "--num_examples=10000, but there are only 131 images" in output.err
+    assert (7, "precision @ 1", pytest.approx(expected, rel=1e-6)) in written_values()
 
 
-@pytest.mark.parametrize("tf_config", TF_CONFIGS)
-def test_a_tf_config_does_not_change_the_evaluation(records, capsys, monkeypatch, tf_config):
-    _, test = records
-    save_checkpoint(FLAGS.checkpoint_dir, 7)
-    monkeypatch.setenv("TF_CONFIG", tf_config)
-    cifar10_eval.main()
-    assert printed_precision(capsys) == f"{expected_correct(test, AVERAGED).mean():.3f}"
-
-
-@pytest.mark.parametrize("batch_size", [7, 128])
-def test_results_match_numpy(records, batch_size):
+def test_results_match_numpy(records):
     _, test = records
     checkpoint = save_checkpoint(FLAGS.checkpoint_dir, 7)
-    FLAGS.batch_size = batch_size
+    FLAGS.batch_size = 7
     FLAGS.num_examples = 100
     cifar10_eval.evaluate()
     cifar10_eval.evaluate()
@@ -160,11 +130,11 @@ def test_results_match_numpy(records, batch_size):
         [(labels[predictions == label] == label).mean() for label in predicted]
     )
     assert {name: value for name, value in recall.items() if precision[name] != value}
-    assert written_scalars() == pytest.approx(
-        {
-            **{f"recall/{name}": value for name, value in recall.items()},
-            **{f"precision/{name}": precision[name] for name in names},
-        }
+    scalars = {tag: value for _, tag, value in written_values()}
+    assert scalars == pytest.approx(
+        scalars
+        | {f"recall/{name}": value for name, value in recall.items()}
+        | {f"precision/{name}": precision[name] for name in names}
     )
     assert result == {
         "step": 7,
@@ -178,8 +148,8 @@ def test_results_match_numpy(records, batch_size):
     }
 
 
-@pytest.mark.parametrize("eval_data", ["test", "train_eval"])
-def test_fast_and_reference_operations_give_the_same_results(records, eval_data):
+@pytest.mark.parametrize(("eval_data", "index"), [("train_eval", 0), ("test", 1)])
+def test_fast_and_reference_operations_give_the_same_results(records, eval_data, index):
     save_checkpoint(FLAGS.checkpoint_dir, 7)
     FLAGS.eval_data = eval_data
     for fast_ops in (True, False):
@@ -189,12 +159,13 @@ def test_fast_and_reference_operations_give_the_same_results(records, eval_data)
     assert fast.pop("cross_entropy") == pytest.approx(reference.pop("cross_entropy"), rel=1e-5)
     del fast["time"], reference["time"]
     assert fast == reference
+    assert fast["precision"] == expected_correct(records[index], AVERAGED).mean()
 
 
 def test_summaries_have_exactly_these_tags(records):
     save_checkpoint(FLAGS.checkpoint_dir, 7)
     cifar10_eval.evaluate()
-    _, tags = written_summaries()
+    tags = {tag for _, tag, _ in written_values()}
     (result,) = written_results()
     predicted = [name for name, value in result["precision_of_class"].items() if value is not None]
     assert predicted
@@ -214,62 +185,18 @@ def test_summaries_have_exactly_these_tags(records):
 def test_tensorboard_gets_the_graph_of_the_model(records):
     save_checkpoint(FLAGS.checkpoint_dir, 7)
     cifar10_eval.evaluate()
-    (path,) = pathlib.Path(FLAGS.eval_dir).glob("events.out.tfevents.*")
-    (graph,) = [
-        tf.GraphDef.FromString(event.graph_def)
-        for event in tf.train.summary_iterator(str(path))
-        if event.HasField("graph_def")
-    ]
-    scopes = {node.name.split("/")[0] for node in graph.node}
+    scopes = written_scopes(FLAGS.eval_dir)
     assert {"inputs", "conv1", "softmax_linear"} <= scopes
     assert scopes.isdisjoint({"save", "summaries", "init"})
 
 
-def test_an_evaluation_adds_nothing_to_its_graph(records):
+def test_a_checkpoint_trained_on_other_classes_is_refused_before_anything_starts(records):
     save_checkpoint(FLAGS.checkpoint_dir, 7)
-    with tf.Graph().as_default() as graph:
-        images, labels = cifar10.inputs(eval_data=True, num_epochs=1)
-        top_k_op = tf.nn.in_top_k(cifar10.inference(images), labels, 1)
-        saver = tf.train.Saver(checkpoints.find_variables(use_moving_averages=True))
-        graph.finalize()
-        with tf.summary.FileWriter(FLAGS.eval_dir) as writer:
-            cifar10_eval.eval_once(saver, writer, top_k_op, None)
-
-
-def test_a_checkpoint_trained_on_other_classes_is_refused(records):
-    save_checkpoint(FLAGS.checkpoint_dir, 7)
-    own_names = tuple(f"own{n}" for n in range(10))
-    save_checkpoint(FLAGS.checkpoint_dir, 8, TrainingSettings(own_names, 64))
-    message = r"ckpt-8 was trained with 10 classes \(own0, .* with 10 classes \(airplane, "
-    with pytest.raises(CheckpointError, match=message):
-        cifar10_eval.evaluate()
     save_checkpoint(FLAGS.checkpoint_dir, 9, TrainingSettings(("cat", "dog"), 64))
-    message = r"with 2 classes \(cat, dog\), not with 10 classes \(airplane, .*; use the dataset"
+    message = r"ckpt-9 was trained with 2 classes \(cat, dog\), not with 10 .* --checkpoint_dir$"
     with pytest.raises(CheckpointError, match=message):
         cifar10_eval.evaluate()
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        (
-            TrainingSettings(dataset.CLASS_NAMES, 64, crop_size=21),
-            "--crop_size=21, not with --crop_size=24",
-        ),
-        (
-            TrainingSettings(dataset.CLASS_NAMES, 64, top_layers="local"),
-            "--top_layers=local, not with --top_layers=full",
-        ),
-    ],
-)
-def test_a_checkpoint_of_another_model_is_refused_and_the_error_names_the_flag(
-    records, settings, message, capsys
-):
-    save_checkpoint(FLAGS.checkpoint_dir, 8, settings)
-    with pytest.raises(CheckpointError, match=f"trained with {message}; .* --checkpoint_dir$"):
-        cifar10_eval.evaluate()
-    assert capsys.readouterr().err == ""
-    assert not os.path.exists(FLAGS.eval_dir)  # refused before the evaluation began
+    assert not os.path.exists(FLAGS.eval_dir)
 
 
 def test_class_names_that_change_during_an_evaluation_do_not_affect_it(records, monkeypatch):
@@ -304,31 +231,6 @@ def test_evaluating_fewer_images_than_there_are_is_reported_unless_requested(
     assert [result["count"] for result in written_results()] == [100, 99]
 
 
-def test_an_edited_example_count_limits_the_evaluation_of_training_images_as_well(
-    records, monkeypatch
-):
-    save_checkpoint(FLAGS.checkpoint_dir, 7)
-    monkeypatch.setattr(cifar10_input, "NUM_EXAMPLES_PER_EPOCH_FOR_EVAL", 9)
-    FLAGS.eval_data = "train_eval"
-    cifar10_eval.evaluate()
-    assert [result["count"] for result in written_results()] == [9]
-
-
-@pytest.mark.parametrize("module", [cifar10, cifar10_input])
-def test_an_edited_example_count_limits_the_evaluation_unless_num_examples_is_given(
-    records, capsys, monkeypatch, module
-):
-    save_checkpoint(FLAGS.checkpoint_dir, 7)
-    monkeypatch.setattr(module, "NUM_EXAMPLES_PER_EPOCH_FOR_EVAL", 50)
-    cifar10_eval.evaluate()
-    assert capsys.readouterr().err == (
-        "There are 131 images: evaluating the first 50 of them (--num_examples)\n"
-    )
-    FLAGS.num_examples = 60
-    cifar10_eval.evaluate()
-    assert [result["count"] for result in written_results()] == [50, 60]
-
-
 @pytest.mark.parametrize("names", [("cat", "dog"), tuple(f"class {n}" for n in range(13))])
 def test_any_number_of_classes_is_evaluated_and_reported_by_name(tmp_path, names):
     folder = tmp_path / "own"
@@ -347,40 +249,15 @@ def test_any_number_of_classes_is_evaluated_and_reported_by_name(tmp_path, names
     assert result["confusion_matrix"] == confusion.tolist()
     assert result["class_names"] == list(names)
     assert result["precision"] == pytest.approx(np.trace(confusion) / 40)
-    _, tags = written_summaries()
-    assert {f"recall/{name}" for name in names} <= tags
-
-
-def test_a_class_without_images_has_no_recall_and_one_without_predictions_no_precision(records):
-    _, test = records
-    save_checkpoint(FLAGS.checkpoint_dir, 7)
-    FLAGS.num_examples = 3  # of the classes 0, 1 and 2
-    cifar10_eval.evaluate()
-    (result,) = written_results()
-    recall, precision = (
-        {name for name, value in result[key].items() if value is not None}
-        for key in ("recall_of_class", "precision_of_class")
-    )
-    assert recall == set(dataset.CLASS_NAMES[:3])
-    predictions = expected_logits(test[:3], AVERAGED).argmax(axis=1)
-    assert precision == {dataset.CLASS_NAMES[prediction] for prediction in predictions}
-    assert set(written_scalars()) == {
-        *(f"recall/{name}" for name in recall),
-        *(f"precision/{name}" for name in precision),
-    }
-
-
-def use_tied_logits(monkeypatch):
-    """Makes `save_checkpoint` save a model whose logits are all 0."""
-    variables = numpy_model.random_variables(AVERAGED)
-    for kind in ("weights", "biases"):
-        variables[f"softmax_linear/{kind}"][...] = 0.0
-    monkeypatch.setattr(numpy_model, "random_variables", lambda *_: variables)
+    assert {f"recall/{name}" for name in names} <= {tag for _, tag, _ in written_values()}
 
 
 def test_a_tie_counts_as_the_first_of_the_classes(records, capsys, monkeypatch):
     _, test = records
-    use_tied_logits(monkeypatch)
+    variables = numpy_model.random_variables(AVERAGED)
+    for kind in ("weights", "biases"):
+        variables[f"softmax_linear/{kind}"][...] = 0.0
+    monkeypatch.setattr(numpy_model, "random_variables", lambda *_: variables)
     save_checkpoint(FLAGS.checkpoint_dir, 7)
     cifar10_eval.evaluate()
     expected = np.mean(test[:, 0] == 0)
@@ -389,11 +266,6 @@ def test_a_tie_counts_as_the_first_of_the_classes(records, capsys, monkeypatch):
     confusion = np.array(result["confusion_matrix"])
     assert result["precision"] == pytest.approx(expected)
     assert result["precision"] == np.trace(confusion) / confusion.sum()
-    first = dataset.CLASS_NAMES[0]
-    assert result["precision_of_class"] == dict.fromkeys(dataset.CLASS_NAMES) | {
-        first: pytest.approx(expected)
-    }
-    assert result["recall_of_class"] == dict.fromkeys(dataset.CLASS_NAMES, 0.0) | {first: 1.0}
 
 
 def test_the_variables_themselves_are_evaluated_on_request(records, capsys):
@@ -441,117 +313,21 @@ def test_variables_that_are_not_trainable_are_restored(
     assert sum(result["confusion_matrix"][0]) == result["confusion_matrix"][0][0]
 
 
-def test_a_variable_that_is_not_trainable_and_not_finite_is_an_error_that_names_it(
-    records, monkeypatch
-):
-    add_offset(monkeypatch, 0.0)
-    with tf.Graph().as_default(), tf.Session() as session:
-        images, labels = tf.zeros([2, 24, 24, 3]), tf.constant([0, 1])
-        total_loss = cifar10.loss(cifar10.inference(images), labels)
-        cifar10.train(total_loss, tf.train.get_or_create_global_step())
-        session.run(tf.global_variables_initializer())
-        session.run(tf.assign(tf.global_variables("norm")[0], np.nan))
-        pathlib.Path(FLAGS.checkpoint_dir).mkdir()
-        tf.train.Saver().save(session, f"{FLAGS.checkpoint_dir}/model.ckpt", 0)
-    with pytest.raises(CheckpointError, match="ckpt-0 has non-finite values in norm/moving_mean"):
-        cifar10_eval.evaluate()
-
-
-def test_the_training_files_are_evaluated_on_request(records, capsys):
-    train, _ = records
-    save_checkpoint(FLAGS.checkpoint_dir, 7)
-    FLAGS.eval_data = "train_eval"
-    cifar10_eval.evaluate()
-    assert printed_precision(capsys) == f"{expected_correct(train, AVERAGED).mean():.3f}"
-
-
-def test_num_examples_limits_the_evaluation_to_the_first_images(records, capsys):
-    _, test = records
-    save_checkpoint(FLAGS.checkpoint_dir, 7)
-    FLAGS.batch_size = 8
-    FLAGS.num_examples = 50
-    cifar10_eval.evaluate()
-    output = capsys.readouterr()
-    assert f"= {expected_correct(test, AVERAGED)[:50].mean():.3f}\n" in output.out
-    assert output.err == ""
-
-
-def test_fewer_images_than_num_examples_are_reported(records, capsys):
-    save_checkpoint(FLAGS.checkpoint_dir, 7)
-    cifar10_eval.evaluate()
-    assert "--num_examples=10000, but there are only 131 images" in capsys.readouterr().err
-
-
 def test_run_once_without_a_checkpoint_is_an_error(records):
     with pytest.raises(UserError, match=f"no checkpoint in {FLAGS.checkpoint_dir}"):
         cifar10_eval.evaluate()
     assert not pathlib.Path(FLAGS.eval_dir).exists()
 
 
-def test_a_damaged_checkpoint_is_a_one_line_error_that_names_it(records):
-    path = save_checkpoint(FLAGS.checkpoint_dir, 7)
-    pathlib.Path(f"{path}.data-00000-of-00001").write_bytes(b"")
-    message = "model.ckpt-7 cannot be read: Read less bytes"
-    with pytest.raises(CheckpointError, match=message) as error:
-        cifar10_eval.evaluate()
-    assert "\n" not in str(error.value)
-
-
-def test_a_checkpoint_that_is_not_finite_is_a_one_line_error_that_names_it(records, monkeypatch):
-    variables = numpy_model.random_variables(AVERAGED)
-    variables["softmax_linear/biases"][3] = np.nan
-    monkeypatch.setattr(numpy_model, "random_variables", lambda *_: variables)
-    save_checkpoint(FLAGS.checkpoint_dir, 7)
-    with pytest.raises(CheckpointError, match="model.ckpt-7 has non-finite values") as error:
-        cifar10_eval.evaluate()
-    assert "\n" not in str(error.value)
-
-
-def test_an_eval_dir_that_cannot_be_written_is_a_one_line_error(records, tmp_path):
-    save_checkpoint(FLAGS.checkpoint_dir, 7)
-    (tmp_path / "file").write_text("not a folder")
-    FLAGS.eval_dir = str(tmp_path / "file")
-    with pytest.raises(UserError, match="cannot write to --eval_dir=.*file") as error:
-        cifar10_eval.evaluate()
-    assert "\n" not in str(error.value)
-
-
-def test_results_that_cannot_be_written_are_a_one_line_error(records, tmp_path):
-    save_checkpoint(FLAGS.checkpoint_dir, 7)
-    (tmp_path / "eval" / "results.jsonl").mkdir(parents=True)
-    with pytest.raises(UserError, match="^cannot write .*results.jsonl: Is a directory$"):
-        cifar10_eval.evaluate()
-
-
 def test_an_eval_dir_is_known_to_be_unusable_before_anything_is_evaluated(records, capsys):
     save_checkpoint(FLAGS.checkpoint_dir, 7)
     FLAGS.eval_dir = "/proc"  # it exists, but no file can be created there
-    with pytest.raises(UserError, match="^cannot write to --eval_dir=/proc: ") as error:
+    with pytest.raises(UserError, match="^cannot write to --eval_dir=/proc: "):
         cifar10_eval.evaluate()
-    assert "\n" not in str(error.value)
     assert capsys.readouterr().out == ""
 
 
-def test_a_disk_that_is_full_during_an_evaluation_is_a_one_line_error(records, monkeypatch):
-    save_checkpoint(FLAGS.checkpoint_dir, 7)
-    write = tf.io.TFRecordWriter.write
-
-    def fail_later(writer, record):
-        if b"precision @ 1" in record:
-            raise tf.errors.ResourceExhaustedError(None, None, "No space left on device")
-        write(writer, record)
-
-    monkeypatch.setattr(tf.io.TFRecordWriter, "write", fail_later)
-    message = "^cannot write to --eval_dir=.*eval: No space left on device$"
-    with pytest.raises(UserError, match=message):
-        cifar10_eval.evaluate()
-
-
-@pytest.mark.parametrize("suffix", ["", ".index"])
-@pytest.mark.parametrize("run_once", [True, False])
-def test_a_checkpoint_in_place_of_its_folder_is_evaluated_once(
-    records, monkeypatch, suffix, run_once
-):
+def test_a_checkpoint_in_place_of_its_folder_is_evaluated_once(records, monkeypatch):
     def sleep(seconds):
         raise AssertionError("it waits for another checkpoint")
 
@@ -559,8 +335,8 @@ def test_a_checkpoint_in_place_of_its_folder_is_evaluated_once(
     monkeypatch.setattr(evaluation, "time", clock)
     path = save_checkpoint(FLAGS.checkpoint_dir, 7)
     save_checkpoint(FLAGS.checkpoint_dir, 9)
-    train_dir, FLAGS.checkpoint_dir = FLAGS.checkpoint_dir, f"{path}{suffix}"
-    FLAGS.run_once = run_once
+    train_dir, FLAGS.checkpoint_dir = FLAGS.checkpoint_dir, f"{path}.index"
+    FLAGS.run_once = False
     cifar10_eval.evaluate()
     assert evaluated_steps() == [7]
     assert [result["checkpoint"] for result in written_results()] == [path]
@@ -569,15 +345,7 @@ def test_a_checkpoint_in_place_of_its_folder_is_evaluated_once(
         cifar10_eval.evaluate()
 
 
-def test_a_missing_checkpoint_in_place_of_a_folder_is_an_error(records):
-    save_checkpoint(FLAGS.checkpoint_dir, 9)
-    FLAGS.checkpoint_dir += "/model.ckpt-7"
-    with pytest.raises(UserError, match="there is no checkpoint in .*model.ckpt-7;"):
-        cifar10_eval.evaluate()
-
-
-@pytest.mark.parametrize("version", [tf.train.SaverDef.V1, tf.train.SaverDef.V2])
-def test_a_checkpoint_of_the_tutorial_of_2015_is_evaluated(records, capsys, version):
+def test_a_checkpoint_of_the_tutorial_of_2015_is_evaluated(records, capsys):
     _, test = records
     with tf.Graph().as_default(), tf.Session() as session:
         tf.Variable(100, trainable=False)
@@ -585,7 +353,7 @@ def test_a_checkpoint_of_the_tutorial_of_2015_is_evaluated(records, capsys, vers
             tf.get_variable(f"{name}/ExponentialMovingAverage", initializer=value)
         session.run(tf.global_variables_initializer())
         os.makedirs(FLAGS.checkpoint_dir)
-        saver = tf.train.Saver(write_version=version)
+        saver = tf.train.Saver(write_version=tf.train.SaverDef.V1)
         saver.save(session, f"{FLAGS.checkpoint_dir}/model.ckpt", 100)
     state = pathlib.Path(FLAGS.checkpoint_dir) / "checkpoint"
     state.write_text('model_checkpoint_path: "/home/ann/cifar10_train/model.ckpt-100"\n')
@@ -595,27 +363,6 @@ def test_a_checkpoint_of_the_tutorial_of_2015_is_evaluated(records, capsys, vers
     output = capsys.readouterr().out
     assert output.count(f"= {expected_correct(test, AVERAGED).mean():.3f}\n") == 2
     assert [result["step"] for result in written_results()] == [100, 100]
-
-
-def test_running_out_of_memory_is_a_one_line_error(records, monkeypatch):
-    def fail(labels):
-        raise MemoryError("OOM when allocating tensor with shape[128,24,24,64]\n\n\tHint: ...")
-
-    inputs = cifar10.inputs
-
-    def failing_inputs(*arguments, **named):
-        images, labels = inputs(*arguments, **named)
-        failing_labels = tf.py_func(fail, [labels], tf.int32)
-        return images, tf.ensure_shape(failing_labels, [None])
-
-    monkeypatch.setattr(cifar10, "inputs", failing_inputs)
-    save_checkpoint(FLAGS.checkpoint_dir, 7)
-    with pytest.raises(
-        UserError, match="^out of memory .*OOM when allocating tensor.*; use a smaller --batch_size"
-    ) as error:
-        cifar10_eval.evaluate()
-    assert "\n" not in str(error.value)
-    assert "Hint" not in str(error.value)
 
 
 def test_the_flags_configure_the_session(records, monkeypatch):
@@ -653,6 +400,7 @@ def test_eval_once_works_with_the_arguments_of_the_tutorial(records):
         top_k_op = tf.nn.in_top_k(cifar10.inference(images), labels, 1)
         averages = tf.train.ExponentialMovingAverage(cifar10.MOVING_AVERAGE_DECAY)
         saver = tf.train.Saver(averages.variables_to_restore())
+        tf.get_default_graph().finalize()  # an evaluation adds nothing to it
         with tf.summary.FileWriter(FLAGS.eval_dir) as writer:
             for _ in range(2):
                 precision = cifar10_eval.eval_once(saver, writer, top_k_op, None)
@@ -683,36 +431,6 @@ def test_without_run_once_each_new_checkpoint_is_evaluated(records, capsys, monk
     assert evaluated_steps() == [20, 40]
     assert f"Waiting for a checkpoint in {FLAGS.checkpoint_dir}" in capsys.readouterr().err
     assert len([seconds for seconds in waits if 4900 < seconds < 5000]) == 2
-
-
-def test_if_the_trainer_deletes_a_checkpoint_the_newest_one_is_evaluated_instead(
-    records, monkeypatch
-):
-    save_checkpoint(FLAGS.checkpoint_dir, 1)
-    restore = checkpoints.restore
-    restored = []
-
-    def restore_after_the_trainer_has_continued(session, saver, checkpoint):
-        restored.append(checkpoint.step)
-        if len(restored) == 1:
-            for path in pathlib.Path(FLAGS.checkpoint_dir).glob("model.ckpt-1.*"):
-                path.unlink()
-            save_checkpoint(FLAGS.checkpoint_dir, 2)
-        return restore(session, saver, checkpoint)
-
-    monkeypatch.setattr(checkpoints, "restore", restore_after_the_trainer_has_continued)
-    cifar10_eval.evaluate()
-    assert restored == [1, 2]
-    assert evaluated_steps() == [2]
-
-
-def test_eval_dir_must_differ_from_checkpoint_dir(records):
-    save_checkpoint(FLAGS.checkpoint_dir, 7)
-    FLAGS.eval_dir = FLAGS.checkpoint_dir + "/../" + pathlib.Path(FLAGS.checkpoint_dir).name
-    before = os.listdir(FLAGS.checkpoint_dir)
-    with pytest.raises(UserError, match="--eval_dir and --checkpoint_dir are both"):
-        cifar10_eval.evaluate()
-    assert os.listdir(FLAGS.checkpoint_dir) == before
 
 
 def test_test_data_that_is_truncated_during_an_evaluation_is_an_error(records, monkeypatch):

@@ -1,5 +1,6 @@
 """Which checkpoints are evaluated, and what is counted."""
 
+import contextlib
 import shutil
 import types
 
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 
 from support.base.errors import CheckpointError, UserError
+from support.ops import summaries
 from support.ops.tensorflow_v1 import tf
 from support.run import checkpoints, evaluation
 
@@ -151,6 +153,44 @@ def test_images_that_are_left_out_or_missing_are_reported(
 # --- Counting.
 
 
+CHECKPOINT = checkpoints.Checkpoint("model.ckpt-7", 7, None, {})
+
+
+@contextlib.contextmanager
+def running_session():
+    with tf.Session() as session, evaluation.running_input(session, CHECKPOINT):
+        yield session
+
+
+def test_the_end_of_a_running_input_is_not_an_error(graph):
+    batch = tf.train.limit_epochs(tf.constant(1.0), num_epochs=3)
+    batches = []
+    with running_session() as session:
+        while True:
+            batches.append(session.run(batch))
+    assert batches == [1.0] * 3
+
+
+def test_a_histogram_of_values_that_are_not_finite_is_an_error_of_the_checkpoint(graph):
+    summaries.histogram("activations", [1.0, np.inf])
+    message = "^model.ckpt-7 produces non-finite values: "
+    with pytest.raises(CheckpointError, match=message), running_session() as session:
+        session.run(tf.get_collection(tf.GraphKeys.SUMMARIES))
+
+
+@pytest.mark.parametrize(
+    ("kind", "raised"),
+    [
+        (tf.errors.ResourceExhaustedError, UserError),
+        (tf.errors.InvalidArgumentError, tf.errors.InvalidArgumentError),
+    ],
+)
+def test_a_lack_of_memory_is_explained_and_other_errors_are_raised(graph, kind, raised):
+    tf.constant(1.0)
+    with pytest.raises(raised, match="out of memory"), running_session():
+        raise kind(None, None, "out of memory")
+
+
 def count(limit, *batches):
     """Returns `Counts` of batches of (label, prediction) pairs."""
     counts = evaluation.Counts(["cat", "dog"], limit)
@@ -185,13 +225,12 @@ def test_a_class_without_images_has_no_recall_and_one_without_predictions_no_pre
 
 
 def test_missing_images_are_an_error():
-    checkpoint = checkpoints.Checkpoint("model.ckpt-7", 7, None, {})
-    count(9, [(0, 0)]).check(checkpoint)
-    count(9, [(0, 0)]).check(checkpoint, num_examples=1)
+    count(9, [(0, 0)]).check(CHECKPOINT)
+    count(9, [(0, 0)]).check(CHECKPOINT, num_examples=1)
     with pytest.raises(UserError, match="^the input ended after 1 of 9 images$"):
-        count(9, [(0, 0)]).check(checkpoint, num_examples=9)
+        count(9, [(0, 0)]).check(CHECKPOINT, num_examples=9)
     with pytest.raises(UserError, match="^the input ended after 0 images$"):
-        count(9).check(checkpoint)
+        count(9).check(CHECKPOINT)
 
 
 def test_results_that_are_not_finite_are_an_error():
@@ -205,4 +244,4 @@ def test_results_that_are_not_finite_are_an_error():
     with counts.show_progress():
         counts.add(np.array([True]), outputs)
     with pytest.raises(CheckpointError, match="^model.ckpt-7 produces a cross-entropy of nan$"):
-        counts.check(checkpoints.Checkpoint("model.ckpt-7", 7, None, {}))
+        counts.check(CHECKPOINT)
