@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import platform
 import re
@@ -89,6 +90,19 @@ def test_invalid_values_of_flags_are_refused(name, values):
     for value in values:
         with pytest.raises(flags.IllegalFlagValueError):
             setattr(FLAGS, name, value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("min_fraction_of_examples_in_queue", math.nan, "a finite number"),
+        ("train_dir", "", "must name a folder"),
+        ("moving_average_decay", 1.0, "at least 0 and less than 1"),
+    ],
+)
+def test_the_reason_why_a_value_is_refused_is_given(name, value, message):
+    with pytest.raises(flags.IllegalFlagValueError, match=message):
+        setattr(FLAGS, name, value)
 
 
 @pytest.mark.parametrize(
