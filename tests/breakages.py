@@ -98,7 +98,7 @@ BREAKAGES = [Breakage(*entry) for entry in [
      "if number is None and has_left_loop:", "if number is None:",
      "run/test_training_run.py", "an_input_that_ends_early"),
     ("two processes train in one folder", "support/run/training_run.py",
-     "stack.enter_context(_lock(self._options.train_dir))", "_lock(self._options.train_dir)",
+     "stack.enter_context(files.lock(os.path.join(train_dir, LOCK_FILE)))", "pass",
      "run/test_training_run.py", "a_second_trainer"),
     ("a trainer listens on a port", "support/run/training_run.py",
      "master=self._worker.target", "master=tf.train.Server.create_local_server().target",

@@ -64,7 +64,7 @@ class Checkpoint(NamedTuple):
 
         Args:
           variables: dict of `tf.Variable` by name in the checkpoint.
-          folder_flag: string; the flag that names the checkpoint's folder.
+          folder_flag: as for `check_settings`.
         """
         differences = []
         for name, variable in variables.items():
@@ -73,15 +73,14 @@ class Checkpoint(NamedTuple):
                 differences.append(f"{name} is missing")
             elif self.shapes[name] != shape:
                 differences.append(f"{name} is {self.shapes[name]}, not {shape}")
-        averages = {name for name in self.shapes if name.endswith(_AVERAGE)}
         known = {name.removesuffix(_AVERAGE) for name in variables}
-        additional = {name.removesuffix(_AVERAGE) for name in averages} - known
-        differences += [f"{name} is additional" for name in sorted(additional)]
+        trained = {name.removesuffix(_AVERAGE) for name in self.shapes if name.endswith(_AVERAGE)}
+        differences += [f"{name} is additional" for name in sorted(trained - known)]
         if not differences:
             return
         shown = differences[:5]
-        if len(differences) > len(shown):
-            shown.append(f"and {len(differences) - len(shown)} more differ")
+        if (more := len(differences) - len(shown)) > 0:
+            shown.append(f"and {more} more differ")
         raise CheckpointError(
             f"{self.path} belongs to another model: in it, {', '.join(shown)}; choose another "
             f"folder with {folder_flag}"
@@ -118,16 +117,6 @@ def find_single_checkpoint(path):
     return checkpoint if _exists(checkpoint) and not os.path.isdir(path) else None
 
 
-def _require_checkpoint(path):
-    """Returns the path of the newest checkpoint; raises UserError if there is none."""
-    if (checkpoint := find_latest_checkpoint(path)) is None:
-        raise UserError(
-            f"there is no checkpoint in {path}; train first, or choose another folder with "
-            "--checkpoint_dir"
-        )
-    return checkpoint
-
-
 def use_newest(path, use=lambda checkpoint: checkpoint):
     """Calls a function with the newest `Checkpoint`, and returns what the function returns.
 
@@ -140,13 +129,16 @@ def use_newest(path, use=lambda checkpoint: checkpoint):
     Raises:
       UserError: there is no checkpoint, or the newest one cannot be read.
     """
-    while True:
-        newest = _require_checkpoint(path)
+    while (newest := find_latest_checkpoint(path)) is not None:
         try:
             return use(read(newest))
         except CheckpointError:
             if find_latest_checkpoint(path) == newest:
                 raise
+    raise UserError(
+        f"there is no checkpoint in {path}; train first, or choose another folder with "
+        "--checkpoint_dir"
+    )
 
 
 def find_checkpoint_to_resume(train_dir):
@@ -226,10 +218,6 @@ def _exists(checkpoint):
     return os.path.isfile(f"{checkpoint}.index") or os.path.isfile(checkpoint)
 
 
-def _has_state_file(folder):
-    return os.path.exists(os.path.join(folder, _STATE_FILE))
-
-
 def _read_state(folder):
     """Returns what TensorFlow's state file in a folder says; None if it is missing or damaged."""
     try:
@@ -240,7 +228,7 @@ def _read_state(folder):
 
 def _explain_missing_checkpoint(folder):
     """Returns why the newest checkpoint is unknown, or None if there is no state file at all."""
-    if _has_state_file(folder):
+    if os.path.exists(os.path.join(folder, _STATE_FILE)):
         return f"the file `{_STATE_FILE}` in {folder} is unreadable or names a missing checkpoint"
     return None
 
@@ -354,9 +342,8 @@ def restore(session, saver, checkpoint):
         saver.restore(session, checkpoint.path)
     # The Saver raises ValueError if files are missing.
     except (tf.errors.OpError, OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{checkpoint.path} cannot be restored: {first_line(error)}"
-        ) from error
+        reason = first_line(error)
+        raise CheckpointError(f"{checkpoint.path} cannot be restored: {reason}") from error
     # Predictions would not reveal every NaN: some implementations of ReLU turn it into 0.
     variables = [v for v in tf.global_variables() if v.dtype.base_dtype.is_floating]
     for variable, value in zip(variables, session.run(variables), strict=True):
@@ -429,18 +416,14 @@ def _write_state(folder, names):
     tf.train.update_checkpoint_state(os.path.abspath(folder), names[-1], names)
 
 
-def _files_of(checkpoint):
-    """Returns the paths of the files of a checkpoint. The one by which it is found comes first."""
-    folder, name = os.path.split(checkpoint)
-    names = re.compile(re.escape(name) + r"(\.index|\.meta|\.data-[0-9]{5}-of-[0-9]{5})?")
-    found = sorted(filter(names.fullmatch, os.listdir(folder or ".")))
-    found.sort(key=lambda file: file not in (name, f"{name}.index"))
-    return [os.path.join(folder, file) for file in found]
-
-
 def _remove(checkpoint):
-    for path in _files_of(checkpoint):
-        os.remove(path)
+    """Deletes the files of a checkpoint. The one by which it is found comes first."""
+    folder, name = os.path.split(checkpoint)
+    pattern = re.compile(re.escape(name) + r"(\.index|\.meta|\.data-[0-9]{5}-of-[0-9]{5})?")
+    found = sorted(filter(pattern.fullmatch, os.listdir(folder)))
+    found.sort(key=lambda file: file not in (name, f"{name}.index"))
+    for file in found:
+        os.remove(os.path.join(folder, file))
 
 
 def _remove_old(checkpoint):

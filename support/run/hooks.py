@@ -14,7 +14,6 @@ from support.run import checkpoints
 
 METRICS_FILE = "metrics.jsonl"
 
-
 # Seconds after a signal before the running step's input is closed.
 STEP_GRACE = 12.0
 
@@ -39,10 +38,9 @@ class ProgressHook(tf.train.SessionRunHook):
         self._loss = loss
         self._examples_per_step = examples_per_step
         self._log_frequency = options.log_frequency
-        self._metrics_path = None
         self._global_step = tf.train.get_or_create_global_step()
         self._must_be_finite = tf.get_collection(graph_notes.MUST_BE_FINITE) or [loss]
-        self._learning_rate = []
+        self._metrics_path, self._learning_rate = None, []
         if worker.is_chief:  # its learning rate applies to all workers
             self._metrics_path = os.path.join(options.train_dir, METRICS_FILE)
             self._learning_rate = tf.get_collection(graph_notes.LEARNING_RATE)
@@ -89,20 +87,19 @@ class ProgressHook(tf.train.SessionRunHook):
         sec_per_batch = (now - self._start_time) / steps
         examples_per_sec = self._examples_per_step / sec_per_batch
         print(
-            f"{timestamp()}: step {self.step}, "
-            f"loss = {loss:.2f} ({examples_per_sec:.1f} examples/sec; "
-            f"{sec_per_batch:.3f} sec/batch)",
+            f"{timestamp()}: step {self.step}, loss = {loss:.2f} ({examples_per_sec:.1f} "
+            f"examples/sec; {sec_per_batch:.3f} sec/batch)",
             flush=True,
         )
-        metrics = {
-            "step": self.step,
-            "loss": float(loss),
-            "examples_per_sec": examples_per_sec,
-            "sec_per_batch": sec_per_batch,
-        }
-        for rate in self._last_learning_rate:
-            metrics["learning_rate"] = float(rate)
         if self._metrics_path is not None:
+            metrics = {
+                "step": self.step,
+                "loss": float(loss),
+                "examples_per_sec": examples_per_sec,
+                "sec_per_batch": sec_per_batch,
+            }
+            for rate in self._last_learning_rate:
+                metrics["learning_rate"] = float(rate)
             files.append_json_line(self._metrics_path, metrics)
         self._start_time = now
         self._first_step_since_line = self.step + 1
@@ -160,13 +157,8 @@ class CheckpointHook(tf.train.SessionRunHook):
         step = int(session.run(self._global_step))
         if step != self._saved_step:
             self._check_variables(session, step)
-            checkpoints.save(
-                session,
-                self._saver,
-                self._options.train_dir,
-                step,
-                self._options.max_checkpoints_to_keep,
-            )
+            folder, max_to_keep = self._options.train_dir, self._options.max_checkpoints_to_keep
+            checkpoints.save(session, self._saver, folder, step, max_to_keep)
             self._saved_step = step
 
     def _check_variables(self, session, step):
@@ -253,10 +245,9 @@ class FillingHook(tf.train.SessionRunHook):
             self._thread.start()
 
     def after_run(self, run_context, run_values):
+        self._has_batch.set()
         if self._thread is not None:  # removes the bar before the first line of progress
-            self._has_batch.set()
             self._thread.join()
-            self._thread = None
 
     def _show(self, session, coord):
         _, minimum = session.run(self._level)

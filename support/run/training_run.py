@@ -46,17 +46,9 @@ _CLOSING_GRACE = 6.0
 
 
 class Options(NamedTuple):
-    """The options of a run. Except for the last three, each field has the name of its flag.
+    """The options of a run. Except for the last three, they are the flags of the same names.
 
     Attributes:
-      train_dir: folder for checkpoints and summaries.
-      max_steps: int; the global step to stop at.
-      log_frequency: int; steps between two lines of progress.
-      save_checkpoint_secs: int; seconds between two checkpoints.
-      save_checkpoint_steps: int; steps between two checkpoints, instead of the seconds; or None.
-      max_checkpoints_to_keep: int; older checkpoints of the run are deleted.
-      save_summaries_steps: int; steps between two summaries of scalars; 0 for no summaries at all.
-      save_histograms_steps: int; steps between two summaries of histograms and images; 0 for none.
       config: `tf.ConfigProto` of the session; `session_config()` if None.
       check_input: called once a second from another thread; raises `DataError` when the input has
         become unusable.
@@ -110,13 +102,25 @@ class TrainingRun:
         with contextlib.ExitStack() as stack:
             stack.enter_context(streams.tolerate_lost_output())
             if self._worker.is_chief:
-                stack.enter_context(_lock(self._options.train_dir))
-                with _usable(self._options.train_dir):
-                    self._checkpoint = checkpoints.find_checkpoint_to_resume(
-                        self._options.train_dir
-                    )
+                self._open_train_dir(stack)
             self._stack = stack.pop_all()
         return self
+
+    def _open_train_dir(self, stack):
+        """Creates and locks the folder until `stack` is closed, and finds its checkpoint."""
+        train_dir = self._options.train_dir
+        try:
+            os.makedirs(train_dir, exist_ok=True)
+            # The end of the process releases the lock, too.
+            stack.enter_context(files.lock(os.path.join(train_dir, LOCK_FILE)))
+            self._checkpoint = checkpoints.find_checkpoint_to_resume(train_dir)
+        except files.LockedError as error:
+            raise UserError(
+                f"another process is training in --train_dir={train_dir}: {error}; wait until it "
+                "has finished, or choose another folder"
+            ) from error
+        except (OSError, tf.errors.OpError) as error:
+            raise UserError(f"cannot use --train_dir={train_dir}: {first_line(error)}") from error
 
     def __exit__(self, *exception):
         return self._stack.__exit__(*exception)
@@ -310,8 +314,9 @@ class TrainingRun:
         )
 
     def _record_start(self):
-        """Appends an entry that describes this run to the JSON list in RUN_FILE."""
+        """Appends an entry for this run, its software and hardware to the list in RUN_FILE."""
         path = os.path.join(self._options.train_dir, RUN_FILE)
+        get_details = tf.config.experimental.get_device_details
         start = {
             "time": time.time(),
             "script": os.path.basename(sys.argv[0]),
@@ -319,7 +324,12 @@ class TrainingRun:
             "seed": self._seed,
             "class_names": self._settings.class_names,
             "examples_per_epoch": self._settings.examples_per_epoch,
-            **_describe_software_and_hardware(),
+            "python": platform.python_version(),
+            "tensorflow": tf.version.VERSION,
+            "commit": _find_commit(pathlib.Path(__file__).parents[2]),
+            "processor": tensorflow_v1.find_processor_name(),
+            "processors": os.cpu_count(),
+            "gpus": [get_details(gpu).get("device_name") for gpu in tensorflow_v1.GPUS],
         }
         files.write_json_atomically(path, [*_read_starts(path), start])
 
@@ -327,31 +337,6 @@ class TrainingRun:
 def _mix(seed, step):
     """Returns the seed for the random operations of a run that starts at a step."""
     return random.Random(f"{seed} {step}").randrange(2**31) if step > 0 else seed
-
-
-@contextlib.contextmanager
-def _lock(train_dir):
-    """Keeps other trainers out of `train_dir`. The end of the process releases the lock, too."""
-    with contextlib.ExitStack() as stack:
-        try:
-            with _usable(train_dir):
-                stack.enter_context(files.lock(os.path.join(train_dir, LOCK_FILE)))
-        except files.LockedError as error:
-            raise UserError(
-                f"another process is training in --train_dir={train_dir}: {error}; wait until it "
-                "has finished, or choose another folder"
-            ) from error
-        yield
-
-
-@contextlib.contextmanager
-def _usable(train_dir):
-    """Creates `train_dir` and turns file system errors into `UserError`."""
-    try:
-        os.makedirs(train_dir, exist_ok=True)
-        yield
-    except (OSError, tf.errors.OpError) as error:
-        raise UserError(f"cannot use --train_dir={train_dir}: {first_line(error)}") from error
 
 
 def _read_starts(path):
@@ -368,19 +353,6 @@ def _read_starts(path):
             f"{path} cannot be read as a list of earlier runs ({error}); move it away"
         ) from error
     return starts
-
-
-def _describe_software_and_hardware():
-    """Returns the versions of Python, TensorFlow and the project, the processor and the GPUs."""
-    get_details = tf.config.experimental.get_device_details
-    return {
-        "python": platform.python_version(),
-        "tensorflow": tf.version.VERSION,
-        "commit": _find_commit(pathlib.Path(__file__).parents[2]),
-        "processor": tensorflow_v1.find_processor_name(),
-        "processors": os.cpu_count(),
-        "gpus": [get_details(gpu).get("device_name") for gpu in tensorflow_v1.GPUS],
-    }
 
 
 def _find_commit(folder):

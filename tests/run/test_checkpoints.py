@@ -56,7 +56,7 @@ def test_the_newest_checkpoint_is_the_one_that_the_state_file_names(tmp_path):
     save(tmp_path, 7)
     newest = save(tmp_path, 3)  # by number, step 7 comes later
     assert checkpoints.find_latest_checkpoint(str(tmp_path)) == newest
-    assert checkpoints._require_checkpoint(str(tmp_path)) == newest
+    assert checkpoints.use_newest(str(tmp_path)).path == newest
     assert checkpoints.find_checkpoint_to_resume(str(tmp_path)).path == newest
 
 
@@ -93,8 +93,6 @@ def test_a_folder_without_checkpoints_is_an_error_only_if_one_is_required(tmp_pa
     assert checkpoints._explain_missing_checkpoint(str(folder)) is None
     assert checkpoints.find_checkpoint_to_resume(str(folder)) is None
     message = f"there is no checkpoint in {folder}; train first, or .* --checkpoint_dir$"
-    with pytest.raises(UserError, match=message):
-        checkpoints._require_checkpoint(str(folder))
     with pytest.raises(UserError, match=message):
         checkpoints.use_newest(str(folder))
 
@@ -155,7 +153,7 @@ def test_a_state_file_from_elsewhere_names_the_checkpoint_next_to_it(tmp_path, w
     named = save(tmp_path, 7)
     tf.train.update_checkpoint_state(str(tmp_path), path)
     assert checkpoints.find_latest_checkpoint(str(tmp_path)) == named
-    assert checkpoints._require_checkpoint(str(tmp_path)) == named
+    assert checkpoints.use_newest(str(tmp_path)).path == named
     assert checkpoints.find_checkpoint_to_resume(str(tmp_path)).path == named
     assert warnings == []
 
@@ -218,7 +216,7 @@ def test_without_a_state_file_the_readable_checkpoint_of_the_highest_step_is_use
     (tmp_path / "model.ckpt-300.index").write_bytes(b"")  # a save that was killed
     newest = str(tmp_path / "model.ckpt-100")
     assert checkpoints.find_latest_checkpoint(str(tmp_path)) == newest
-    assert checkpoints._require_checkpoint(str(tmp_path)) == newest
+    assert checkpoints.use_newest(str(tmp_path)).path == newest
     assert warnings == []
     assert not (tmp_path / "checkpoint").exists()
 
@@ -226,7 +224,7 @@ def test_without_a_state_file_the_readable_checkpoint_of_the_highest_step_is_use
 def test_a_folder_that_cannot_be_listed_is_a_one_line_error():
     message = "^cannot read the folder /tmp/x+: File name too long$"
     with pytest.raises(UserError, match=message):
-        checkpoints._require_checkpoint(f"/tmp/{'x' * 300}")
+        checkpoints.use_newest(f"/tmp/{'x' * 300}")
 
 
 @pytest.mark.parametrize("suffix", ["", ".index", ".meta", ".data-00000-of-00001"])
@@ -235,7 +233,7 @@ def test_a_path_may_name_one_checkpoint_or_one_of_its_files(tmp_path, suffix):
     save(tmp_path, 4, OWN, x=4.5)
     assert checkpoints.find_single_checkpoint(f"{path}{suffix}") == path
     assert checkpoints.find_latest_checkpoint(f"{path}{suffix}") == path
-    assert checkpoints._require_checkpoint(f"{path}{suffix}") == path
+    assert checkpoints.use_newest(f"{path}{suffix}").path == path
     assert restore(f"{path}{suffix}") == (path, 3, 3.5)
     assert checkpoints.find_single_checkpoint(str(tmp_path)) is None
     assert checkpoints.find_single_checkpoint(str(tmp_path / f"model.ckpt-5{suffix}")) is None
