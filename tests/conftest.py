@@ -135,6 +135,15 @@ def read_events(folder):
     return [event for path in paths for event in tf.train.summary_iterator(path)]
 
 
+def written_values(folder):
+    """Returns (step, tag, number) of each summary in the event files of a folder."""
+    return [
+        (event.step, value.tag, value.simple_value)
+        for event in read_events(folder)
+        for value in event.summary.value
+    ]
+
+
 def written_scopes(folder):
     """Returns the outermost scopes of the graph in the event files of a folder."""
     from support.ops.tensorflow_v1 import tf

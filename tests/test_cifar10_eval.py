@@ -17,11 +17,11 @@ from conftest import (
     RAW,
     TF_CONFIGS,
     lost_stream,
-    read_events,
     save_checkpoint,
     standardized_centers,
     write_dataset,
     written_scopes,
+    written_values,
 )
 
 import cifar10
@@ -65,17 +65,12 @@ def written_results():
     return [json.loads(line) for line in lines]
 
 
-def written_values():
-    """Returns (step, tag, value) of each summary in the event files of --eval_dir."""
-    return [
-        (event.step, value.tag, value.simple_value)
-        for event in read_events(FLAGS.eval_dir)
-        for value in event.summary.value
-    ]
+def written_tags():
+    return {tag for _, tag, _ in written_values(FLAGS.eval_dir)}
 
 
 def evaluated_steps():
-    return [step for step, tag, _ in written_values() if tag == "precision @ 1"]
+    return [step for step, tag, _ in written_values(FLAGS.eval_dir) if tag == "precision @ 1"]
 
 
 @pytest.mark.parametrize("batch_size", [1, 128])
@@ -94,7 +89,7 @@ def test_the_precision_is_that_of_numpy_whatever_tf_config_says(
         rf"\d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d\.\d{{6}}: precision @ 1 = {expected:.3f}\n", output.out
     )
     assert "--num_examples=10000, but there are only 131 images" in output.err
-    assert (7, "precision @ 1", pytest.approx(expected, rel=1e-6)) in written_values()
+    assert (7, "precision @ 1", pytest.approx(expected, rel=1e-6)) in written_values(FLAGS.eval_dir)
 
 
 def test_results_match_numpy(records):
@@ -130,7 +125,7 @@ def test_results_match_numpy(records):
         [(labels[predictions == label] == label).mean() for label in predicted]
     )
     assert {name: value for name, value in recall.items() if precision[name] != value}
-    scalars = {tag: value for _, tag, value in written_values()}
+    scalars = {tag: value for _, tag, value in written_values(FLAGS.eval_dir)}
     assert scalars == pytest.approx(
         scalars
         | {f"recall/{name}": value for name, value in recall.items()}
@@ -165,12 +160,11 @@ def test_fast_and_reference_operations_give_the_same_results(records, eval_data,
 def test_summaries_have_exactly_these_tags(records):
     save_checkpoint(FLAGS.checkpoint_dir, 7)
     cifar10_eval.evaluate()
-    tags = {tag for _, tag, _ in written_values()}
     (result,) = written_results()
     predicted = [name for name, value in result["precision_of_class"].items() if value is not None]
     assert predicted
     layers = ("conv1", "conv2", "local3", "local4", "softmax_linear")
-    assert tags == {
+    assert written_tags() == {
         "input",
         "precision @ 1",
         "cross_entropy",
@@ -249,7 +243,7 @@ def test_any_number_of_classes_is_evaluated_and_reported_by_name(tmp_path, names
     assert result["confusion_matrix"] == confusion.tolist()
     assert result["class_names"] == list(names)
     assert result["precision"] == pytest.approx(np.trace(confusion) / 40)
-    assert {f"recall/{name}" for name in names} <= {tag for _, tag, _ in written_values()}
+    assert {f"recall/{name}" for name in names} <= written_tags()
 
 
 def test_a_tie_counts_as_the_first_of_the_classes(records, capsys, monkeypatch):

@@ -280,15 +280,6 @@ def test_a_task_of_a_cluster_is_refused_before_anything_starts(tmp_path, monkeyp
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_tf_config_of_a_single_process_trains(small_dataset, tmp_path, monkeypatch):
-    monkeypatch.setenv("TF_CONFIG", '{"cluster": {"master": ["a:1"]}, "environment": "cloud"}')
-    FLAGS.train_dir = str(tmp_path / "train")
-    FLAGS.batch_size = 4
-    FLAGS.max_steps = 1
-    cifar10_multi_gpu_train.main()
-    assert tf.train.latest_checkpoint(FLAGS.train_dir).endswith("model.ckpt-1")
-
-
 def test_losses_are_averaged_over_the_towers_and_over_the_steps(fixed_batch):
     extra = tf.constant(7.0, name="extra")  # in no tower, so it is not part of the objective
     tf.add_to_collection("losses", extra)

@@ -1,12 +1,10 @@
 """Tests of training on one device in this process. test_end_to_end.py runs the scripts."""
 
-import contextlib
 import json
 import math
 import os
 import platform
 import re
-import types
 
 import pytest
 from absl import flags
@@ -105,74 +103,61 @@ def test_the_reason_why_a_value_is_refused_is_given(name, value, message):
         setattr(FLAGS, name, value)
 
 
-@pytest.mark.parametrize(
-    ("trainer", "examples_per_step"),
-    [(cifar10_train, 4), (cifar10_multi_gpu_train, 12)],
-    ids=["single", "multi"],
-)
-def test_the_training_session_gets_the_flags(tmp_path, monkeypatch, trainer, examples_per_step):
-    write_dataset(tmp_path / dataset.EXTRACTED_FOLDER)
+@pytest.fixture
+def stopped_run(tmp_path, monkeypatch):
+    """Flags for a run on a small dataset that is interrupted before the graph; its arguments."""
+    write_dataset(tmp_path)
     FLAGS.data_dir = str(tmp_path)
     FLAGS.train_dir = str(tmp_path / "train")
-    FLAGS.batch_size = 4
     FLAGS.num_gpus = 3
-    FLAGS.max_steps = 17
-    FLAGS.log_frequency = 3
-    FLAGS.save_checkpoint_secs = 5
-    FLAGS.save_checkpoint_steps = 6
-    FLAGS.max_checkpoints_to_keep = 7
-    FLAGS.save_summaries_steps = 8
-    FLAGS.save_histograms_steps = 9
-    FLAGS.seed = 99
-    FLAGS.log_device_placement = True
-    FLAGS.use_fp16 = True
-    runs = []
+    arguments = []
 
-    class Run:
-        """Records its arguments, and trains no step."""
+    class Run(training_run.TrainingRun):
+        def __init__(self, *given):
+            arguments.extend(given)
+            super().__init__(*given)
 
-        def __init__(self, options, settings, worker=ALONE):
-            runs.append((options, settings, worker))
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *exception):
-            pass
-
-        def has_steps_left(self):
-            return True
-
-        @contextlib.contextmanager
         def graph(self, seed):
-            assert seed == 99
-            with tf.Graph().as_default():
-                yield
+            arguments.append(seed)
+            raise KeyboardInterrupt
 
-        @contextlib.contextmanager
-        def session(self, loss):
-            assert loss.shape == []
-            yield types.SimpleNamespace(should_stop=lambda: True)
+    for trainer in (cifar10_train, cifar10_multi_gpu_train):
+        monkeypatch.setattr(trainer, "TrainingRun", Run)
+    return arguments
 
-    monkeypatch.setattr(trainer, "TrainingRun", Run)
-    trainer.train()
-    ((options, settings, worker),) = runs
+
+@pytest.mark.parametrize(
+    ("trainer", "examples_per_step", "worker"),
+    [(cifar10_train, 4, [ALONE]), (cifar10_multi_gpu_train, 12, [])],
+    ids=["single", "multi"],
+)
+def test_the_training_session_gets_the_flags(stopped_run, trainer, examples_per_step, worker):
+    FLAGS.batch_size = 4
+    FLAGS.use_fp16 = True
+    values = {
+        "max_steps": 17,
+        "log_frequency": 3,
+        "save_checkpoint_secs": 5,
+        "save_checkpoint_steps": 6,
+        "max_checkpoints_to_keep": 7,
+        "save_summaries_steps": 8,
+        "save_histograms_steps": 9,
+    }
+    for name, value in {**values, "seed": 99, "log_device_placement": True}.items():
+        setattr(FLAGS, name, value)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    options, settings, *rest = stopped_run
+    assert rest == [*worker, 99]
     assert options._replace(check_input=None, flags=None) == training_run.Options(
-        train_dir=str(tmp_path / "train"),
-        max_steps=17,
-        log_frequency=3,
-        save_checkpoint_secs=5,
-        save_checkpoint_steps=6,
-        max_checkpoints_to_keep=7,
-        save_summaries_steps=8,
-        save_histograms_steps=9,
+        FLAGS.train_dir,
+        **values,
         config=session_config(use_fp16=True, log_device_placement=True),
         check_input=None,
     )
     options.check_input()
     assert options.flags["max_steps"] == 17
     assert settings == cifar10.training_settings(examples_per_step=examples_per_step)
-    assert worker is ALONE
 
 
 @pytest.mark.parametrize(
@@ -182,17 +167,9 @@ def test_the_training_session_gets_the_flags(tmp_path, monkeypatch, trainer, exa
         (cifar10_multi_gpu_train, "3 of 4 GPUs are used; "),
     ],
 )
-def test_gpus_that_stay_unused_are_reported(tmp_path, monkeypatch, warnings, trainer, line):
-    def stop(run, seed):
-        raise KeyboardInterrupt
-
-    write_dataset(tmp_path)
-    FLAGS.data_dir = str(tmp_path)
-    FLAGS.train_dir = str(tmp_path / "train")
-    FLAGS.num_gpus = 3
+def test_gpus_that_stay_unused_are_reported(stopped_run, monkeypatch, warnings, trainer, line):
     monkeypatch.setattr(tensorflow_v1, "GPUS", ["a GPU"] * 4)
     monkeypatch.setattr(cifar10_multi_gpu_train, "GPUS", ["a GPU"] * 4)
-    monkeypatch.setattr(training_run.TrainingRun, "graph", stop)
     with pytest.raises(KeyboardInterrupt):
         trainer.main()
     (warning,) = warnings

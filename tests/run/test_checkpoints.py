@@ -97,18 +97,6 @@ def test_a_folder_without_checkpoints_is_an_error_only_if_one_is_required(tmp_pa
         checkpoints.use_newest(str(folder))
 
 
-def test_resuming_names_a_first_checkpoint_that_no_state_file_names_yet(tmp_path):
-    folder = tmp_path / "before"
-    folder.mkdir()
-    readable = save(folder)
-    (folder / "checkpoint").unlink()
-    (folder / "model.ckpt-7.index").write_bytes(b"")  # a save that was killed
-    assert checkpoints.find_checkpoint_to_resume(str(folder)).path == readable
-    assert checkpoints.find_latest_checkpoint(str(folder)) == readable
-    moved = folder.rename(tmp_path / "after")
-    assert checkpoints.find_latest_checkpoint(str(moved)) == str(moved / "model.ckpt-3")
-
-
 @pytest.mark.parametrize("state", [None, b"\0\0"])
 def test_a_folder_with_only_damaged_checkpoints_cannot_be_resumed(tmp_path, state):
     for step in (3, 5):
@@ -210,15 +198,19 @@ def test_if_the_state_file_names_no_checkpoint_the_highest_step_is_used_but_not_
 def test_without_a_state_file_the_readable_checkpoint_of_the_highest_step_is_used(
     tmp_path, warnings
 ):
+    folder = tmp_path / "before"
+    folder.mkdir()
     for step in (7, 100, 20):
-        save(tmp_path, step)
-    (tmp_path / "checkpoint").unlink()
-    (tmp_path / "model.ckpt-300.index").write_bytes(b"")  # a save that was killed
-    newest = str(tmp_path / "model.ckpt-100")
-    assert checkpoints.find_latest_checkpoint(str(tmp_path)) == newest
-    assert checkpoints.use_newest(str(tmp_path)).path == newest
+        save(folder, step)
+    (folder / "checkpoint").unlink()
+    (folder / "model.ckpt-300.index").write_bytes(b"")  # a save that was killed
+    newest = str(folder / "model.ckpt-100")
+    assert checkpoints.find_latest_checkpoint(str(folder)) == newest
     assert warnings == []
-    assert not (tmp_path / "checkpoint").exists()
+    assert not (folder / "checkpoint").exists()
+    assert checkpoints.find_checkpoint_to_resume(str(folder)).path == newest
+    moved = folder.rename(tmp_path / "after")  # the new state file names no folder
+    assert tf.train.latest_checkpoint(str(moved)) == str(moved / "model.ckpt-100")
 
 
 def test_a_folder_that_cannot_be_listed_is_a_one_line_error():

@@ -1,6 +1,7 @@
 """Tests of the training session, with small graphs whose losses and gradients are given."""
 
 import contextlib
+import io
 import itertools
 import json
 import math
@@ -15,7 +16,7 @@ import time
 
 import numpy as np
 import pytest
-from conftest import ROOT, lost_stream, read_events, written_scopes
+from conftest import ROOT, lost_stream, read_events, written_scopes, written_values
 
 from support.base.errors import DataError, Interrupted, UserError
 from support.base.worker import ALONE, Worker
@@ -102,15 +103,6 @@ def printed(capsys):
     matches = [LINE.fullmatch(line) for line in lines]
     assert all(matches), lines
     return [(int(m[1]), float(m[2]), float(m[3]), float(m[4])) for m in matches]
-
-
-def recorded(train_dir):
-    """Returns (step, tag, value) of each scalar in the event files."""
-    return [
-        (event.step, value.tag, value.simple_value)
-        for event in read_events(train_dir)
-        for value in event.summary.value
-    ]
 
 
 # --- Lines of progress and metrics.
@@ -387,14 +379,6 @@ def test_a_second_trainer_is_refused_with_a_description_of_the_first(tmp_path):
         assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
         assert run_loop(training, count) == 1
     assert saved_step(tmp_path) == 1
-
-
-@pytest.mark.parametrize("losses", [{}, {1: math.nan}])
-def test_the_lock_is_released_after_success_and_failure(tmp_path, losses):
-    with contextlib.suppress(UserError):
-        train(tmp_path, max_steps=2, losses=losses)
-    assert not (tmp_path / ".trainer.lock").exists()
-    assert train(tmp_path, max_steps=3) >= 1
 
 
 @pytest.mark.parametrize("kind", [ZeroDivisionError, Interrupted])
@@ -695,20 +679,9 @@ def test_running_out_of_memory_is_a_one_line_error(tmp_path):
     assert "\n" not in str(caught.value)
 
 
-class Terminal:
-    """Replaces stderr by a terminal, and keeps the text that is written to it."""
-
-    def __init__(self):
-        self.text = ""
-
+class Terminal(io.StringIO):
     def isatty(self):
         return True
-
-    def write(self, text):
-        self.text += text
-
-    def flush(self):
-        pass
 
 
 def test_the_filling_queue_is_shown_until_the_first_step_has_its_batch(
@@ -719,10 +692,10 @@ def test_the_filling_queue_is_shown_until_the_first_step_has_its_batch(
     queue = make_slow_queue(min_after_dequeue=16)
     graph_notes.watch_queue(queue.size(), min_size=17)
     run(count_step(queue.dequeue()), tmp_path, max_steps=1)
-    levels = [int(n) for n in re.findall(r"Filling queue: .*? (\d+)/17 ", terminal.text)]
+    levels = [int(n) for n in re.findall(r"Filling queue: .*? (\d+)/17 ", terminal.getvalue())]
     assert levels == sorted(levels)
     assert 8 < levels[-1] <= 17
-    assert re.search(r"\r +\r$", terminal.text)  # the bar is erased
+    assert re.search(r"\r +\r$", terminal.getvalue())  # the bar is erased
     assert [step for step, *_ in printed(capsys)] == [0]
 
 
@@ -737,7 +710,7 @@ def test_summaries_describe_the_batch_of_their_step(tmp_path):
     fill = tf.group(queue.enqueue_many(tf.range(20.0)))
     tf.train.add_queue_runner(tf.train.QueueRunner(queue, [fill]))
     run(count_step(batch), tmp_path, max_steps=20, loss=batch, save_summaries_steps=3)
-    found = [(step, value) for step, tag, value in recorded(tmp_path) if tag == "batch"]
+    found = [(step, value) for step, tag, value in written_values(tmp_path) if tag == "batch"]
     assert found == [(step, step) for step in range(0, 20, 3)]
 
 
@@ -749,13 +722,13 @@ def test_summaries_of_a_resumed_run_replace_those_of_its_steps(tmp_path):
     events = read_events(tmp_path)
     is_start = [event.session_log.status == tf.SessionLog.START for event in events]
     assert [event.step for event in itertools.compress(events, is_start)] == [0, 3]
-    assert [step for step, tag, _ in recorded(tmp_path) if tag == "histogram"] == [0, 3]
+    assert [step for step, tag, _ in written_values(tmp_path) if tag == "histogram"] == [0, 3]
 
 
 def test_the_throughput_is_written_with_the_summaries(tmp_path):
     slow = tf.py_func(lambda: time.sleep(0.05) or np.float32(0), [], tf.float32)
     run(count_step(slow), tmp_path, max_steps=9, save_summaries_steps=4)
-    (step, tag, first), (_, _, second) = recorded(tmp_path)  # none for the first step
+    (step, tag, first), (_, _, second) = written_values(tmp_path)  # none for the first step
     assert (step, tag) == (4, "examples_per_sec")
     assert 0 < first < 8 / 0.05
     assert 0 < second < 8 / 0.05
@@ -779,7 +752,7 @@ def test_scalars_have_another_interval_than_histograms_and_images(
     summaries.image_sheet("image", tf.zeros([2, 4, 4, 3]))
     run(count_step(), tmp_path, max_steps=10, **{"save_summaries_steps": 1} | options)
     found = {"scalar": [], "histogram": [], "image": [], "examples_per_sec": []}
-    for step, tag, _ in recorded(tmp_path):
+    for step, tag, _ in written_values(tmp_path):
         found[tag].append(step)
     assert found["scalar"] == list(scalar_steps)
     assert found["histogram"] == found["image"] == histogram_steps
@@ -798,9 +771,10 @@ def test_the_graph_is_written_for_tensorboard(tmp_path, save_summaries_steps):
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/fd"), reason="Linux has this folder")
 @pytest.mark.parametrize("losses", [{}, {1: math.nan}])
-def test_a_run_leaves_no_event_file_open(tmp_path, losses):
+def test_a_run_leaves_neither_a_lock_nor_an_open_file(tmp_path, losses):
     with contextlib.suppress(UserError):
         train(tmp_path, max_steps=2, losses=losses)
+    assert not (tmp_path / ".trainer.lock").exists()
     opened = [os.readlink(f"/proc/self/fd/{n}") for n in os.listdir("/proc/self/fd") if is_open(n)]
     assert not [path for path in opened if path.startswith(str(tmp_path))]
     assert not [t.name for t in threading.enumerate() if "EventLogger" in t.name]
@@ -844,18 +818,20 @@ def signals():
         signal.signal(number, handler)
 
 
-def test_a_signal_lets_the_step_finish_and_saves_it(tmp_path, signals):
-    trained = []
+def send_at_step(signals, step):
+    """Returns a function of a step that sends a signal in one step, which then goes on."""
 
-    def send_once(step):
-        if step == 3:
+    def send(current):
+        if current == step:
             signals(signal.SIGHUP)
             time.sleep(0.5)
-        trained.append(step)
 
+    return send
+
+
+def test_a_signal_lets_the_step_finish_and_saves_it(tmp_path, signals):
     with pytest.raises(Interrupted) as caught:
-        train(tmp_path, max_steps=100, before_step=send_once)
-    assert trained == [0, 1, 2, 3]
+        train(tmp_path, max_steps=100, before_step=send_at_step(signals, 3))
     assert saved_step(tmp_path) == 4
     assert caught.value.signal_number == signal.SIGHUP
     assert caught.value.message == (
@@ -864,12 +840,7 @@ def test_a_signal_lets_the_step_finish_and_saves_it(tmp_path, signals):
 
 
 def test_a_signal_at_the_last_step_does_not_interrupt_the_run(tmp_path, signals):
-    def send_at_the_end(step):
-        if step == 4:
-            signals(signal.SIGTERM)
-            time.sleep(0.5)
-
-    assert train(tmp_path, max_steps=5, before_step=send_at_the_end) == 5
+    assert train(tmp_path, max_steps=5, before_step=send_at_step(signals, 4)) == 5
     assert saved_step(tmp_path) == 5
 
 
@@ -1039,14 +1010,9 @@ def test_a_worker_explains_why_training_ends_unless_the_chief_has_finished(
 
 
 def test_a_signal_tells_a_worker_how_to_rejoin(tmp_path, server, signals):
-    def send_once(step):
-        if step == 3:
-            signals(signal.SIGTERM)
-            time.sleep(0.5)
-
-    worker = make_worker(1, target=server.target)
+    worker, send = make_worker(1, target=server.target), send_at_step(signals, 3)
     with pytest.raises(Interrupted, match="^run the same command again to rejoin$"):
-        train(tmp_path, max_steps=100, before_step=send_once, worker=worker)
+        train(tmp_path, max_steps=100, before_step=send, worker=worker)
 
 
 def test_a_worker_without_its_chief_stops_a_step_that_waits(tmp_path, server):
