@@ -46,6 +46,12 @@ def records(tmp_path):
     return write_dataset(folder, train_counts=(20, 1, 30, 8, 5), test_count=131, patches=True)
 
 
+@pytest.fixture
+def checkpoint(records):
+    """The path of a checkpoint of step 7."""
+    return save_checkpoint(FLAGS.checkpoint_dir, 7)
+
+
 def expected_logits(records, seed):
     return numpy_model.inference(standardized_centers(records), numpy_model.random_variables(seed))
 
@@ -75,10 +81,9 @@ def evaluated_steps():
 
 @pytest.mark.parametrize("batch_size", [1, 128])
 def test_the_precision_is_that_of_numpy_whatever_tf_config_says(
-    records, capsys, monkeypatch, batch_size
+    records, checkpoint, capsys, monkeypatch, batch_size
 ):
     _, test = records
-    save_checkpoint(FLAGS.checkpoint_dir, 7)
     monkeypatch.setenv("TF_CONFIG", TF_CONFIGS[0])
     FLAGS.batch_size = batch_size
     cifar10_eval.main()
@@ -92,9 +97,8 @@ def test_the_precision_is_that_of_numpy_whatever_tf_config_says(
     assert (7, "precision @ 1", pytest.approx(expected, rel=1e-6)) in written_values(FLAGS.eval_dir)
 
 
-def test_results_match_numpy(records):
+def test_results_match_numpy(records, checkpoint):
     _, test = records
-    checkpoint = save_checkpoint(FLAGS.checkpoint_dir, 7)
     FLAGS.batch_size = 7
     FLAGS.num_examples = 100
     cifar10_eval.evaluate()
@@ -144,8 +148,7 @@ def test_results_match_numpy(records):
 
 
 @pytest.mark.parametrize(("eval_data", "index"), [("train_eval", 0), ("test", 1)])
-def test_fast_and_reference_operations_give_the_same_results(records, eval_data, index):
-    save_checkpoint(FLAGS.checkpoint_dir, 7)
+def test_fast_and_reference_operations_give_the_same_results(records, checkpoint, eval_data, index):
     FLAGS.eval_data = eval_data
     for fast_ops in (True, False):
         FLAGS.fast_ops = fast_ops
@@ -157,8 +160,7 @@ def test_fast_and_reference_operations_give_the_same_results(records, eval_data,
     assert fast["precision"] == expected_correct(records[index], AVERAGED).mean()
 
 
-def test_summaries_have_exactly_these_tags(records):
-    save_checkpoint(FLAGS.checkpoint_dir, 7)
+def test_tensorboard_gets_exactly_these_tags_and_the_graph_of_the_model(checkpoint):
     cifar10_eval.evaluate()
     (result,) = written_results()
     predicted = [name for name, value in result["precision_of_class"].items() if value is not None]
@@ -174,18 +176,12 @@ def test_summaries_have_exactly_these_tags(records):
         *(f"precision/{name}" for name in predicted),
         *(f"activations/{layer}" for layer in layers),
     }
-
-
-def test_tensorboard_gets_the_graph_of_the_model(records):
-    save_checkpoint(FLAGS.checkpoint_dir, 7)
-    cifar10_eval.evaluate()
     scopes = written_scopes(FLAGS.eval_dir)
     assert {"inputs", "conv1", "softmax_linear"} <= scopes
     assert scopes.isdisjoint({"save", "summaries", "init"})
 
 
-def test_a_checkpoint_trained_on_other_classes_is_refused_before_anything_starts(records):
-    save_checkpoint(FLAGS.checkpoint_dir, 7)
+def test_a_checkpoint_trained_on_other_classes_is_refused_before_anything_starts(checkpoint):
     save_checkpoint(FLAGS.checkpoint_dir, 9, TrainingSettings(("cat", "dog"), 64))
     message = r"ckpt-9 was trained with 2 classes \(cat, dog\), not with 10 .* --checkpoint_dir$"
     with pytest.raises(CheckpointError, match=message):
@@ -193,16 +189,21 @@ def test_a_checkpoint_trained_on_other_classes_is_refused_before_anything_starts
     assert not os.path.exists(FLAGS.eval_dir)
 
 
-def test_class_names_that_change_during_an_evaluation_do_not_affect_it(records, monkeypatch):
-    save_checkpoint(FLAGS.checkpoint_dir, 7)
-    names = dataset.CLASS_NAMES
+def call_before_restoring(monkeypatch, function):
+    """Makes an evaluation call a function before it restores the checkpoint."""
     restore = checkpoints.restore
 
-    def change_names_and_restore(*arguments):
-        dataset.write_class_names(cifar10.find_dataset().folder, [*names, "emu"])
+    def call_and_restore(*arguments):
+        function()
         restore(*arguments)
 
-    monkeypatch.setattr(checkpoints, "restore", change_names_and_restore)
+    monkeypatch.setattr(checkpoints, "restore", call_and_restore)
+
+
+def test_class_names_that_change_during_an_evaluation_do_not_affect_it(checkpoint, monkeypatch):
+    names = dataset.CLASS_NAMES
+    folder = cifar10.find_dataset().folder
+    call_before_restoring(monkeypatch, lambda: dataset.write_class_names(folder, [*names, "emu"]))
     cifar10_eval.evaluate()
     assert len(dataset.read_class_names(cifar10.find_dataset().folder)) == 11
     (result,) = written_results()
@@ -211,9 +212,8 @@ def test_class_names_that_change_during_an_evaluation_do_not_affect_it(records, 
 
 
 def test_evaluating_fewer_images_than_there_are_is_reported_unless_requested(
-    records, capsys, monkeypatch
+    checkpoint, capsys, monkeypatch
 ):
-    save_checkpoint(FLAGS.checkpoint_dir, 7)
     monkeypatch.setattr(cifar10, "NUM_EXAMPLES_PER_EPOCH_FOR_EVAL", 100)
     cifar10_eval.evaluate()
     assert capsys.readouterr().err == (
@@ -262,9 +262,8 @@ def test_a_tie_counts_as_the_first_of_the_classes(records, capsys, monkeypatch):
     assert result["precision"] == np.trace(confusion) / confusion.sum()
 
 
-def test_the_variables_themselves_are_evaluated_on_request(records, capsys):
+def test_the_variables_themselves_are_evaluated_on_request(records, checkpoint, capsys):
     _, test = records
-    save_checkpoint(FLAGS.checkpoint_dir, 7)
     FLAGS.use_moving_averages = False
     cifar10_eval.evaluate()
     expected = expected_correct(test, RAW).mean()
@@ -313,8 +312,7 @@ def test_run_once_without_a_checkpoint_is_an_error(records):
     assert not pathlib.Path(FLAGS.eval_dir).exists()
 
 
-def test_an_eval_dir_is_known_to_be_unusable_before_anything_is_evaluated(records, capsys):
-    save_checkpoint(FLAGS.checkpoint_dir, 7)
+def test_an_eval_dir_is_known_to_be_unusable_before_anything_is_evaluated(checkpoint, capsys):
     FLAGS.eval_dir = "/proc"  # it exists, but no file can be created there
     with pytest.raises(UserError, match="^cannot write to --eval_dir=/proc: "):
         cifar10_eval.evaluate()
@@ -359,8 +357,7 @@ def test_a_checkpoint_of_the_tutorial_of_2015_is_evaluated(records, capsys):
     assert [result["step"] for result in written_results()] == [100, 100]
 
 
-def test_the_flags_configure_the_session(records, monkeypatch):
-    save_checkpoint(FLAGS.checkpoint_dir, 7)
+def test_the_flags_configure_the_session(checkpoint, monkeypatch):
     FLAGS.use_fp16 = True
     configs = []
     session = tf.Session
@@ -427,24 +424,16 @@ def test_without_run_once_each_new_checkpoint_is_evaluated(records, capsys, monk
     assert len([seconds for seconds in waits if 4900 < seconds < 5000]) == 2
 
 
-def test_test_data_that_is_truncated_during_an_evaluation_is_an_error(records, monkeypatch):
-    save_checkpoint(FLAGS.checkpoint_dir, 7)
+def test_test_data_that_is_truncated_during_an_evaluation_is_an_error(checkpoint, monkeypatch):
     test_file = pathlib.Path(cifar10.find_dataset().folder) / "test_batch.bin"
-    restore = checkpoints.restore
-
-    def truncate_and_restore(*arguments):
-        os.truncate(test_file, 3073)
-        return restore(*arguments)
-
-    monkeypatch.setattr(checkpoints, "restore", truncate_and_restore)
+    call_before_restoring(monkeypatch, lambda: os.truncate(test_file, 3073))
     message = r"test_batch.bin has 3073 bytes, but had \d+ when the script started"
     with pytest.raises(DataError, match=message):
         cifar10_eval.evaluate()
     assert evaluated_steps() == []
 
 
-def test_test_data_that_changes_between_two_evaluations_is_an_error(records, monkeypatch):
-    save_checkpoint(FLAGS.checkpoint_dir, 7)
+def test_test_data_that_changes_between_two_evaluations_is_an_error(checkpoint, monkeypatch):
     test_file = pathlib.Path(cifar10.find_dataset().folder) / "test_batch.bin"
 
     def change_and_save(seconds):
@@ -460,8 +449,7 @@ def test_test_data_that_changes_between_two_evaluations_is_an_error(records, mon
     assert evaluated_steps() == [7]
 
 
-def test_evaluations_leave_no_threads_behind(records):
-    save_checkpoint(FLAGS.checkpoint_dir, 7)
+def test_evaluations_leave_no_threads_behind(checkpoint):
     FLAGS.num_examples = 10  # fewer than the queue holds
     FLAGS.batch_size = 2
     before = threading.active_count()
@@ -470,8 +458,7 @@ def test_evaluations_leave_no_threads_behind(records):
     assert threading.active_count() == before
 
 
-def test_results_are_written_when_stdout_is_lost(records, monkeypatch, capsys):
-    save_checkpoint(FLAGS.checkpoint_dir, 7)
+def test_results_are_written_when_stdout_is_lost(checkpoint, monkeypatch, capsys):
     with lost_stream() as stream:
         monkeypatch.setattr(sys, "stdout", stream)
         cifar10_eval.evaluate()

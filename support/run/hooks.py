@@ -29,6 +29,7 @@ class ProgressHook(tf.train.SessionRunHook):
       worker: `support.base.worker.Worker`.
 
     Attributes:
+      examples_per_step: int; as given.
       step: int; the step that is being trained.
       is_in_step: bool; whether a step is running.
       has_trained: bool; whether this run has finished a step.
@@ -36,7 +37,7 @@ class ProgressHook(tf.train.SessionRunHook):
 
     def __init__(self, loss, examples_per_step, options, worker):
         self._loss = loss
-        self._examples_per_step = examples_per_step
+        self.examples_per_step = examples_per_step
         self._log_frequency = options.log_frequency
         self._global_step = tf.train.get_or_create_global_step()
         self._must_be_finite = tf.get_collection(graph_notes.MUST_BE_FINITE) or [loss]
@@ -85,7 +86,7 @@ class ProgressHook(tf.train.SessionRunHook):
         now = time.monotonic()
         steps = max(1, self.step + 1 - self._first_step_since_line)
         sec_per_batch = (now - self._start_time) / steps
-        examples_per_sec = self._examples_per_step / sec_per_batch
+        examples_per_sec = self.examples_per_step / sec_per_batch
         print(
             f"{timestamp()}: step {self.step}, loss = {loss:.2f} ({examples_per_sec:.1f} "
             f"examples/sec; {sec_per_batch:.3f} sec/batch)",
@@ -186,14 +187,12 @@ class SummaryHook(tf.train.SessionRunHook):
     Args:
       progress: `ProgressHook`, which must run before this one.
       writer: `summaries.Writer`.
-      examples_per_step: int.
       options: `Options`. The first step of a run has all summaries.
     """
 
-    def __init__(self, progress, writer, examples_per_step, options):
+    def __init__(self, progress, writer, options):
         self._progress = progress
         self._writer = writer
-        self._examples_per_step = examples_per_step
         self._scalar_steps = options.save_summaries_steps
         self._histogram_steps = options.save_histograms_steps
         self._scalars, self._histograms = summaries.merge_collected()
@@ -221,10 +220,8 @@ class SummaryHook(tf.train.SessionRunHook):
             now = time.monotonic()
             if self._previous is not None:  # the first step has no throughput yet
                 since, since_step = self._previous
-                steps_per_sec = (self._step - since_step) / (now - since)
-                summary.value.add(
-                    tag="examples_per_sec", simple_value=steps_per_sec * self._examples_per_step
-                )
+                examples = (self._step - since_step) * self._progress.examples_per_step
+                summary.value.add(tag="examples_per_sec", simple_value=examples / (now - since))
             self._previous = now, self._step
         if summary.value:
             self._writer.add_summary(summary, self._step)

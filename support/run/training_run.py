@@ -68,7 +68,7 @@ class Options(NamedTuple):
     flags: dict | None = None
 
     @classmethod
-    def select(cls, flags, config=None, check_input=lambda: None):
+    def select(cls, flags, config, check_input):
         """Returns the `Options` from `flags`, a dict of the values of all flags by name."""
         values = {name: flags[name] for name in cls._fields if name in flags}
         return cls(**values | {"config": config, "check_input": check_input, "flags": flags})
@@ -227,7 +227,6 @@ class TrainingRun:
 
         `stack` is the `ExitStack` that closes the files.
         """
-        train_dir, examples_per_step = self._options.train_dir, self._settings.examples_per_step
         if self._checkpoint is not None:
             self._checkpoint.check_settings(self._settings, "--train_dir")
             variables = checkpoints.find_variables(use_moving_averages=False)
@@ -235,12 +234,12 @@ class TrainingRun:
         offset = graph_notes.images_offset()
         checkpoints.record_settings(self._settings._replace(examples_offset=offset))
         self._record_start()
-        writer = stack.enter_context(summaries.Writer(train_dir, "--train_dir"))
+        writer = stack.enter_context(summaries.Writer(self._options.train_dir, "--train_dir"))
         writer.add_graph(tf.get_default_graph())  # without what the session adds to it
         return [
             # After the progress hook, which raises before a value that is not finite is saved.
             CheckpointHook(progress, self._options, self._checkpoint),
-            SummaryHook(progress, writer, examples_per_step, self._options),
+            SummaryHook(progress, writer, self._options),
         ]
 
     def _create_session(self, hooks):
