@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import itertools
 import json
 import math
 import os
@@ -346,12 +345,10 @@ def test_steps_are_left_until_a_checkpoint_has_reached_max_steps(tmp_path, capsy
         )
 
 
-@pytest.mark.parametrize("start", [has_steps_left, train])
-def test_an_unusable_train_dir_is_a_one_line_error(tmp_path, start):
+def test_an_unusable_train_dir_is_a_one_line_error(tmp_path):
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(UserError, match="^cannot use --train_dir=.*file: ") as caught:
-        start(tmp_path / "file", 5)
-    assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match="^cannot use --train_dir=.*file: .*$"):
+        has_steps_left(tmp_path / "file", 5)
 
 
 # --- The lock.
@@ -710,9 +707,9 @@ def test_summaries_of_a_resumed_run_replace_those_of_its_steps(tmp_path):
         with tf.Graph().as_default():
             tf.summary.histogram("histogram", [1.0, 2.0])
             run(count_step(), tmp_path, max_steps=max_steps)
-    events = read_events(tmp_path)
-    is_start = [event.session_log.status == tf.SessionLog.START for event in events]
-    assert [event.step for event in itertools.compress(events, is_start)] == [0, 3]
+    start = tf.SessionLog.START
+    starts = [e.step for e in read_events(tmp_path) if e.session_log.status == start]
+    assert starts == [0, 3]
     assert [step for step, tag, _ in written_values(tmp_path) if tag == "histogram"] == [0, 3]
 
 
