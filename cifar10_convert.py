@@ -54,7 +54,7 @@ SOURCE_FLAGS = ("pictures", "svhn", "cifar10_python", "cifar100")
 options.define("conversion")
 
 
-def convert_images(output):
+def convert_images():
     """Converts the images that --pictures or --svhn names, and prints the result."""
     depths = collections.Counter()
     if FLAGS.svhn:
@@ -65,7 +65,7 @@ def convert_images(output):
         if count := sum(split.num_stray_files for split in (train, test) if split is not None):
             print(f"Skipping files that are not in a class folder: {count}", file=sys.stderr)
     train_count, test_count, unreadable_count = convert(
-        train, test, output, FLAGS.shuffle_seed, FLAGS.test_fraction
+        train, test, FLAGS.output, FLAGS.shuffle_seed, FLAGS.test_fraction
     )
     if description := describe_depths(depths):
         print(description, file=sys.stderr)
@@ -90,14 +90,13 @@ def main(argv=None):
     if given != ["pictures"] and FLAGS.test_fraction is not None:
         raise app.UsageError(f"--{given[0]} has its own test images; omit --test_fraction")
     files.check_new_folder("--output", FLAGS.output)  # fail before reading the images
-    output = os.path.realpath(FLAGS.output)  # --output may be a link to an empty folder
     if FLAGS.cifar10_python:
-        report(*formats.convert(FLAGS.cifar10_python, "cifar10_python", output))
+        report(*formats.convert(FLAGS.cifar10_python, "cifar10_python", FLAGS.output))
     elif FLAGS.cifar100:
         labels = FLAGS.cifar100_labels
-        report(*formats.convert(FLAGS.cifar100, "cifar100", output, labels))
+        report(*formats.convert(FLAGS.cifar100, "cifar100", FLAGS.output, labels))
     else:
-        convert_images(output)
+        convert_images()
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ import contextlib
 import json
 import os
 import sys
-import tempfile
 from typing import NamedTuple
 
 import numpy as np
@@ -204,7 +203,6 @@ def export(model, export_dir):
     Raises:
       UserError: the folder is not empty or cannot be written.
     """
-    files.check_new_folder("--export_dir", export_dir)
     names = tf.constant([model.class_names])
     signature = tf.saved_model.predict_signature_def(
         {"images": model.images},
@@ -214,27 +212,20 @@ def export(model, export_dir):
             "class_names": tf.tile(names, [tf.shape(model.images)[0], 1]),
         },
     )
-    parent, name = os.path.split(os.path.abspath(export_dir))
-    try:
-        os.makedirs(parent, exist_ok=True)
-        # The folder gets its name when it is complete. Renaming fails if the target is not empty.
-        with tempfile.TemporaryDirectory(prefix=f".{name}.", dir=parent) as folder:
-            staging = os.path.join(folder, name)
-            os.mkdir(staging)
-            builder = tf.saved_model.Builder(staging)
-            builder.add_meta_graph_and_variables(
-                model.session,
-                [tf.saved_model.SERVING],
-                {tf.saved_model.DEFAULT_SERVING_SIGNATURE_DEF_KEY: signature},
-                clear_devices=True,
-                strip_default_attrs=True,
-                saver=tf.train.Saver(),  # by default, it would make TensorFlow look for GPUs
-            )
+    with files.new_folder("--export_dir", export_dir, f"--export_dir={export_dir}") as staging:
+        builder = tf.saved_model.Builder(staging)
+        builder.add_meta_graph_and_variables(
+            model.session,
+            [tf.saved_model.SERVING],
+            {tf.saved_model.DEFAULT_SERVING_SIGNATURE_DEF_KEY: signature},
+            clear_devices=True,
+            strip_default_attrs=True,
+            saver=tf.train.Saver(),  # by default, it would make TensorFlow look for GPUs
+        )
+        try:
             builder.save()
-            os.rename(staging, export_dir)
-    # The Saver raises ValueError if the folder is gone.
-    except (OSError, ValueError, tf.errors.OpError) as error:
-        raise UserError(f"cannot write --export_dir={export_dir}: {first_line(error)}") from error
+        except (ValueError, tf.errors.OpError) as error:  # the Saver's, if the folder is gone
+            raise OSError(first_line(error)) from error
 
 
 def main(argv):

@@ -106,7 +106,7 @@ def _read_holder(path):
 
 
 @contextlib.contextmanager
-def prepare_folder(folder, flag="--data_dir"):
+def exclusive_creation(folder, flag="--data_dir", target=None):
     """Lets only one process at a time create `folder`, in the `with` block. Others wait.
 
     The parent of `folder` is created if needed.
@@ -114,23 +114,25 @@ def prepare_folder(folder, flag="--data_dir"):
     Args:
       folder: path.
       flag: string; the flag that the user can set to choose another folder.
+      target: string; what the message of an error says could not be written.
 
     Raises:
-      DataError: the parent cannot be created or locked, or the block raises OSError.
+      DataError: the folder cannot be created or locked, or the block raises OSError.
     """
 
     def report_wait(holder):
         print(f"Waiting for {holder} to finish preparing {folder}", file=sys.stderr, flush=True)
 
-    parent, name = os.path.split(folder)
+    path = _hidden_path(folder, "lock")
+    parent = os.path.dirname(path) or "."
     try:
-        os.makedirs(parent or ".", exist_ok=True)
-        with lock(os.path.join(parent, f".{name}.lock"), on_wait=report_wait):
+        os.makedirs(parent, exist_ok=True)
+        with lock(path, on_wait=report_wait):
             yield
     except OSError as error:
         raise DataError(
-            f"cannot write the dataset to {parent or '.'}: {error}; choose another folder with "
-            f"{flag}"
+            f"cannot write {target or f'the dataset to {parent}'}: {error}; choose another folder "
+            f"with {flag}"
         ) from error
 
 
@@ -138,29 +140,73 @@ def prepare_folder(folder, flag="--data_dir"):
 def atomic_folder(folder):
     """Creates `folder` with all of its files, or not at all.
 
-    Yields the path of a hidden staging folder, `.NAME.part`. It is renamed to `folder` if the
-    `with` block succeeds, and deleted if it fails. Use it within `prepare_folder`, because all
-    processes share the staging folder.
+    Yields the path of a hidden staging folder. If the `with` block succeeds, it is renamed to
+    `folder`, or if that exists and is empty, its files are moved there. If the block fails, it is
+    deleted. Use this within `exclusive_creation`, because all processes share the staging folder.
     """
-    parent, name = os.path.split(folder)
-    staging = os.path.join(parent, f".{name}.part")
+    staging = _hidden_path(folder, "part")
     shutil.rmtree(staging, ignore_errors=True)  # left behind by a killed process
     os.mkdir(staging)
     try:
         yield staging
-        os.rename(staging, folder)
+        if os.path.dirname(staging) != os.fspath(folder):
+            os.rename(staging, folder)
+        elif _has_files(folder):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), folder)
+        else:
+            # In this order, batches.meta.txt or saved_model.pb comes last.
+            for name in sorted(os.listdir(staging), reverse=True):
+                os.rename(os.path.join(staging, name), os.path.join(folder, name))
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def new_folder(flag, folder, target=None):
+    """Creates `folder`, the value of `flag`, as `atomic_folder` does, in one process at a time.
+
+    Args:
+      flag: string.
+      folder: path of a folder that is missing or empty, or of a link to an empty folder.
+      target: see `exclusive_creation`.
+
+    Raises:
+      DataError: from `exclusive_creation`.
+      UserError: from `check_new_folder`.
+    """
+    check_new_folder(flag, folder)
+    path = os.path.realpath(folder)
+    with exclusive_creation(path, flag, target):
+        check_new_folder(flag, path)  # another process may have just created it
+        with atomic_folder(path) as staging:
+            yield staging
 
 
 def check_new_folder(flag, folder):
     """Raises UserError if `folder`, the value of `flag`, exists and is not an empty folder."""
     try:
-        is_new = not os.path.lexists(folder) or (os.path.isdir(folder) and not os.listdir(folder))
+        is_new = not os.path.lexists(folder) or (os.path.isdir(folder) and not _has_files(folder))
     except OSError as error:
         raise UserError(f"{flag}={folder} cannot be read ({error.strerror})") from error
     if not is_new:
         raise UserError(f"{flag}={folder} already exists; choose a new folder")
+
+
+def _hidden_path(folder, suffix):
+    """Returns the path of the lock file or of the staging folder for the creation of `folder`.
+
+    It is inside of `folder` if that exists: a folder may be a mount point, which cannot be renamed
+    or replaced, or its parent may be write-protected.
+    """
+    parent, name = os.path.split(folder)
+    return os.path.join(folder if os.path.isdir(folder) else parent, f".{name}.{suffix}")
+
+
+def _has_files(folder):
+    """Returns whether a folder has files other than those that `_hidden_path` gives it."""
+    own = (_hidden_path(os.path.realpath(folder), suffix) for suffix in ("lock", "part"))
+    # New file systems have a folder `lost+found`.
+    return not {"lost+found", *map(os.path.basename, own)}.issuperset(os.listdir(folder))
 
 
 def hash_file(path):

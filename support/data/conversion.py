@@ -383,11 +383,7 @@ def convert(train, test, output, seed=0, test_fraction=None):
     """
     sources = [train] if test is None else [train, test]
     total = sum(map(len, sources))
-    with (
-        files.prepare_folder(output, "--output"),
-        files.atomic_folder(output) as staging,
-    ):
-        files.check_new_folder("--output", output)  # another process may have just created it
+    with files.new_folder("--output", output) as staging:
         shuffler = RecordShuffler(staging, total, seed)
         counts = read_all_images(sources, shuffler)
         if test is None:

@@ -72,7 +72,7 @@ def maybe_download_and_extract(data_dir, url=DATA_URL, sha256=ARCHIVE_SHA256, si
     archive = os.path.join(data_dir, ARCHIVE_NAME)
     if not os.path.exists(archive):
         _refuse_other_versions(data_dir, url)
-    with files.prepare_folder(folder):
+    with files.exclusive_creation(folder):
         if os.path.isdir(folder):  # another process has just extracted it
             return folder
         if not os.path.exists(archive):

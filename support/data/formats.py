@@ -168,8 +168,7 @@ def convert(path, flag, output, label_kind=""):
     if len(version.train_files) == 1:
         train = np.array_split(train[0], min(len(records.TRAIN_FILES), len(train[0])))
     test = parsed[version.test_file]
-    with files.prepare_folder(output, "--output"), files.atomic_folder(output) as staging:
-        files.check_new_folder("--output", output)  # another process may have just created it
+    with files.new_folder("--output", output) as staging:
         for name, part in zip(records.TRAIN_FILES, train, strict=False):
             part.tofile(os.path.join(staging, name))
         test.tofile(os.path.join(staging, records.TEST_FILES[0]))

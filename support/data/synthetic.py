@@ -53,7 +53,7 @@ def maybe_generate(data_dir, seed=0):
     folder = os.path.join(data_dir, dataset.SYNTHETIC_FOLDER)
     if os.path.isdir(folder):
         return folder
-    with files.prepare_folder(folder):
+    with files.exclusive_creation(folder):
         if os.path.isdir(folder):  # another process has just generated it
             return folder
         with files.atomic_folder(folder) as staging:

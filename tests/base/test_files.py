@@ -6,10 +6,12 @@ import errno
 import fcntl
 import json
 import os
+import pathlib
 import re
 import select
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 
@@ -225,10 +227,10 @@ def test_a_file_system_without_locks_costs_a_warning(
     assert os.listdir(tmp_path) == []
 
 
-def test_a_folder_is_prepared_on_a_file_system_without_locks(tmp_path, capsys, fail_to_lock):
+def test_a_folder_is_created_on_a_file_system_without_locks(tmp_path, capsys, fail_to_lock):
     fail_to_lock(errno.ENOLCK)
     folder = tmp_path / "folder"
-    with files.prepare_folder(folder), files.atomic_folder(folder):
+    with files.exclusive_creation(folder), files.atomic_folder(folder):
         pass
     assert os.listdir(tmp_path) == ["folder"]
     assert capsys.readouterr().err.count("does not support locks") == 1
@@ -262,7 +264,7 @@ def find_modes(folder):
 @pytest.mark.usefixtures("umask")
 def test_files_and_folders_get_the_permissions_of_the_umask(tmp_path):
     folder = tmp_path / "parent" / "folder"
-    with files.prepare_folder(folder):
+    with files.exclusive_creation(folder):
         assert find_modes(tmp_path) == {"parent": "0o750", ".folder.lock": "0o640"}
         with files.atomic_folder(folder) as staging:
             files.write_json_atomically(os.path.join(staging, "a.json"), 1)
@@ -275,12 +277,12 @@ def test_files_and_folders_get_the_permissions_of_the_umask(tmp_path):
     }
 
 
-def test_one_process_prepares_a_folder_and_another_says_that_it_waits(tmp_path, capsys):
+def test_one_process_creates_a_folder_and_another_says_that_it_waits(tmp_path, capsys):
     with holder(tmp_path / ".folder.lock") as process:
         assert process.stdout.readline() == "held\n"
         killer = threading.Timer(0.3, process.kill)
         killer.start()
-        with files.prepare_folder(tmp_path / "folder"):
+        with files.exclusive_creation(tmp_path / "folder"):
             killer.join()
     error = capsys.readouterr().err
     assert error.startswith(f"Waiting for process {process.pid} on ")
@@ -294,7 +296,7 @@ def test_a_folder_that_cannot_be_written_is_reported_with_its_flag(tmp_path):
     )
     with (
         pytest.raises(DataError, match=message),
-        files.prepare_folder(tmp_path / "file" / "folder", "--output"),
+        files.exclusive_creation(tmp_path / "file" / "folder", "--output"),
     ):
         pass
 
@@ -328,9 +330,78 @@ def test_leftovers_of_a_killed_process_are_deleted(tmp_path):
     assert os.listdir(tmp_path / "folder") == ["a"]
 
 
-def test_a_new_folder_may_be_missing_or_empty(tmp_path):
-    files.check_new_folder("--output", tmp_path / "missing")
-    files.check_new_folder("--output", tmp_path)
+NEW_FILES = ["batches.meta.txt", "data_batch_1.bin"]
+
+
+@contextlib.contextmanager
+def creating(folder):
+    with files.new_folder("--output", folder) as staging:
+        for name in NEW_FILES:
+            pathlib.Path(staging, name).write_text("whole")
+        yield
+
+
+def is_visible(path):
+    return not path.name.startswith((".", "lost+found"))
+
+
+@pytest.mark.parametrize("kind", ["missing", "empty", "link", "mount point"])
+def test_a_new_folder_may_be_missing_or_empty(tmp_path, monkeypatch, kind):
+    folder = given = tmp_path / "folder"
+    if kind != "missing":
+        folder.mkdir()
+    if kind == "link":
+        given = tmp_path / "link"
+        given.symlink_to("folder")
+    if kind == "mount point":
+        (folder / "lost+found").mkdir()
+    rename, renamed = os.rename, []
+
+    def rename_if_possible(source, target):
+        if os.path.exists(target):
+            raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
+        rename(source, target)
+        renamed.append(os.path.basename(target))
+
+    monkeypatch.setattr(os, "rename", rename_if_possible)
+    with creating(given):
+        assert not any(map(is_visible, folder.glob("*")))
+    assert sorted(path.name for path in folder.glob("*") if is_visible(path)) == NEW_FILES
+    assert renamed == (["folder"] if kind == "missing" else NEW_FILES[::-1])
+    assert not list(tmp_path.rglob(".*"))
+    with pytest.raises(UserError, match="already exists"), creating(given):
+        pass
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can change to another user")
+def test_an_empty_folder_in_a_parent_that_cannot_be_written_is_filled():
+    with tempfile.TemporaryDirectory() as name:  # unlike tmp_path, it can be opened to other users
+        folder = pathlib.Path(name, "own")
+        folder.mkdir()
+        os.chown(folder, 65534, -1)
+        os.chmod(name, 0o755)
+        os.seteuid(65534)
+        try:
+            with creating(folder):
+                pass
+        finally:
+            os.seteuid(0)
+        assert sorted(os.listdir(folder)) == NEW_FILES
+
+
+def test_a_file_that_appears_in_an_empty_folder_is_not_overwritten(tmp_path):
+    message = f"^cannot write the dataset to {tmp_path}: .*File exists"
+    with pytest.raises(DataError, match=message), creating(tmp_path):
+        (tmp_path / NEW_FILES[0]).write_text("mine")
+    assert os.listdir(tmp_path) == NEW_FILES[:1]
+    assert (tmp_path / NEW_FILES[0]).read_text() == "mine"
+
+
+def test_an_empty_folder_stays_empty_if_its_creation_fails(tmp_path):
+    (tmp_path / f".{tmp_path.name}.part").mkdir()  # left behind by a killed process
+    with pytest.raises(ZeroDivisionError), creating(tmp_path):
+        1 / 0  # noqa: B018
+    assert os.listdir(tmp_path) == []
 
 
 @pytest.mark.parametrize("name", ["file", "folder", "broken link"])
