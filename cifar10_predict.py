@@ -13,7 +13,6 @@ SavedModel.
 import collections
 import contextlib
 import json
-import os
 import sys
 from typing import NamedTuple
 

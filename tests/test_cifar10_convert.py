@@ -426,6 +426,18 @@ def test_unusable_folders_are_refused_and_no_output_remains(images, tmp_path, br
     assert sorted(os.listdir(tmp_path)) == before
 
 
+def test_a_class_name_may_have_another_unicode_form_in_the_other_split_only(images, tmp_path):
+    for split, name in (("train", "K\xe4se"), ("test", "Ka\u0308se")):
+        shutil.copytree(tmp_path / "images" / split / NAMES[0], tmp_path / "images" / split / name)
+    cifar10_convert.main()
+    assert "K\xe4se" in dataset.read_class_names(FLAGS.output)
+    FLAGS.output += "2"
+    split = tmp_path / "images" / "train"
+    shutil.copytree(split / NAMES[0], split / "Ka\u0308se")
+    with pytest.raises(DataError, match="two folders in .*train have the same name except for lead"):
+        cifar10_convert.main()
+
+
 def test_other_folders_beside_train_and_test_are_skipped(images, tmp_path, capsys):
     (tmp_path / "images" / "val").mkdir()
     cifar10_convert.main()

@@ -113,7 +113,8 @@ class ImageFolders:
         self.class_names, self._folders = zip(*classes, strict=True)
         if len(set(self.class_names)) < len(folders):
             raise DataError(
-                f"two folders in {parent} have the same name except for leading or trailing spaces"
+                f"two folders in {parent} have the same name except for leading or trailing spaces "
+                "or for the Unicode form of their letters"
             )
         self._num_files = 0
         for folder in self._folders:
@@ -138,9 +139,9 @@ class ImageFolders:
 
 def _class_name(folder):
     """Returns the class name for the name of a folder."""
-    # Names are UTF-8, whatever the locale says. They have no surrounding spaces, because
-    # `read_class_names` strips them.
-    return make_printable(os.fsencode(folder).decode("utf-8", "surrogateescape").strip())
+    # Names are UTF-8, whatever the locale says.
+    name = os.fsencode(folder).decode("utf-8", "surrogateescape")
+    return make_printable(dataset.normalize_name(name))
 
 
 def _list_folders(parent):

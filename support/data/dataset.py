@@ -2,6 +2,7 @@
 
 import os
 import sys
+import unicodedata
 from typing import NamedTuple
 
 import numpy as np
@@ -115,7 +116,7 @@ def read_class_names(folder, num_classes=NUM_CLASSES):
     cure = "write one name per line, or delete the file to use CIFAR-10's ten classes"
     try:
         with open(path, encoding="utf-8-sig") as file:
-            names = tuple(filter(None, map(str.strip, file)))
+            names = tuple(filter(None, map(normalize_name, file)))
     except (FileNotFoundError, NotADirectoryError):
         if num_classes == NUM_CLASSES:
             return CLASS_NAMES
@@ -135,6 +136,11 @@ def read_class_names(folder, num_classes=NUM_CLASSES):
             f"NUM_CLASSES to {len(names)}, or list {num_classes} names in the file"
         )
     return names
+
+
+def normalize_name(name):
+    """Returns a class name without surrounding spaces, its letters in Unicode's composed form."""
+    return unicodedata.normalize("NFC", name.strip())
 
 
 def write_class_names(folder, names):

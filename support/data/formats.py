@@ -224,12 +224,12 @@ def _errors_explained(path):
 def _parse_class_names(content, name, path, label_kind):
     """Returns the class names of one kind that a file lists; None if it lists another kind."""
     if name.endswith(".txt"):
-        listed = tuple(filter(None, map(str.strip, _decode(content).splitlines())))
+        listed = tuple(filter(None, map(dataset.normalize_name, _decode(content).splitlines())))
         return listed if name == f"{NAME_LISTS[label_kind]}.txt" else None
     listed = _unpickle(content, name, path).get(NAME_LISTS[label_kind])
     if not isinstance(listed, list):
         raise DataError(f"{path}: {name} has no list {NAME_LISTS[label_kind]}")
-    return tuple(map(_decode, listed))
+    return tuple(dataset.normalize_name(_decode(name)) for name in listed)
 
 
 def _parse_records(content, name, path, label_kind):

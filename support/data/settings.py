@@ -54,7 +54,7 @@ def parse_settings(text):
     names = settings.class_names
     if not (names and all(isinstance(name, str) for name in names)):
         raise ValueError(f"class_names is {names!r}")
-    return settings._replace(class_names=tuple(names))
+    return settings._replace(class_names=tuple(map(dataset.normalize_name, names)))
 
 
 def find_mismatch(trained, wanted):

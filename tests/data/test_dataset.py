@@ -59,6 +59,7 @@ def test_a_data_dir_that_holds_records_itself_is_the_folder(folder):
         ("\n".join("abcdefghij") + "\n\n", tuple("abcdefghij")),
         ("\n hot dog \n\nno hot dog\nÄpfel", ("hot dog", "no hot dog", "Äpfel")),
         ("\ufeffcat\r\ndog\r\n", ("cat", "dog")),  # as Windows editors write it
+        ("Ka\u0308se\ndog", ("K\xe4se", "dog")),  # as macOS writes it
     ],
 )
 def test_class_names_are_the_nonempty_lines_of_the_file(folder, content, names):
@@ -103,6 +104,7 @@ def test_an_edited_number_of_classes_must_match_the_file(folder):
         (b"one\n", "lists 1 classes"),
         (b"".join(b"class %d\n" % n for n in range(257)), "lists 257 classes"),
         (b"a\nb\n a\n", "lists 'a' twice"),
+        ("K\xe4se\nKa\u0308se\n".encode(), "lists 'K\xe4se' twice"),
         (b"a\n\xff\n", "cannot be read"),
     ],
 )

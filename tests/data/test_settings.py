@@ -19,6 +19,11 @@ def test_settings_survive_formatting_and_parsing():
     assert parse_settings(format_settings(OWN)) == OWN
 
 
+def test_class_names_that_differ_in_their_unicode_form_only_are_the_same():
+    text = format_settings(OWN._replace(class_names=("Ka\u0308se", "dog")))
+    assert parse_settings(text).class_names == ("K\xe4se", "dog")
+
+
 def test_settings_that_were_saved_before_the_images_were_counted_can_be_read():
     fields = ("class_names", "examples_per_epoch", "crop_size", "top_layers", "random_flip")
     text = json.dumps({name: getattr(OWN, name) for name in fields})
