@@ -30,7 +30,6 @@ CIFAR-100 are converted from the folder or the archive. The records keep their o
     python cifar10_convert.py --cifar100=cifar-100-binary.tar.gz --output=/tmp/cifar100
 """
 
-import collections
 import os
 import sys
 
@@ -45,7 +44,6 @@ from support.data.conversion import (
     convert,
     find_splits,
 )
-from support.data.image_files import describe_depths
 
 FLAGS = flags.FLAGS
 
@@ -56,19 +54,16 @@ options.define("conversion")
 
 def convert_images():
     """Converts the images that --pictures or --svhn names, and prints the result."""
-    depths = collections.Counter()
     if FLAGS.svhn:
         train, test = (SVHN(os.path.join(FLAGS.svhn, f"{name}_32x32.mat")) for name in SPLITS)
     else:
         check_output_is_outside(FLAGS.output, FLAGS.pictures)
-        train, test = find_splits(FLAGS.pictures, FLAGS.test_fraction, depths)
+        train, test = find_splits(FLAGS.pictures, FLAGS.test_fraction)
         if count := sum(split.num_stray_files for split in (train, test) if split is not None):
             print(f"Skipping files that are not in a class folder: {count}", file=sys.stderr)
     train_count, test_count, unreadable_count = convert(
         train, test, FLAGS.output, FLAGS.shuffle_seed, FLAGS.test_fraction
     )
-    if description := describe_depths(depths):
-        print(description, file=sys.stderr)
     report(train_count, test_count, train.class_names, f"; unreadable files: {unreadable_count}")
 
 

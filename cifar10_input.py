@@ -168,10 +168,9 @@ def central_crops(images):
       UserError: the images have another shape.
     """
     images = tf.cast(images, tf.float32)
-    shape = [records.HEIGHT, records.WIDTH, records.DEPTH]
-    if not images.shape[-3:].is_compatible_with(shape):  # would be padded or cropped
-        text = ", ".join(map(str, shape))
-        raise UserError(f"images must be [n, {text}] or [{text}], not {images.shape.as_list()}")
+    if not images.shape[-3:].is_compatible_with(records.image_shape()):  # would be cropped
+        expected = f"{records.describe_shape('n')} or {records.describe_shape()}"
+        raise UserError(f"images must be {expected}, not {images.shape.as_list()}")
     size = FLAGS.crop_size
     cropped = tf.image.resize_with_crop_or_pad(images, size, size)
     return tf.image.per_image_standardization(cropped)

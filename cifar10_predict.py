@@ -1,16 +1,15 @@
-"""Predicts the classes of your images: the three most likely ones, with their probabilities.
+"""Predicts the classes of your images: the most likely ones, with their probabilities.
 
     python cifar10_predict.py cat.png dog.jpg photos/
     python cifar10_predict.py --json photos/
     python cifar10_predict.py --export_dir=/tmp/cifar10_model/1
 
-Images can be PNG, JPEG, GIF, BMP or WebP files of any size and shape. They are prepared like test
-images and classified with the newest checkpoint. If an image cannot be read, the script reports it
-on stderr, still classifies the others, and exits with code 1. --export_dir writes the model as a
-SavedModel.
+Images can be PNG, JPEG, GIF, BMP or WebP files of any shape, up to 250 megapixels. They are
+prepared like test images and classified with the newest checkpoint. If an image cannot be read, the
+script reports it on stderr, still classifies the others, and exits with code 1. --export_dir writes
+the model as a SavedModel.
 """
 
-import collections
 import contextlib
 import json
 import sys
@@ -35,8 +34,6 @@ from support.run import checkpoints
 FLAGS = flags.FLAGS
 
 options.define("prediction", "checkpoint")
-
-TOP_CLASSES = 3  # printed for each image
 
 
 class Model(NamedTuple):
@@ -67,7 +64,7 @@ def open_model():
     options.values()  # checks them: a constant may have been edited
     trained = checkpoints.use_newest(FLAGS.checkpoint_dir).settings
     settings = cifar10.training_settings(trained and trained.class_names)
-    shape = [None, records.HEIGHT, records.WIDTH, records.DEPTH]
+    shape = [None, *records.image_shape()]
     with tf.Graph().as_default(), tf.Session(config=session_config(FLAGS.use_fp16)) as session:
         images = tf.placeholder(tf.uint8, shape, name="images")
         # TensorFlow does not compare the images that an exported model gets with the placeholder.
@@ -87,13 +84,12 @@ def open_model():
         yield Model(session, images, probabilities, settings.class_names, restored)
 
 
-def read_in_batches(paths, batch_size, depths):
+def read_in_batches(paths, batch_size):
     """Reads images in batches.
 
     Args:
       paths: iterable of paths.
       batch_size: int.
-      depths: `collections.Counter`; see `image_files.read_image`.
 
     Yields:
       Batches: lists of (path, image), where image is uint8 [32, 32, 3] or the `ImageError` raised
@@ -102,7 +98,7 @@ def read_in_batches(paths, batch_size, depths):
     batch = []
     for path in paths:
         try:
-            batch.append((path, image_files.read_image(path, depths)))
+            batch.append((path, image_files.read_image(path)))
         except image_files.ImageError as error:
             batch.append((path, error))
         if len(batch) == batch_size:
@@ -120,8 +116,8 @@ def predict(model, images):
       images: uint8 [n, 32, 32, 3], or a list of n images; values from 0 to 255.
 
     Returns:
-      For each image, a list of its TOP_CLASSES most likely classes as (name, probability), the most
-      likely one first.
+      For each image, a list of its most likely classes as (name, probability), as many as --top
+      says, the most likely one first.
 
     Raises:
       CheckpointError: the model produces non-finite probabilities.
@@ -134,7 +130,7 @@ def predict(model, images):
         probabilities = model.session.run(model.probabilities, {model.images: images})
     if not np.isfinite(probabilities).all():
         raise CheckpointError(f"{model.checkpoint.path} produces non-finite probabilities")
-    best = np.argsort(-probabilities, axis=1, kind="stable")[:, :TOP_CLASSES]
+    best = np.argsort(-probabilities, axis=1, kind="stable")[:, : FLAGS.top or None]
     return [
         [(model.class_names[i], float(row[i])) for i in indices]
         for row, indices in zip(probabilities, best, strict=True)
@@ -154,8 +150,7 @@ def predict_files(model, paths, batch_size, as_json):
       UserError: some images could not be read. The lines of the others have been printed.
     """
     count = unreadable = 0
-    depths = collections.Counter()
-    for batch in read_in_batches(paths, batch_size, depths):
+    for batch in read_in_batches(paths, batch_size):
         images = [image for _, image in batch if isinstance(image, np.ndarray)]
         predictions = iter(predict(model, images))
         for path, image in batch:
@@ -171,8 +166,6 @@ def predict_files(model, paths, batch_size, as_json):
             elif "predictions" in result:
                 classes = ", ".join(f"{name} {p:.3f}" for name, p in result["predictions"])
                 print(f"{image_files.make_printable(path)}: {classes}", flush=True)
-    if description := image_files.describe_depths(depths):
-        print(description, file=sys.stderr, flush=True)
     if unreadable:
         raise UserError(f"{unreadable} of {count} images could not be read")
 

@@ -244,19 +244,14 @@ def test_unreadable_files_are_listed_skipped_and_counted(images, tmp_path, capsy
     )
 
 
-def test_16_bit_images_of_a_small_range_are_scaled_and_counted_in_one_line(
-    images, tmp_path, capsys
-):
+def test_16_bit_images_are_scaled_by_their_largest_value(images, tmp_path):
     values = np.arange(1024).reshape(32, 32)
-    for split, maximum in (("train", 255), ("train", 1023), ("test", 1023)):
-        image = Image.fromarray((values * maximum // 1023).astype(np.uint16))
-        image.save(tmp_path / "images" / split / "dog" / f"deep{maximum}.png")
+    for split in ("train", "test"):
+        image = Image.fromarray(values.astype(np.uint16))
+        image.save(tmp_path / "images" / split / "dog" / "deep.png")
     cifar10_convert.main()
-    output = capsys.readouterr()
-    assert output.err == (
-        "Scaled 16-bit images that have fewer significant bits: 1 with 8 bits, 2 with 10 bits\n"
-    )
-    expected = make_record(1, np.repeat((values >> 2)[..., np.newaxis], 3, 2).astype(np.uint8))
+    scaled = (values * 255 // 1023).astype(np.uint8)
+    expected = make_record(1, np.repeat(scaled[..., np.newaxis], 3, 2))
     assert expected in sorted_bytes(read_records(tmp_path / "out", eval_data=False))
     assert expected in sorted_bytes(read_records(tmp_path / "out", eval_data=True))
 
@@ -434,7 +429,7 @@ def test_a_class_name_may_have_another_unicode_form_in_the_other_split_only(imag
     FLAGS.output += "2"
     split = tmp_path / "images" / "train"
     shutil.copytree(split / NAMES[0], split / "Ka\u0308se")
-    with pytest.raises(DataError, match="two folders in .*train have the same name except for lead"):
+    with pytest.raises(DataError, match="two folders in .*train have the same name except"):
         cifar10_convert.main()
 
 

@@ -120,18 +120,26 @@ def test_a_tf_config_does_not_change_the_prediction(images, capsys, monkeypatch,
     assert capsys.readouterr().out == expected
 
 
-def test_16_bit_images_of_a_small_range_are_scaled_and_counted_in_one_line(
-    records, tmp_path, capsys
-):
+@pytest.mark.parametrize(("top", "count"), [(1, 1), (10, 10), (0, 10), (99, 10)])
+def test_as_many_classes_are_printed_as_top_says(records, images, capsys, top, count):
+    FLAGS.top = top
+    expected = expected_probabilities(records[:1])[0]
+    best = np.argsort(-expected)[:count]
+    run_main(images / "00.png")
+    line = capsys.readouterr().out.removeprefix(f"{images / '00.png'}: ")
+    assert line == ", ".join(f"{dataset.CLASS_NAMES[i]} {expected[i]:.3f}" for i in best) + "\n"
+    (found,) = printed_objects(capsys, images / "00.png")
+    assert [p["class"] for p in found["predictions"]] == [dataset.CLASS_NAMES[i] for i in best]
+
+
+def test_16_bit_images_are_scaled_as_in_a_conversion(records, tmp_path, capsys):
     gray = pixels(records)[3, :, :, 0]
     gray[0, 0] = 255
     Image.fromarray(gray).save(tmp_path / "8_bits.png")
     Image.fromarray(gray.astype(np.uint16)).save(tmp_path / "16_bits.png")
     run_main(tmp_path / "8_bits.png", tmp_path / "16_bits.png")
-    output = capsys.readouterr()
-    first, second = (line.partition(": ")[2] for line in output.out.splitlines())
+    first, second = (line.partition(": ")[2] for line in capsys.readouterr().out.splitlines())
     assert first == second
-    assert output.err == ("Scaled 16-bit images that have fewer significant bits: 1 with 8 bits\n")
 
 
 def test_unreadable_images_are_reported_and_the_others_are_classified(images, capsys):

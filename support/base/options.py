@@ -440,6 +440,9 @@ _GROUPS = {
          "Use the moving averages of the variables. With false, use the variables themselves."),
     ],
     "prediction": [
+        (DEFINE_integer, "top", 3,
+         "Number of classes to print for each image, the most likely ones. 0 prints all classes.",
+         0),
         (DEFINE_boolean, "json", False,
          "Print one JSON object per image, each on its own line."),
         (DEFINE_path, "export_dir", None,
@@ -449,8 +452,8 @@ _GROUPS = {
     "conversion": [
         (DEFINE_path, "pictures", None,
          "Folder that contains your images as train/CLASS/* and test/CLASS/*, or as CLASS/* if "
-         "you give --test_fraction. Images can be PNG, JPEG, GIF, BMP or WebP files of any "
-         "size.", local_path, _ANYTHING),
+         "you give --test_fraction. Images can be PNG, JPEG, GIF, BMP or WebP files of up "
+         "to 250 megapixels.", local_path, _ANYTHING),
         (DEFINE_path, "svhn", None,
          f"Folder with train_32x32.mat and test_32x32.mat, the cropped digits from {_SVHN_URL}.",
          local_path, _ANYTHING),

@@ -89,7 +89,6 @@ class ImageFolders:
 
     Args:
       parent: path of the folder that contains the folders.
-      depths: `collections.Counter` or None; see `read_image`.
 
     Attributes:
       class_names: tuple of strings; the sorted names of the folders, in printable form.
@@ -100,9 +99,8 @@ class ImageFolders:
         classes have the same name, or a class has no files.
     """
 
-    def __init__(self, parent, depths=None):
+    def __init__(self, parent):
         self._parent = parent
-        self._depths = depths
         folders, self.num_stray_files = _list_folders(parent)
         if not dataset.MIN_CLASSES <= len(folders) <= dataset.MAX_CLASSES:
             raise DataError(
@@ -131,7 +129,7 @@ class ImageFolders:
         for label, folder in enumerate(self._folders):
             for path in _find_files(os.path.join(self._parent, folder)):
                 try:
-                    image = read_image(path, self._depths)
+                    image = read_image(path)
                 except ImageError as error:
                     image = error
                 yield os.fsencode(os.path.relpath(path, self._parent)), label, image
@@ -245,14 +243,13 @@ def _load_svhn(path):
         raise DataError(f"{path} is not an SVHN file: it cannot be read ({reason})") from error
 
 
-def find_splits(folder, test_fraction=None, depths=None):
+def find_splits(folder, test_fraction=None):
     """Finds the training and test images in a folder.
 
     Args:
       folder: path. The folder contains `train` and `test`, both with a folder for each class. With
         `test_fraction`, it contains the folders of the classes itself.
       test_fraction: float or None.
-      depths: `collections.Counter` or None; see `read_image`.
 
     Returns:
       (train, test): `ImageFolders`. `test` is None if `test_fraction` is given.
@@ -268,7 +265,7 @@ def find_splits(folder, test_fraction=None, depths=None):
                 f"{folder} has a folder {splits[0]}, which is not a class; omit --test_fraction to "
                 "use the folders train and test, or set --pictures to the folder with the classes"
             )
-        return ImageFolders(folder, depths), None
+        return ImageFolders(folder), None
     if missing := [name for name in SPLITS if name not in folders]:
         raise DataError(
             f"{folder} has no folder {missing[0]}; it must have the folders train and test, both "
@@ -277,7 +274,7 @@ def find_splits(folder, test_fraction=None, depths=None):
         )
     for name in sorted(set(folders) - set(SPLITS)):
         print(f"Skipping {folder}/{name}, which is neither train nor test", file=sys.stderr)
-    train, test = (ImageFolders(os.path.join(folder, name), depths) for name in SPLITS)
+    train, test = (ImageFolders(os.path.join(folder, name)) for name in SPLITS)
     if unmatched := sorted(set(train.class_names) ^ set(test.class_names)):
         raise DataError(
             f"the class {unmatched[0]} must be in both {folder}/train and {folder}/test"

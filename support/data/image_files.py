@@ -1,11 +1,13 @@
-"""Reads image files of common formats and any size as 32 x 32 pixels; checks arrays of images.
+"""Reads image files of common formats and sizes as 32 x 32 pixels; checks arrays of images.
 
 This module needs NumPy and Pillow, but not TensorFlow.
 """
 
 import contextlib
+import functools
 import os
 import stat
+import sys
 import warnings
 
 import numpy as np
@@ -16,6 +18,8 @@ from support.data import records
 
 FORMATS = ("PNG", "JPEG", "GIF", "BMP", "WEBP")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".gif", ".bmp", ".webp")
+MAX_PIXELS = 250_000_000
+Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # Pillow warns of larger images, and refuses twice as many
 
 
 class ImageError(Exception):
@@ -59,32 +63,31 @@ def find_images(paths):
             yield path
 
 
-def read_image(path, depths=None):
+def read_image(path):
     """Reads an image file, scales it to cover 32 x 32 pixels and crops it centrally.
 
     The image is turned upright according to its EXIF data. Transparent areas become white. Only the
     first frame of an animation is read. An image of 32 x 32 pixels keeps its pixel values. Those of
-    a 16-bit image are scaled from its significant bits to 8 bits. These are the bits that the file
-    states (in the chunk sBIT), or the smallest of 8, 10, 12, 14 and 16 that hold its largest value.
+    16-bit grayscale are scaled so that the largest becomes 255.
 
     Args:
       path: path of a PNG, JPEG, GIF, BMP or WebP file.
-      depths: `collections.Counter`; counts the image by its significant bits if it is a 16-bit
-        image with fewer than 16. Not counted if None.
 
     Returns:
       uint8 [32, 32, 3].
 
     Raises:
-      ImageError: the file is missing, damaged or in another format.
+      ImageError: the file is missing, damaged, in another format, or larger than MAX_PIXELS.
     """
     _check_is_file(path)
     try:
         # Pillow warns of very large images and of damaged metadata. Both are harmless here.
         with warnings.catch_warnings(action="ignore"), Image.open(path, formats=FORMATS) as image:
-            return _scale_and_crop(_convert_to_interpolable(image, path, depths))
+            return _scale_and_crop(_convert_to_interpolable(image))
     except Image.UnidentifiedImageError as error:
         raise ImageError(path, "it is not a PNG, JPEG, GIF, BMP or WebP image") from error
+    except Image.DecompressionBombError as error:
+        raise ImageError(path, f"it has more than {MAX_PIXELS:,} pixels") from error
     except Exception as error:  # Pillow's decoders raise errors of any type on damaged files
         reason = str(error) or type(error).__name__
         raise ImageError(path, f"it cannot be read ({reason})") from error
@@ -105,9 +108,8 @@ def stack_images(images):
     Raises:
       UserError: the images have another type or shape.
     """
-    shape = [records.HEIGHT, records.WIDTH, records.DEPTH]
-    text = ", ".join(map(str, shape))
-    rule = f"images must be uint8 [n, {text}] with values from 0 to 255"
+    shape = records.image_shape()
+    rule = f"images must be uint8 {records.describe_shape('n')} with values from 0 to 255"
     try:
         stacked = np.asarray(images)
     except ValueError as error:
@@ -134,14 +136,6 @@ def _check_is_file(path):
         raise ImageError(path, "it is not a regular file")
 
 
-def describe_depths(depths):
-    """Returns a line with the number of images of each depth that `read_image` counted, or None."""
-    if not depths:
-        return None
-    counts = ", ".join(f"{count} with {bits} bits" for bits, count in sorted(depths.items()))
-    return f"Scaled 16-bit images that have fewer significant bits: {counts}"
-
-
 def _scale_and_crop(image):
     """Returns the pixels of an image of mode L, LA, RGB or RGBA: uint8 [32, 32, 3]."""
     # When Pillow reduces an image, its bicubic filter covers all source pixels, so that fine
@@ -159,10 +153,10 @@ def _scale_and_crop(image):
     return pixels.reshape(records.HEIGHT, records.WIDTH, records.DEPTH)
 
 
-def _convert_to_interpolable(image, path, depths):
+def _convert_to_interpolable(image):
     """Converts an image to a mode whose pixel values can be averaged: L, LA, RGB or RGBA."""
-    if image.format == "PNG" and (layout := image.tile[0].args) in _16_BIT_LAYOUTS:
-        return _convert_16_bit_png(image, path, layout, depths)
+    if image.mode.startswith("I"):  # 16-bit grayscale
+        return _convert_to_8_bits(image)
     if image.mode in ("LA", "RGBA"):
         return image
     if image.has_transparency_data:
@@ -170,81 +164,22 @@ def _convert_to_interpolable(image, path, depths):
     return image.convert("L" if image.mode in ("1", "L") else "RGB")
 
 
-# Except in grayscale, Pillow keeps only the high bytes of the samples of a 16-bit PNG. With these
-# layouts, it keeps the low bytes, because they have the opposite byte order. The four bytes of a
-# gray value with opacity are read as an 8-bit RGBA pixel.
-_16_BIT_LAYOUTS = {
-    "I;16B": None,
-    "LA;16B": "RGBA",
-    "RGB;16B": "RGB;16L",
-    "RGBA;16B": "RGBA;16L",
-}
+def _convert_to_8_bits(image):
+    """Converts 16-bit grayscale to L: its largest value and transparent values become white."""
+    _report_scaling()
+    values = np.asarray(image).astype(np.uint32)
+    scaled = (values * 255 // max(1, values.max())).astype(np.uint8)
+    scaled[values == image.info.pop("transparency", None)] = 255
+    converted = Image.fromarray(scaled)
+    converted.info = image.info  # with the EXIF data
+    return converted
 
 
-def _convert_16_bit_png(image, path, layout, depths):
-    """Converts an open image with 16-bit samples to L, LA, RGB or RGBA; see `read_image`."""
-    values = _read_16_bit_samples(image, path, layout)
-    has_alpha = layout in ("LA;16B", "RGBA;16B")
-    num_colors = values.shape[2] - has_alpha
-    stated_bits = _read_significant_bits(path)
-    bits = _find_significant_bits(values[..., :num_colors], stated_bits[:num_colors])
-    if depths is not None and bits < 16:
-        depths[bits] += 1
-    channels = [_scale_to_8_bits(values[..., :num_colors], bits)]
-    transparent = image.info.get("transparency")
-    if has_alpha:
-        alpha = values[..., num_colors:]
-        alpha_bits = _find_significant_bits(alpha, stated_bits[num_colors:])
-        channels.append(_scale_to_8_bits(alpha, alpha_bits))
-    elif transparent is not None:
-        is_opaque = (values != transparent).any(axis=2, keepdims=True)
-        channels.append(255 * is_opaque.astype(np.uint8))
-    planes = np.moveaxis(np.concatenate(channels, axis=2), 2, 0)
-    mode = ("L", "LA", "RGB", "RGBA")[len(planes) - 1]
-    converted = Image.merge(mode, [Image.fromarray(plane) for plane in planes])
-    converted.info = {name: value for name, value in image.info.items() if name != "transparency"}
-    return converted  # `info` holds the EXIF data
-
-
-def _read_16_bit_samples(image, path, layout):
-    """Returns the samples of an open 16-bit PNG: uint16 [height, width, samples]."""
-    high = np.asarray(image)
-    if layout == "I;16B":
-        return high[..., np.newaxis]
-    with Image.open(path, formats=["PNG"]) as other:
-        other.tile = [other.tile[0]._replace(args=_16_BIT_LAYOUTS[layout])]
-        low = np.asarray(other)
-    if layout == "LA;16B":
-        high, low = low[..., ::2], low[..., 1::2]
-    return high.astype(np.uint16) << 8 | low
-
-
-def _scale_to_8_bits(values, bits):
-    """Scales uint16 samples with that many significant bits: uint8."""
-    return (values >> (bits - 8) if bits > 8 else values << (8 - bits)).astype(np.uint8)
-
-
-def _read_significant_bits(path):
-    """Returns the content of a PNG's chunk sBIT, one byte per sample; empty if there is none."""
-    with open(path, "rb") as file:
-        file.seek(8)  # the signature
-        while len(header := file.read(8)) == 8 and header[4:] != b"IDAT":
-            length = int.from_bytes(header[:4])
-            if header[4:] == b"sBIT":
-                return file.read(length)
-            file.seek(length + 4, os.SEEK_CUR)  # with the checksum
-    return b""
-
-
-def _find_significant_bits(values, stated_bits):
-    """Returns the number of bits of 16-bit samples that hold their values.
-
-    Args:
-      values: uint16 array.
-      stated_bits: bytes; the numbers that the file states for these samples, or empty.
-    """
-    largest = int(values.max())
-    candidates = [max(stated_bits)] if stated_bits else [8, 10, 12, 14]
-    # The PNG specification wants all values scaled to 16 bits whatever the file states, but not all
-    # programs comply.
-    return next((bits for bits in candidates if bits < 16 and largest < 1 << bits), 16)
+@functools.cache
+def _report_scaling():
+    """Reports on stderr, once, that 16-bit images are scaled."""
+    print(
+        "Scaling 16-bit grayscale images: the largest value of each becomes white",
+        file=sys.stderr,
+        flush=True,
+    )

@@ -24,6 +24,16 @@ TRAIN_FILES = tuple(f"data_batch_{number}.bin" for number in range(1, 6))
 TEST_FILES = ("test_batch.bin",)
 
 
+def image_shape():
+    """Returns the shape of an image: [HEIGHT, WIDTH, DEPTH]."""
+    return [HEIGHT, WIDTH, DEPTH]
+
+
+def describe_shape(*dimensions):
+    """Returns the shape of images, after other dimensions, for a message: "[n, 32, 32, 3]"."""
+    return f"[{', '.join(map(str, [*dimensions, *image_shape()]))}]"
+
+
 def record_files(folder, eval_data):
     """Returns the paths of the test file (`eval_data` true) or of the training files.
 
