@@ -1,7 +1,9 @@
 """Runs the main function of a script: help, errors in one line, signals and exit codes."""
 
+import ast
 import contextlib
 import faulthandler
+import inspect
 import io
 import logging
 import os
@@ -121,7 +123,11 @@ def _interrupt(number):
 
 def _print_help():
     """Prints what the script does, and its flags in the order in which they are defined."""
-    print(sys.modules["__main__"].__doc__)
+    script = sys.modules["__main__"]
+    text = script.__doc__
+    if sys.flags.optimize > 1:  # `python -OO` has removed it
+        text = ast.get_docstring(ast.parse(inspect.getsource(script)), clean=False)
+    print(text or "")
     for heading, section in options.sections():
         if section:
             print(f"{heading}:\n")

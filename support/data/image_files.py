@@ -155,7 +155,7 @@ def _scale_and_crop(image):
 
 def _convert_to_interpolable(image):
     """Converts an image to a mode whose pixel values can be averaged: L, LA, RGB or RGBA."""
-    if image.mode.startswith("I"):  # 16-bit grayscale
+    if image.mode.startswith("I;16"):
         return _convert_to_8_bits(image)
     if image.mode in ("LA", "RGBA"):
         return image
@@ -167,10 +167,11 @@ def _convert_to_interpolable(image):
 def _convert_to_8_bits(image):
     """Converts 16-bit grayscale to L: its largest value and transparent values become white."""
     _report_scaling()
-    values = np.asarray(image).astype(np.uint32)
-    scaled = (values * 255 // max(1, values.max())).astype(np.uint8)
+    values = np.asarray(image)
+    scaled = np.multiply(values, 255, dtype=np.uint32)
+    scaled //= max(1, values.max())  # in place, because it takes a gigabyte for 250 megapixels
     scaled[values == image.info.pop("transparency", None)] = 255
-    converted = Image.fromarray(scaled)
+    converted = Image.fromarray(scaled.astype(np.uint8))
     converted.info = image.info  # with the EXIF data
     return converted
 

@@ -1,7 +1,7 @@
 """Draws the confusion matrix and the misclassified images of an evaluation as PNG images.
 
-A class whose name the font cannot draw is shown by its number. This module needs NumPy and Pillow,
-but not TensorFlow.
+A class whose name is not ASCII, which the font might lack, is shown by its number. A name that is
+too long is shown by its number and its beginning. This module does not need TensorFlow.
 """
 
 import io
@@ -55,7 +55,7 @@ def _draw_names(image, names, cell_size, font):
     """Draws the class names to the left of the matrix and, rotated, above it."""
     rows_per_line = -(-LINE_HEIGHT // cell_size)
     for label in range(0, len(names), rows_per_line):
-        name = _shorten(_drawable_name(names, label, font), MARGIN - 10, font)
+        name = _fit_name(names, label, MARGIN - 10, font)
         center = MARGIN + label * cell_size + cell_size // 2
         ImageDraw.Draw(image).text((MARGIN - 8, center), name, BLACK, font, anchor="rm")
         strip = Image.new("RGB", (MARGIN - 8, LINE_HEIGHT + 4), WHITE)
@@ -108,9 +108,8 @@ def draw_mistakes(images, labels, predictions, names):
         enlarged = _convert_to_8_bits(image).resize((width, height), Image.Resampling.NEAREST)
         sheet.paste(enlarged, (left, top))
         bottom = top + height
-        true_name = _shorten(_drawable_name(names, label, font), cell_width, font)
-        predicted_name = _drawable_name(names, prediction, font)
-        predicted_name = _shorten(f"not {predicted_name}", cell_width, font)
+        true_name = _fit_name(names, label, cell_width, font)
+        predicted_name = _fit_name(names, prediction, cell_width, font, "not ")
         draw.text((left, bottom + 2), true_name, BLACK, font)
         draw.text((left, bottom + 17), predicted_name, RED, font)
     return _encode_png(sheet)
@@ -122,24 +121,14 @@ def _convert_to_8_bits(image):
     return Image.fromarray(np.broadcast_to(scaled.astype(np.uint8), (*scaled.shape[:2], 3)))
 
 
-def _drawable_name(names, label, font):
-    """Returns the name of a class, or its number if the font has no glyphs for the name."""
-
-    def draw(character):
-        mask = font.getmask(character)
-        return mask.size, bytes(mask)
-
-    # All characters that the font lacks look the same, like this one, which no font has.
-    missing = draw("\uffff")
-    name = names[label]
-    return str(label) if any(draw(character) == missing for character in name) else name
-
-
-def _shorten(text, width, font):
-    """Returns `text`, shortened with an ellipsis if it is wider than `width` pixels."""
-    if font.getlength(text) <= width:
+def _fit_name(names, label, width, font, prefix=""):
+    """Returns the name of a class, after `prefix`, as a text of at most `width` pixels."""
+    if not names[label].isascii():
+        return f"{prefix}{label}"
+    if font.getlength(text := f"{prefix}{names[label]}") <= width:
         return text
-    while text and font.getlength(f"{text}...") > width:
+    text = f"{prefix}{label} {names[label]}"  # the shortened names alone could be the same
+    while font.getlength(f"{text}...") > width:
         text = text[:-1]
     return f"{text}..."
 

@@ -310,6 +310,12 @@ def test_help_shows_each_flag_with_its_text_and_default_but_no_bound(script):
     assert "2147483647" not in output
 
 
+def test_help_is_the_same_if_python_removes_docstrings(script, monkeypatch):
+    expected = run_file(script, "--help")
+    monkeypatch.setenv("PYTHONOPTIMIZE", "2")
+    assert run_file(script, "--help") == expected
+
+
 @pytest.mark.parametrize("option", ["-h", "-help", "--helpshort"])
 def test_every_way_to_ask_for_help_gives_the_same_help(script, option):
     assert run_file(script, option) == run_file(script, "--help")

@@ -242,7 +242,10 @@ def test_paths_that_are_not_images_are_reported_with_the_reason(tmp_path):
 
 @pytest.mark.parametrize(
     ("width", "reason"),
-    [(25_000, r"it cannot be read \("), (25_001, "it has more than 250,000,000 pixels$")],
+    [
+        (25_000, "it cannot be read .image file is truncated"),
+        (25_001, "it has more than 250,000,000 pixels$"),
+    ],
 )
 def test_an_image_may_have_250_megapixels(tmp_path, width, reason):
     write_rgb_png(tmp_path / "image.png", width, 10_000, 8, b"")  # without the pixels

@@ -68,6 +68,21 @@ def test_a_long_name_is_shortened_to_fit_into_the_margin():
     assert (long[margin : margin + 44, 2:margin] < 200).any()
 
 
+def test_long_names_with_the_same_beginning_differ():
+    names = [f"a class with a long name: {label}" for label in range(30)]
+    image = decode(charts.draw_confusion_matrix(np.zeros([30, 30], int), names))
+    side, margin = charts.CELL_SIZE, charts.MARGIN
+    beside = image[margin : margin + 30 * side, :margin].reshape(30, side, margin, 3)
+    above = image[:margin, margin : margin + 30 * side].reshape(margin, 30, side, 3)
+    for drawn in (beside, above.swapaxes(0, 1)):
+        assert len({each.tobytes() for each in drawn}) == 30
+    images = np.zeros([2, 24, 24, 3], np.float32)
+    sheet = decode(charts.draw_mistakes(images, [3, 4], [5, 6], names))
+    left, right = sheet[76:110, :104], sheet[76:110, 104:208]
+    assert (left[:17] != right[:17]).any()
+    assert (left[17:] != right[17:]).any()
+
+
 @pytest.mark.parametrize("count", [2, 31, 120, 256])
 def test_the_matrix_of_any_number_of_classes_has_a_viewable_size(count):
     matrix = np.zeros([count, count], int)
@@ -153,7 +168,7 @@ def test_without_mistakes_a_text_is_drawn():
 
 
 @pytest.mark.parametrize("name", ["猫", "Käse", "a\u00a0b", "😀"])
-def test_a_name_that_the_font_cannot_draw_is_replaced_by_its_number(name):
+def test_a_name_that_is_not_ascii_is_replaced_by_its_number(name):
     matrix = np.eye(3, dtype=int)
     drawn = charts.draw_confusion_matrix(matrix, ["a", name, "c-d e"])
     assert drawn == charts.draw_confusion_matrix(matrix, ["a", "1", "c-d e"])
