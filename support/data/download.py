@@ -23,14 +23,8 @@ DATA_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 ARCHIVE_NAME = "cifar-10-binary.tar.gz"
 ARCHIVE_SHA256 = "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd"
 ARCHIVE_BYTES = 170_052_171
-ARCHIVE_FILES = (
-    *records.TRAIN_FILES,
-    *records.TEST_FILES,
-    dataset.CLASS_NAMES_FILE,
-    "readme.html",
-)
-# The largest file is 30.73 MB. The limit keeps a wrong archive from filling the disk.
-MAX_FILE_BYTES = 1 << 26
+RECORD_FILES = (*records.TRAIN_FILES, *records.TEST_FILES)
+ARCHIVE_FILES = (*RECORD_FILES, dataset.CLASS_NAMES_FILE, "readme.html")
 
 DOWNLOAD_TIMEOUT = 20.0  # seconds without data before a connection counts as failed
 RETRY_DELAYS = (1.0, 3.0, 10.0)  # seconds before each retry; progress restarts the sequence
@@ -148,7 +142,7 @@ def _download(url, archive, sha256, size):
 
 
 def _describe_mismatch(path, digest, sha256, size):
-    """Explains a wrong SHA-256."""
+    """Returns what a file with a wrong SHA-256 is."""
     found = os.path.getsize(path)
     with open(path, "rb") as file:
         start = file.read(1024).lstrip().lower()
@@ -160,27 +154,15 @@ def _describe_mismatch(path, digest, sha256, size):
 
 
 class _DownloadError(Exception):
-    """The download failed; the message gives the reason."""
+    """The download failed; the message gives the reason. A transient error is worth a retry."""
 
-    advice = RETRY_ADVICE
-
-
-class _TransientError(_DownloadError):
-    """The download failed, but a retry may succeed."""
-
-
-class _CertificateError(_DownloadError):
-    """The server's certificate cannot be verified; the message gives the reason."""
-
-    advice = CERTIFICATE_ADVICE
+    def __init__(self, reason, is_transient=False, advice=RETRY_ADVICE):
+        super().__init__(reason)
+        self.is_transient, self.advice = is_transient, advice
 
 
 def _fetch_with_retries(url, part, size):
-    """Calls `_fetch` until it succeeds; gives up after RETRY_DELAYS without progress.
-
-    Returns:
-      bool; whether `part` was pieced together from several responses.
-    """
+    """Returns what `_fetch` does once it succeeds; gives up after RETRY_DELAYS without progress."""
     delays = iter(RETRY_DELAYS)
     largest_size = _size_of(part)
     while True:
@@ -190,7 +172,7 @@ def _fetch_with_retries(url, part, size):
             if _size_of(part) > largest_size:
                 largest_size = _size_of(part)
                 delays = iter(RETRY_DELAYS)
-            delay = next(delays, None) if isinstance(error, _TransientError) else None
+            delay = next(delays, None) if error.is_transient else None
             if delay is None:
                 raise DataError(f"cannot download {url}: {error}; {error.advice}") from error
             print(
@@ -204,11 +186,7 @@ def _size_of(path):
 
 
 def _fetch(url, part, size):
-    """Downloads the rest of `url` to `part`, or all of it if the server does not support ranges.
-
-    Returns:
-      bool; whether the bytes that `part` held before were kept.
-    """
+    """Downloads the rest of `url` to `part`; returns whether the bytes in it before were kept."""
     offset = _size_of(part)
     response = _open_url(url, offset)
     if response is None:
@@ -238,21 +216,18 @@ def _open_url(url, offset):
         error.close()  # it is also the response, and keeps the connection open
         if offset and error.code == http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
             return None
-        if error.code >= 500 or error.code in TRANSIENT_STATUSES:
-            raise _TransientError(error) from error
-        raise _DownloadError(error) from error
+        is_transient = error.code >= 500 or error.code in TRANSIENT_STATUSES
+        raise _DownloadError(error, is_transient) from error
     except ValueError as error:  # a malformed URL
         raise _DownloadError(error) from error
     except (OSError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", error)  # a URLError wraps the cause
         if isinstance(reason, ssl.SSLCertVerificationError):
-            raise _CertificateError(
-                f"its certificate cannot be verified ({reason.verify_message})"
-            ) from error
+            text = f"its certificate cannot be verified ({reason.verify_message})"
+            raise _DownloadError(text, advice=CERTIFICATE_ADVICE) from error
         # The reason is a string if urllib does not even try, for example for an unknown protocol.
-        if isinstance(reason, str) or url.startswith("file:"):
-            raise _DownloadError(reason) from error
-        raise _TransientError(reason) from error
+        is_final = isinstance(reason, str) or url.startswith("file:")
+        raise _DownloadError(reason, is_transient=not is_final) from error
 
 
 def _copy(response, output, offset, total, size):
@@ -262,9 +237,8 @@ def _copy(response, output, offset, total, size):
             try:
                 chunk = response.read1(CHUNK_BYTES)
             except (OSError, http.client.HTTPException) as error:
-                raise _TransientError(
-                    f"the connection failed after {bar.n} of {total or 'unknown'} bytes: {error}"
-                ) from error
+                text = f"the connection failed after {bar.n} of {total or 'unknown'} bytes: {error}"
+                raise _DownloadError(text, is_transient=True) from error
             if not chunk:
                 break
             if size is not None and bar.n + len(chunk) > size:
@@ -272,12 +246,13 @@ def _copy(response, output, offset, total, size):
             output.write(chunk)
             bar.update(len(chunk))
     if total is not None and bar.n < total:
-        raise _TransientError(f"the connection ended after {bar.n} of {total} bytes")
+        text = f"the connection ended after {bar.n} of {total} bytes"
+        raise _DownloadError(text, is_transient=True)
 
 
 def _extract(archive, folder):
     """Extracts ARCHIVE_FILES; `folder` appears with all record files or not at all."""
-    names = {f"{dataset.EXTRACTED_FOLDER}/{name}": name for name in ARCHIVE_FILES}
+    names = [f"{dataset.EXTRACTED_FOLDER}/{name}" for name in ARCHIVE_FILES]
     with files.atomic_folder(folder) as staging:
         try:
             with tarfile.open(archive, "r:gz") as members:
@@ -285,13 +260,11 @@ def _extract(archive, folder):
                     # Skips paths that lead out of the folder, links and devices, among others.
                     if member.name not in names or not member.isfile():
                         continue
-                    name = names[member.name]
-                    if member.size > MAX_FILE_BYTES:
-                        raise tarfile.TarError(f"{name} is too large: {member.size} bytes")
                     # Not `extract`, which would use the archive's permissions instead of the umask.
-                    with open(os.path.join(staging, name), "wb") as output:
+                    path = os.path.join(staging, os.path.basename(member.name))
+                    with open(path, "wb") as output:
                         shutil.copyfileobj(members.extractfile(member), output)
-            for name in (*records.TRAIN_FILES, *records.TEST_FILES):
+            for name in RECORD_FILES:
                 if not os.path.exists(os.path.join(staging, name)):
                     raise tarfile.TarError(f"{name} is missing")
         except (tarfile.TarError, gzip.BadGzipFile, EOFError, zlib.error) as error:

@@ -7,6 +7,7 @@ the Python version of CIFAR-100. See https://www.cs.toronto.edu/~kriz/cifar.html
 import contextlib
 import io
 import os
+import pathlib
 import pickle
 import shlex
 import tarfile
@@ -21,25 +22,15 @@ from support.data import dataset, records
 
 
 class Version(NamedTuple):
-    """A version of CIFAR-10 or CIFAR-100.
+    """A version of CIFAR-10 or CIFAR-100."""
 
-    Attributes:
-      title: string; what it is, for messages.
-      flag: string; the flag of cifar10_convert.py that converts it.
-      folder: string; the folder in its archive.
-      archive: string; the name of its archive.
-      train_files: tuple of strings.
-      test_file: string.
-      name_files: tuple of strings; the files with the class names.
-    """
-
-    title: str
-    flag: str
-    folder: str
-    archive: str
+    title: str  # for messages
+    flag: str  # of cifar10_convert.py
+    folder: str  # the name of the folder in the archive
+    archive: str  # its name
     train_files: tuple
     test_file: str
-    name_files: tuple
+    name_files: tuple  # the files with the class names
 
 
 VERSIONS = (
@@ -98,11 +89,10 @@ def find_version(path, versions=VERSIONS):
     for version in versions:
         if os.path.basename(path) in archive_names(version) and os.path.isfile(path):
             return version, path
-        folders = ("", version.folder, os.path.join(f"{version.folder}-target", version.folder))
-        for folder in folders:
+        names = (version.train_files[0], version.test_file)
+        for folder in ("", version.folder, f"{version.folder}-target/{version.folder}"):
             candidate = os.path.join(path, folder) if folder else path
-            names = (*version.train_files, version.test_file)
-            if all(os.path.isfile(os.path.join(candidate, name)) for name in (names[0], names[-1])):
+            if all(os.path.isfile(os.path.join(candidate, name)) for name in names):
                 return version, candidate
         for name in archive_names(version):
             if os.path.isfile(candidate := os.path.join(path, name)):
@@ -142,7 +132,7 @@ def convert(path, flag, output, label_kind=""):
         written.
       UserError: the folder exists and is not empty.
     """
-    layout = (records.HEIGHT, records.WIDTH, records.DEPTH)
+    layout = tuple(records.image_shape())
     if layout != IMAGE_SHAPE:
         raise DataError(
             f"the images of --{flag} are {IMAGE_SHAPE}, but the constants in "
@@ -202,8 +192,8 @@ def _read_files(version, path):
         for name in names:
             file_path = os.path.join(path, name)
             if os.path.isfile(file_path):
-                with _errors_explained(file_path), open(file_path, "rb") as file:
-                    yield name, file.read()
+                with _errors_explained(file_path):
+                    yield name, pathlib.Path(file_path).read_bytes()
         return
     with _errors_explained(path), tarfile.open(path) as archive:
         for member in archive:

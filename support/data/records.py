@@ -3,7 +3,6 @@
 The format is that of CIFAR-10, described at https://www.cs.toronto.edu/~kriz/cifar.html.
 """
 
-import contextlib
 import os
 
 import numpy as np
@@ -65,20 +64,20 @@ def find_problem(path, num_classes):
         return "is not a file" if os.path.exists(path) else "is missing"
     try:
         size = os.path.getsize(path)
+        if not size:
+            return "is empty"
+        if size % RECORD_BYTES and size % (RECORD_BYTES + LABEL_BYTES) == 0:
+            return (
+                f"has records of {RECORD_BYTES + LABEL_BYTES} bytes, which have two labels; if it "
+                "is CIFAR-100, convert the original files with cifar10_convert.py "
+                "--cifar100=FOLDER --output=NEW_FOLDER"
+            )
         num_records, rest = divmod(size, RECORD_BYTES)
         if rest:
-            if size % (RECORD_BYTES + LABEL_BYTES) == 0:
-                return (
-                    f"has records of {RECORD_BYTES + LABEL_BYTES} bytes, which have two labels; if "
-                    "it is CIFAR-100, convert the original files with cifar10_convert.py "
-                    "--cifar100=FOLDER --output=NEW_FOLDER"
-                )
             return (
                 f"ends within record {num_records} (counted from 0), after {rest} of "
                 f"{RECORD_BYTES} bytes"
             )
-        if num_records == 0:
-            return "is empty"
         labels = read_labels(path)
         invalid = np.flatnonzero(labels >= num_classes)
     except OSError as error:
@@ -89,14 +88,6 @@ def find_problem(path, num_classes):
             f"must be 0 to {num_classes - 1}"
         )
     return None
-
-
-@contextlib.contextmanager
-def _unreadable_files_explained():
-    try:
-        yield
-    except OSError as error:
-        raise DataError(f"{error.filename} cannot be read ({error.strerror})") from error
 
 
 class ChangeDetector:
@@ -112,11 +103,13 @@ class ChangeDetector:
       eval_data: bool; watch the test file instead of the training files.
     """
 
-    @_unreadable_files_explained()
     def __init__(self, folder, eval_data):
         paths = record_files(folder, eval_data)
-        self._before = {path: os.stat(path) for path in paths}
-        self._digests = {path: files.hash_file(path) for path in paths}
+        try:
+            self._before = {path: os.stat(path) for path in paths}
+            self._digests = {path: files.hash_file(path) for path in paths}
+        except OSError as error:
+            raise DataError(f"{error.filename} cannot be read ({error.strerror})") from error
 
     def check(self):
         """Raises DataError if the content of a file changed, or if it can no longer be read.
