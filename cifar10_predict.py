@@ -11,6 +11,7 @@ the model as a SavedModel.
 """
 
 import contextlib
+import itertools
 import json
 import sys
 from typing import NamedTuple
@@ -37,19 +38,11 @@ options.define("prediction", "checkpoint")
 
 
 class Model(NamedTuple):
-    """A restored model.
-
-    Attributes:
-      session: `tf.Session`.
-      images: placeholder, uint8 [n, 32, 32, 3].
-      probabilities: float32 [n, classes].
-      class_names: tuple of strings.
-      checkpoint: the `checkpoints.Checkpoint`.
-    """
+    """A restored model."""
 
     session: tf.Session
-    images: tf.Tensor
-    probabilities: tf.Tensor
+    images: tf.Tensor  # placeholder, uint8 [n, 32, 32, 3]
+    probabilities: tf.Tensor  # float32 [n, classes]
     class_names: tuple
     checkpoint: checkpoints.Checkpoint
 
@@ -82,30 +75,6 @@ def open_model():
 
         restored = checkpoints.use_newest(FLAGS.checkpoint_dir, restore)
         yield Model(session, images, probabilities, settings.class_names, restored)
-
-
-def read_in_batches(paths, batch_size):
-    """Reads images in batches.
-
-    Args:
-      paths: iterable of paths.
-      batch_size: int.
-
-    Yields:
-      Batches: lists of (path, image), where image is uint8 [32, 32, 3] or the `ImageError` raised
-      when reading it.
-    """
-    batch = []
-    for path in paths:
-        try:
-            batch.append((path, image_files.read_image(path)))
-        except image_files.ImageError as error:
-            batch.append((path, error))
-        if len(batch) == batch_size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
 
 
 def predict(model, images):
@@ -149,35 +118,45 @@ def predict_files(model, paths, batch_size, as_json):
     Raises:
       UserError: some images could not be read. The lines of the others have been printed.
     """
+    paths = iter(paths)
     count = unreadable = 0
-    for batch in read_in_batches(paths, batch_size):
-        images = [image for _, image in batch if isinstance(image, np.ndarray)]
-        predictions = iter(predict(model, images))
-        for path, image in batch:
+    while batch := list(itertools.islice(paths, batch_size)):
+        images = list(map(_read_image, batch))
+        readable = [image for image in images if isinstance(image, np.ndarray)]
+        predictions = iter(predict(model, readable))
+        for path, image in zip(batch, images, strict=True):
             count += 1
-            if isinstance(image, image_files.ImageError):
+            if isinstance(image, np.ndarray):
+                _print_predictions(model, path, next(predictions), as_json)
+            else:
                 unreadable += 1
                 print(image, file=sys.stderr, flush=True)
-                result = {"error": str(image)}
-            else:
-                result = {"predictions": next(predictions)}
-            if as_json:
-                _print_json(model, path, **result)
-            elif "predictions" in result:
-                classes = ", ".join(f"{name} {p:.3f}" for name, p in result["predictions"])
-                print(f"{image_files.make_printable(path)}: {classes}", flush=True)
+                if as_json:
+                    print(json.dumps({"picture": path, "error": str(image)}), flush=True)
     if unreadable:
         raise UserError(f"{unreadable} of {count} images could not be read")
 
 
-def _print_json(model, path, predictions=None, error=None):
-    line = {"picture": path}
-    if error is not None:
-        line["error"] = error
+def _read_image(path):
+    """Returns an image, or the `ImageError` that reading it raises."""
+    try:
+        return image_files.read_image(path)
+    except image_files.ImageError as error:
+        return error
+
+
+def _print_predictions(model, path, predictions, as_json):
+    if as_json:
+        line = {
+            "picture": path,
+            "predictions": [{"class": name, "probability": p} for name, p in predictions],
+            "checkpoint": model.checkpoint.path,
+            "step": model.checkpoint.step,
+        }
+        print(json.dumps(line), flush=True)
     else:
-        line["predictions"] = [{"class": name, "probability": p} for name, p in predictions]
-        line |= {"checkpoint": model.checkpoint.path, "step": model.checkpoint.step}
-    print(json.dumps(line), flush=True)
+        classes = ", ".join(f"{name} {p:.3f}" for name, p in predictions)
+        print(f"{image_files.make_printable(path)}: {classes}", flush=True)
 
 
 def export(model, export_dir):

@@ -1,5 +1,6 @@
 """A dataset on disk: where its record files are, its classes, and how many images an epoch has."""
 
+import contextlib
 import os
 import sys
 import unicodedata
@@ -28,17 +29,10 @@ MAX_LISTED_CLASSES = 12  # in messages
 
 
 class Dataset(NamedTuple):
-    """What the scripts know about a dataset; see `read_dataset`.
+    """What the scripts know about a dataset; see `read_dataset`."""
 
-    Attributes:
-      folder: string; the path of the folder with the record files.
-      class_names: tuple of strings, in the order of the labels.
-      num_examples_per_epoch_for_train: int; training images in an epoch.
-      num_examples_per_epoch_for_eval: int; test images in an epoch.
-    """
-
-    folder: str
-    class_names: tuple
+    folder: str  # with the record files
+    class_names: tuple  # in the order of the labels
     num_examples_per_epoch_for_train: int
     num_examples_per_epoch_for_eval: int
 
@@ -52,34 +46,28 @@ def read_dataset(
 ):
     """Returns the `Dataset` in a folder.
 
-    For each number, the default is CIFAR-10's, which means that you have not chosen one: the files
-    then determine the number. Any other value is your choice. An example count then defines the
-    size of an epoch, whatever the files contain. A number of classes must match the class names.
+    A number other than CIFAR-10's is your choice, because you have edited a constant. An example
+    count then defines the size of an epoch, whatever the files contain. A number of classes must
+    match the class names. The files determine the other numbers.
 
     Args:
       folder: path. The folder and its files may be missing, because prediction does not need them.
-        The class names and numbers are then those of CIFAR-10 or those of the arguments.
-      num_classes: int; the constant NUM_CLASSES, as for `read_class_names`.
-      num_train: int; the constant NUM_EXAMPLES_PER_EPOCH_FOR_TRAIN.
-      num_eval: int; the constant NUM_EXAMPLES_PER_EPOCH_FOR_EVAL.
+      num_classes: int; see `read_class_names`.
+      num_train: int; training images in an epoch.
+      num_eval: int; test images in an epoch.
       class_names: tuple of strings; those of the folder if None.
 
     Raises:
       DataError: from `read_class_names`.
     """
-    if num_train == NUM_EXAMPLES_PER_EPOCH_FOR_TRAIN:
-        num_train = _count_records(folder, False, num_train)
-    if num_eval == NUM_EXAMPLES_PER_EPOCH_FOR_EVAL:
-        num_eval = _count_records(folder, True, num_eval)
+    with contextlib.suppress(OSError):  # training and evaluation have checked the files before
+        if num_train == NUM_EXAMPLES_PER_EPOCH_FOR_TRAIN:
+            num_train = records.count_records(folder, eval_data=False)
+    with contextlib.suppress(OSError):
+        if num_eval == NUM_EXAMPLES_PER_EPOCH_FOR_EVAL:
+            num_eval = records.count_records(folder, eval_data=True)
     class_names = class_names or read_class_names(folder, num_classes)
     return Dataset(os.fspath(folder), class_names, num_train, num_eval)
-
-
-def _count_records(folder, eval_data, default):
-    try:
-        return records.count_records(folder, eval_data)
-    except OSError:  # training and evaluation have checked the files before
-        return default
 
 
 def find_folder(data_dir, synthetic=False):
