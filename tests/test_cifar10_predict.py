@@ -2,9 +2,11 @@
 
 import json
 import os
+import pathlib
 import re
 import subprocess
 import sys
+import types
 
 import numpy as np
 import numpy_model
@@ -14,7 +16,6 @@ from conftest import (
     AVERAGED,
     RAW,
     ROOT,
-    TF_CONFIGS,
     draw_patches,
     make_records,
     messages,
@@ -100,34 +101,14 @@ def test_the_three_most_likely_classes_match_numpy(
     assert len(rankings) > 3
 
 
-def test_a_line_shows_the_image_and_three_classes_with_probabilities(records, images, capsys):
-    run_main(images / "03.png")
-    output = capsys.readouterr()
-    expected = expected_probabilities(records)[3]
-    classes = ", ".join(
-        f"{dataset.CLASS_NAMES[i]} {expected[i]:.3f}" for i in np.argsort(-expected)[:3]
-    )
-    assert output.out == f"{images / '03.png'}: {classes}\n"
-    assert output.err == ""
-
-
-@pytest.mark.parametrize("tf_config", TF_CONFIGS)
-def test_a_tf_config_does_not_change_the_prediction(images, capsys, monkeypatch, tf_config):
-    run_main(images / "03.png")
-    expected = capsys.readouterr().out
-    monkeypatch.setenv("TF_CONFIG", tf_config)
-    run_main(images / "03.png")
-    assert capsys.readouterr().out == expected
-
-
-@pytest.mark.parametrize(("top", "count"), [(1, 1), (10, 10), (0, 10), (99, 10)])
+@pytest.mark.parametrize(("top", "count"), [(3, 3), (1, 1), (10, 10), (0, 10), (99, 10)])
 def test_as_many_classes_are_printed_as_top_says(records, images, capsys, top, count):
     FLAGS.top = top
     expected = expected_probabilities(records[:1])[0]
     best = np.argsort(-expected)[:count]
     run_main(images / "00.png")
-    line = capsys.readouterr().out.removeprefix(f"{images / '00.png'}: ")
-    assert line == ", ".join(f"{dataset.CLASS_NAMES[i]} {expected[i]:.3f}" for i in best) + "\n"
+    classes = ", ".join(f"{dataset.CLASS_NAMES[i]} {expected[i]:.3f}" for i in best)
+    assert capsys.readouterr() == (f"{images / '00.png'}: {classes}\n", "")
     (found,) = printed_objects(capsys, images / "00.png")
     assert [p["class"] for p in found["predictions"]] == [dataset.CLASS_NAMES[i] for i in best]
 
@@ -146,25 +127,21 @@ def test_unreadable_images_are_reported_and_the_others_are_classified(images, ca
     (images / "05.png").write_text("not an image")
     (images / "00.png").unlink()
     FLAGS.batch_size = 4
-    with pytest.raises(UserError, match="2 of 30 images could not be read"):
-        run_main(images / "00.png", images)
-    output = capsys.readouterr()
-    assert len(output.out.splitlines()) == 28
-    assert "05.png" not in output.out
-    first, second = output.err.splitlines()
-    assert first == f"{images / '00.png'}: there is no such file"
-    assert second.startswith(f"{images / '05.png'}: it is not a PNG")
-
-
-def test_json_output_has_an_object_with_the_error_for_an_unreadable_image(images, capsys):
-    (images / "01.png").write_text("not an image")
-    FLAGS.json = True
-    with pytest.raises(UserError, match="1 of 2 images could not be read"):
-        run_main(images / "01.png", images / "02.png")
-    first, second = (json.loads(line) for line in capsys.readouterr().out.splitlines())
-    assert first.keys() == {"picture", "error"}
-    assert "it is not a PNG" in first["error"]
-    assert second["picture"] == str(images / "02.png")
+    for FLAGS.json in (False, True):
+        with pytest.raises(UserError, match="2 of 30 images could not be read"):
+            run_main(images / "00.png", images)
+        output = capsys.readouterr()
+        first, second = output.err.splitlines()
+        assert first == f"{images / '00.png'}: there is no such file"
+        assert second.startswith(f"{images / '05.png'}: it is not a PNG")
+        if FLAGS.json:
+            lines = [json.loads(line) for line in output.out.splitlines()]
+            assert lines[0] == {"picture": str(images / "00.png"), "error": first}
+            assert lines[5] == {"picture": str(images / "05.png"), "error": second}
+            assert lines[6]["picture"] == str(images / "06.png")
+        else:
+            assert len(output.out.splitlines()) == 28
+            assert "05.png" not in output.out
 
 
 @pytest.mark.parametrize("count", [2, 10, 14])
@@ -188,19 +165,14 @@ def test_if_a_checkpoint_does_not_record_its_classes_those_of_the_dataset_are_us
     assert all(p["class"].startswith("own") for p in found["predictions"])
 
 
-def remove_checkpoint(step):
-    for name in os.listdir(FLAGS.checkpoint_dir):
-        if name.startswith(f"model.ckpt-{step}."):
-            os.remove(os.path.join(FLAGS.checkpoint_dir, name))
-
-
 def test_if_a_trainer_deletes_a_checkpoint_the_classes_of_the_next_one_are_used(
     images, capsys, monkeypatch
 ):
     names = tuple(f"recorded {n}" for n in range(10))
     for step in (8, 9):
         save_checkpoint(FLAGS.checkpoint_dir, step, TrainingSettings(names, 25))
-    remove_checkpoint(8)
+    for path in pathlib.Path(FLAGS.checkpoint_dir).glob("model.ckpt-8.*"):
+        path.unlink()
     deleted, newest = (f"{FLAGS.checkpoint_dir}/model.ckpt-{step}" for step in (8, 9))
     found = iter([deleted])
     monkeypatch.setattr(checkpoints, "find_latest_checkpoint", lambda _: next(found, newest))
@@ -208,33 +180,11 @@ def test_if_a_trainer_deletes_a_checkpoint_the_classes_of_the_next_one_are_used(
     assert all(p["class"].startswith("recorded") for p in line["predictions"])
 
 
-def test_if_a_trainer_deletes_a_checkpoint_the_newest_one_predicts(images, capsys, monkeypatch):
-    restore = checkpoints.restore
-
-    def restore_after_the_trainer_has_continued(session, saver, checkpoint):
-        if checkpoint.step == 7:
-            save_checkpoint(FLAGS.checkpoint_dir, 9)
-            remove_checkpoint(7)
-        return restore(session, saver, checkpoint)
-
-    monkeypatch.setattr(checkpoints, "restore", restore_after_the_trainer_has_continued)
-    (found,) = printed_objects(capsys, images / "00.png")
-    assert found["step"] == 9
-
-
 def test_an_edit_of_the_central_crops_changes_the_prediction(records, images, capsys, monkeypatch):
     before = printed_objects(capsys, images)
     crops = cifar10_input.central_crops
     monkeypatch.setattr(cifar10_input, "central_crops", lambda images: -crops(images))
     assert printed_objects(capsys, images) != before
-
-
-def test_prediction_needs_no_dataset(images, capsys, tmp_path):
-    save_checkpoint(FLAGS.checkpoint_dir, 8, TrainingSettings(tuple("abcdefghij"), 25))
-    (tmp_path / "file").write_text("")
-    FLAGS.data_dir = str(tmp_path / "file")
-    (found,) = printed_objects(capsys, images / "00.png")
-    assert {p["class"] for p in found["predictions"]} < set("abcdefghij")
 
 
 def test_a_checkpoint_of_another_crop_size_needs_the_same_flag(records, images, capsys):
@@ -258,23 +208,6 @@ def test_without_images_or_a_checkpoint_the_error_says_what_to_do(images):
         run_main(images)
 
 
-def test_running_out_of_memory_is_a_one_line_error(records, images, monkeypatch):
-    def fail(probabilities):
-        raise MemoryError("OOM when allocating tensor with shape[128,24,24,64]\n\n\tHint: ...")
-
-    softmax = tf.nn.softmax
-
-    def failing_softmax(logits, name):
-        return tf.ensure_shape(tf.py_func(fail, [softmax(logits)], tf.float32), logits.shape)
-
-    monkeypatch.setattr(tf.nn, "softmax", failing_softmax)
-    with pytest.raises(
-        UserError, match="^out of memory .*OOM when allocating tensor.*; use a smaller --batch_size"
-    ) as error:
-        run_main(images)
-    assert "Hint" not in str(error.value)
-
-
 def test_a_checkpoint_that_is_not_finite_predicts_nothing(images, monkeypatch):
     variables = numpy_model.random_variables(AVERAGED)
     variables["local4/weights"][3, 5] = np.nan
@@ -289,9 +222,7 @@ def test_a_checkpoint_that_is_not_finite_predicts_nothing(images, monkeypatch):
         run_main(images)
 
 
-@pytest.mark.parametrize("fast_ops", [True, False])
-def test_predict_takes_arrays_and_lists_of_images_only(records, fast_ops):
-    FLAGS.fast_ops = fast_ops
+def test_predict_takes_arrays_and_lists_of_images_only(records):
     images = pixels(records)[:3]
     with cifar10_predict.open_model() as model:
         expected = cifar10_predict.predict(model, images)
@@ -302,6 +233,16 @@ def test_predict_takes_arrays_and_lists_of_images_only(records, fast_ops):
         for wrong in (images / 255, images / 127.5 - 1, images.astype(np.int64), images[0]):
             with pytest.raises(UserError, match="^images must be uint8"):
                 cifar10_predict.predict(model, wrong)
+
+
+def test_running_out_of_memory_is_a_one_line_error(records):
+    def fail(*_):
+        raise tf.errors.ResourceExhaustedError(None, None, "OOM when allocating tensor")
+
+    with cifar10_predict.open_model() as model:
+        failing = model._replace(session=types.SimpleNamespace(run=fail))
+        with pytest.raises(UserError, match="^out of memory .OOM.*; use a smaller --batch_size"):
+            cifar10_predict.predict(failing, pixels(records))
 
 
 LOAD = """
@@ -369,7 +310,7 @@ def test_predictions_equal_those_of_the_evaluation_to_5_digits(
 
 
 def test_an_export_gives_the_probabilities_of_the_evaluation(records, tmp_path, capsys):
-    FLAGS.export_dir = str(tmp_path / "new" / "export" / "1")
+    FLAGS.export_dir = str(tmp_path / "new" / "a?[b *käse猫" / "1")
     run_main()
     output = capsys.readouterr()
     assert output.out == ""
@@ -382,21 +323,15 @@ def test_an_export_gives_the_probabilities_of_the_evaluation(records, tmp_path, 
     assert answer["classes"] == expected.argmax(axis=1).tolist()
     assert answer["class_names"] == [list(dataset.CLASS_NAMES)] * len(records)
     assert "shape=(None, 32, 32, 3), dtype=tf.uint8, name='images'" in answer["inputs"]
-    assert os.listdir(tmp_path / "new" / "export") == ["1"]
+    assert os.listdir(os.path.dirname(FLAGS.export_dir)) == ["1"]
 
 
-@pytest.mark.parametrize("name", ["run[1]", "[!x]y", "a\\b"])
+@pytest.mark.parametrize("name", ["run[1]/1", "[!x]y", "a\\b"])
 def test_an_export_dir_from_which_tensorflow_could_not_load_is_refused(name):
     with pytest.raises(flags.IllegalFlagValueError, match="--export_dir=.*cannot load a model"):
-        FLAGS.export_dir = f"/tmp/{name}/1"
-
-
-@pytest.mark.parametrize("name", ["a*b", "a?[b", "a b", "käse猫"])
-def test_an_export_dir_with_other_special_characters_is_loaded(records, tmp_path, name):
-    FLAGS.export_dir = str(tmp_path / name / "1")
-    run_main()
-    answer = load_and_call(FLAGS.export_dir, pixels(records[:1]), tmp_path)
-    assert answer["classes"] == [expected_probabilities(records[:1])[0].argmax()]
+        FLAGS.export_dir = name
+    with pytest.raises(flags.IllegalFlagValueError):
+        FLAGS.export_dir = ""
 
 
 @pytest.mark.parametrize("num_classes", [10, 12])
@@ -411,16 +346,6 @@ def test_prediction_needs_no_dataset_even_if_there_is_a_damaged_one(
     monkeypatch.setattr(cifar10, "NUM_CLASSES", num_classes)
     (found,) = printed_objects(capsys, images / "03.png")
     assert found["predictions"][0]["class"] in names
-
-
-@pytest.mark.parametrize("state", [None, 'model_checkpoint_path: "C:\\\\train\\\\model.ckpt-7"'])
-def test_a_checkpoint_from_another_machine_predicts(records, images, capsys, state):
-    os.remove(f"{FLAGS.checkpoint_dir}/checkpoint")
-    if state is not None:
-        with open(f"{FLAGS.checkpoint_dir}/checkpoint", "w") as file:
-            file.write(state)
-    (found,) = printed_objects(capsys, images / "03.png")
-    assert found["step"] == 7
 
 
 def test_an_export_overwrites_nothing(records, tmp_path):
@@ -473,11 +398,6 @@ def test_only_one_of_two_simultaneous_exports_succeeds(records, tmp_path):
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".export")]
 
 
-def test_export_dir_must_not_be_empty():
-    with pytest.raises(flags.IllegalFlagValueError):
-        FLAGS.export_dir = ""
-
-
 def test_the_script_prints_predictions_and_exits_with_1_if_an_image_is_unreadable(images):
     arguments = ("cifar10_predict.py", f"--checkpoint_dir={FLAGS.checkpoint_dir}", images)
     process = run_script(*arguments)
@@ -501,34 +421,20 @@ def test_the_script_prints_predictions_and_exits_with_1_if_an_image_is_unreadabl
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("redirection", "expected"),
-    [
-        ("| true", []),
-        ("> /dev/full", ["cannot write to standard output: No space left on device"]),
-    ],
-)
-def test_the_script_ends_when_its_predictions_cannot_be_printed(images, redirection, expected):
-    command = f"{sys.executable} cifar10_predict.py --checkpoint_dir={FLAGS.checkpoint_dir} "
-    process = subprocess.run(
-        ["bash", "-c", f"{command} {images} {redirection}; exit ${{PIPESTATUS[0]}}"],
-        cwd=ROOT,
-        env=script_environment(),
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+def test_the_script_ends_when_its_predictions_cannot_be_printed(images):
+    script = ["cifar10_predict.py", f"--checkpoint_dir={FLAGS.checkpoint_dir}", images]
+    with open("/dev/full", "w") as full:
+        process = subprocess.run(
+            [sys.executable, *script],
+            cwd=ROOT,
+            env=script_environment(),
+            stdin=subprocess.DEVNULL,
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=120,
+            check=False,
+        )
     assert process.returncode == 1
-    assert messages(process.stderr) == [f"cifar10_predict.py: error: {line}" for line in expected]
-
-
-@pytest.mark.slow
-def test_class_names_that_stdout_cannot_encode_are_escaped(images, monkeypatch):
-    monkeypatch.setenv("PYTHONIOENCODING", "ascii:strict")
-    names = ("猫", "Käse", *dataset.CLASS_NAMES[2:])
-    save_checkpoint(FLAGS.checkpoint_dir, 8, cifar10.training_settings(names))
-    process = run_script("cifar10_predict.py", f"--checkpoint_dir={FLAGS.checkpoint_dir}", images)
-    assert "K\\xe4se 0." in process.stdout
-    assert messages(process.stderr) == []
+    (line,) = messages(process.stderr)
+    assert line.endswith("error: cannot write to standard output: No space left on device")

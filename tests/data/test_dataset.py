@@ -1,10 +1,5 @@
 """Tests of a dataset: its folder, its class names, its sizes, and the checks of its files."""
 
-import os
-import pathlib
-import tempfile
-import time
-
 import numpy as np
 import pytest
 from conftest import make_records, write_dataset
@@ -67,15 +62,10 @@ def test_class_names_are_the_nonempty_lines_of_the_file(folder, content, names):
     assert dataset.read_class_names(folder) == names
 
 
-def test_class_names_default_to_those_of_cifar_10(folder):
-    assert dataset.read_class_names(folder) == dataset.CLASS_NAMES
-    assert dataset.read_class_names(folder / "missing") == dataset.CLASS_NAMES
-
-
 @pytest.mark.parametrize(
     ("num_classes", "names"),
     [
-        (10, dataset.CLASS_NAMES),
+        (10, dataset.CLASS_NAMES),  # the default
         (3, ("class 0", "class 1", "class 2")),
         (12, tuple(f"class {label}" for label in range(12))),
     ],
@@ -165,17 +155,11 @@ def test_a_label_without_a_class_is_refused(folder, num_names, label):
 
 def test_an_edited_number_of_classes_decides_which_labels_are_valid(folder):
     dataset.check_dataset(folder, 11)
-    with pytest.raises(
-        DataError, match=r"data_batch_2.bin has label 3 in record 3 .*, but labels must be 0 to 2"
-    ):
+    message = (
+        r"_2.bin has label 3 in record 3 .* labels must be 0 to 2; .* NUM_CLASSES, which is 3$"
+    )
+    with pytest.raises(DataError, match=message):
         dataset.check_dataset(folder, 3)
-
-
-@pytest.mark.parametrize("name", [name for name in FILES if name != "data_batch_5.bin"])
-def test_a_missing_file_is_refused(folder, name):
-    (folder / name).unlink()
-    with pytest.raises(DataError, match=f"{name} is missing; replace the file, or move"):
-        dataset.check_dataset(folder)
 
 
 @pytest.mark.parametrize("count", [1, 2, 4])
@@ -192,74 +176,39 @@ def test_the_last_training_files_may_be_missing(folder, capsys, count):
     assert dataset.find_folder(folder) == str(folder)
 
 
-def test_without_any_training_file_the_first_one_is_missing(folder):
-    for name in records.TRAIN_FILES:
-        (folder / name).unlink()
-    with pytest.raises(DataError, match=r"data_batch_1.bin is missing"):
-        dataset.check_dataset(folder)
-    assert len(records.record_files(folder, eval_data=False)) == 5
-
-
-def test_records_with_two_labels_are_recognized_as_those_of_cifar_100(folder):
-    (folder / FILES[1]).write_bytes(bytes(7 * 3074))
-    message = "data_batch_2.bin has records of 3074 bytes, .* cifar10_convert.py --cifar100="
-    with pytest.raises(DataError, match=message):
-        dataset.check_dataset(folder)
-
-
-def test_a_folder_in_place_of_a_file_is_refused(folder):
-    (folder / FILES[2]).unlink()
-    (folder / FILES[2]).mkdir()
-    with pytest.raises(DataError, match="data_batch_3.bin is not a file"):
-        dataset.check_dataset(folder)
-
-
-def test_an_empty_file_is_refused(folder):
-    (folder / FILES[0]).write_bytes(b"")
-    with pytest.raises(DataError, match="data_batch_1.bin is empty"):
-        dataset.check_dataset(folder)
-
-
-@pytest.mark.parametrize(("size", "record", "rest"), [(3072, 0, 3072), (2 * 3073 + 1, 2, 1)])
-def test_a_partial_last_record_is_refused(folder, size, record, rest):
-    (folder / "test_batch.bin").write_bytes(make_records(5).tobytes()[:size])
-    message = (
-        rf"test_batch.bin ends within record {record} \(counted from 0\), after {rest} of 3073"
+@pytest.mark.parametrize(
+    ("number", "content", "problem"),
+    [
+        *((number, None, "is missing") for number in (0, 1, 2, 3, 5)),
+        (0, b"", "is empty"),
+        (5, bytes(3072), r"ends within record 0 \(counted from 0\), after 3072 of 3073 bytes"),
+        (5, bytes(2 * 3073 + 1), r"ends within record 2 \(counted from 0\), after 1 of 3073 bytes"),
+        (1, bytes(7 * 3074), "has records of 3074 bytes, .* cifar10_convert.py --cifar100=.*"),
+    ],
+)
+def test_an_invalid_file_is_refused(folder, number, content, problem):
+    (folder / FILES[number]).unlink()
+    if content is not None:
+        (folder / FILES[number]).write_bytes(content)
+    cure = (
+        "replace the file, or move .*bin away and run the same command again to download CIFAR-10"
     )
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(DataError, match=f"^{folder}/{FILES[number]} {problem}; {cure}$"):
         dataset.check_dataset(folder)
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can change to another user")
-def test_a_file_without_read_permission_is_refused():
-    with tempfile.TemporaryDirectory() as name:  # unlike tmp_path, it can be opened to other users
-        folder = pathlib.Path(name) / dataset.EXTRACTED_FOLDER
-        write_dataset(folder)
-        os.chmod(name, 0o755)
-        os.chmod(folder / FILES[3], 0o600)
-        os.seteuid(65534)
-        try:
-            with pytest.raises(DataError, match="data_batch_4.bin cannot be read .Permission"):
-                dataset.check_dataset(folder)
-        finally:
-            os.seteuid(0)
+def test_a_file_that_cannot_be_read_is_refused(folder, monkeypatch):
+    def forbid(path):
+        raise PermissionError(13, "Permission denied", path)
 
-
-def test_the_error_is_one_line(folder):
-    (folder / FILES[0]).write_bytes(b"x")
-    with pytest.raises(DataError) as error:
+    monkeypatch.setattr(records, "read_labels", forbid)
+    with pytest.raises(DataError, match="data_batch_1.bin cannot be read .Permission denied"):
         dataset.check_dataset(folder)
-    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
     ("name", "cure"),
     [
-        (
-            dataset.EXTRACTED_FOLDER,
-            ", or move .*/cifar-10-batches-bin away and run the same command again to download "
-            "CIFAR-10",
-        ),
         (
             dataset.SYNTHETIC_FOLDER,
             ", or move .*/cifar-10-synthetic-bin away and run the same command again to generate "
@@ -268,19 +217,20 @@ def test_the_error_is_one_line(folder):
         ("own", ""),
     ],
 )
-def test_the_error_suggests_a_cure_that_fits_the_origin_of_the_dataset(tmp_path, name, cure):
+def test_the_cure_fits_the_origin_of_the_dataset(tmp_path, name, cure):
     write_dataset(tmp_path / name)
-    (tmp_path / name / "data_batch_2.bin").unlink()
-    with pytest.raises(DataError, match=f"data_batch_2.bin is missing; replace the file{cure}$"):
+    (tmp_path / name / FILES[1]).unlink()
+    (tmp_path / name / FILES[1]).mkdir()
+    with pytest.raises(DataError, match=f"data_batch_2.bin is not a file; replace the file{cure}$"):
         dataset.check_dataset(tmp_path / name)
 
 
-def test_sixty_thousand_records_are_checked_within_a_second(folder):
-    for name in FILES:
-        np.zeros([10000, 3073], np.uint8).tofile(folder / name)
-    start = time.monotonic()
-    dataset.check_dataset(folder)
-    assert time.monotonic() - start < 1
+def test_without_any_training_file_the_first_one_is_missing(folder):
+    for name in records.TRAIN_FILES:
+        (folder / name).unlink()
+    with pytest.raises(DataError, match=r"data_batch_1.bin is missing"):
+        dataset.check_dataset(folder)
+    assert len(records.record_files(folder, eval_data=False)) == 5
 
 
 @pytest.mark.parametrize(
@@ -294,9 +244,3 @@ def test_sixty_thousand_records_are_checked_within_a_second(folder):
 )
 def test_a_description_of_the_classes_lists_at_most_a_dozen(count, description):
     assert dataset.describe_classes([str(number) for number in range(count)]) == description
-
-
-def test_a_label_beyond_an_edited_number_of_classes_is_refused_with_both_cures(tmp_path):
-    write_dataset(tmp_path)
-    with pytest.raises(DataError, match=r"has label 3 .* replace the file, .*NUM_CLASSES.* is 3$"):
-        dataset.check_dataset(tmp_path, num_classes=3)

@@ -37,12 +37,6 @@ def test_an_image_of_32_x_32_keeps_its_pixels(tmp_path, suffix, options):
     np.testing.assert_array_equal(read, pixels)
 
 
-def test_a_jpeg_differs_only_by_its_compression_loss(tmp_path):
-    pixels = draw_scene(32) // 2 + 64
-    read = save_and_read(tmp_path / "image.jpg", Image.fromarray(pixels), quality=95, subsampling=0)
-    assert np.abs(read.astype(int) - pixels).mean() < 4
-
-
 @pytest.mark.parametrize("size", [(96, 32), (32, 96), (300, 100), (200, 1000), (12, 4)])
 def test_an_image_is_scaled_to_cover_the_pixels_and_cropped_centrally(tmp_path, size):
     # The central square is red on its left and blue on its right. Everything else is white.
@@ -70,12 +64,9 @@ def test_images_of_every_color_mode_are_read(tmp_path, mode):
     if mode == "I;16":
         image = Image.fromarray(gray.astype(np.uint16) * 257)
     else:
-        image = Image.fromarray(gray).convert("RGB" if mode == "CMYK" else mode)
-        image = image.convert(mode)
-    if mode == "CMYK":
-        read = save_and_read(tmp_path / "image.jpg", image, quality=100).astype(int)
-    else:
-        read = save_and_read(tmp_path / "image.png", image).astype(int)
+        image = Image.fromarray(gray).convert("RGB" if mode == "CMYK" else mode).convert(mode)
+    name, options = ("image.jpg", {"quality": 100}) if mode == "CMYK" else ("image.png", {})
+    read = save_and_read(tmp_path / name, image, **options).astype(int)
     # JPEG compression blurs the edge, so look away from it.
     y, x = np.indices((32, 32))
     assert (read[x + y < 20] > 235).all()
@@ -161,31 +152,23 @@ def exif_with_orientation(orientation):
     return exif
 
 
+@pytest.mark.parametrize("is_16_bit", [False, True])
+@pytest.mark.parametrize("size", [32, 64])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_an_image_is_turned_upright_according_to_its_exif_data(tmp_path, orientation):
-    path = tmp_path / "photo.png"
-    Image.fromarray(draw_scene(32)).save(path, exif=exif_with_orientation(orientation))
-    with Image.open(path) as photo:
-        upright = np.asarray(ImageOps.exif_transpose(photo))
-    np.testing.assert_array_equal(read_image(path), upright)
-
-
-def test_a_larger_image_is_turned_upright(tmp_path):
-    pixels = np.full([64, 64, 3], 255, np.uint8)
-    pixels[:, :32] = RED  # on the left in the file, on top after a clockwise turn
-    exif = exif_with_orientation(6)
-    read = save_and_read(tmp_path / "photo.png", Image.fromarray(pixels), exif=exif)
-    assert (read[:14] == RED).all()
-    assert (read[18:] == 255).all()
-
-
-def test_16_bit_grayscale_is_turned_upright(tmp_path):
-    values = np.full([32, 32], 0x8000, np.uint16)
-    values[:, :16] = 0x1234
-    exif = exif_with_orientation(6)
-    read = save_and_read(tmp_path / "scan.png", Image.fromarray(values), exif=exif)
-    assert (read[:16] == 0x1234 * 255 // 0x8000).all()
-    assert (read[16:] == 255).all()
+def test_an_image_is_turned_upright_according_to_its_exif_data(
+    tmp_path, orientation, size, is_16_bit
+):
+    gray = np.zeros([size, size], np.uint16 if is_16_bit else np.uint8)  # black at the bottom right
+    gray[: size // 2] = 255
+    gray[:, : size // 2] = 127
+    exif = exif_with_orientation(orientation)
+    Image.fromarray(gray).save(tmp_path / "photo.png", exif=exif)
+    read = read_image(tmp_path / "photo.png")
+    upright = Image.fromarray(gray.astype(np.uint8)).resize((32, 32))
+    upright.getexif().update(exif)
+    expected = np.asarray(ImageOps.exif_transpose(upright))[..., np.newaxis]
+    corners = np.ix_([2, 29], [2, 29])
+    np.testing.assert_array_equal(read[corners], np.broadcast_to(expected[corners], [2, 2, 3]))
 
 
 def test_an_image_with_unreadable_exif_data_is_read_without_turning_it(tmp_path, monkeypatch):
@@ -262,17 +245,6 @@ def test_every_error_of_a_decoder_becomes_an_image_error(tmp_path, monkeypatch, 
     monkeypatch.setattr(ImageFile.ImageFile, "load", fail)
     with pytest.raises(ImageError, match=f"image.png: it cannot be read .{error.__name__}"):
         read_image(tmp_path / "image.png")
-
-
-def test_a_png_with_damaged_pixel_data_is_refused(tmp_path):
-    path = tmp_path / "image.png"
-    noise = np.random.default_rng(0).integers(0, 256, [32, 32, 3]).astype(np.uint8)
-    Image.fromarray(noise).save(path)
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 0xFF
-    path.write_bytes(data)
-    with pytest.raises(ImageError, match="image.png: it cannot be read .*data stream"):
-        read_image(path)
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "gif", "bmp", "webp"])
@@ -353,16 +325,12 @@ def test_only_images_are_found_in_folders_and_in_alphabetical_order(tmp_path):
 
 def test_a_list_of_images_becomes_one_array():
     images = np.random.default_rng(0).integers(0, 256, [3, 32, 32, 3]).astype(np.uint8)
+    for given in ([], (), images[:0]):
+        assert (stack_images(given).dtype, stack_images(given).shape) == (np.uint8, (0, 32, 32, 3))
     for given in (images, list(images), tuple(images)):
         stacked = stack_images(given)
         assert stacked.dtype == np.uint8
         np.testing.assert_array_equal(stacked, images)
-
-
-@pytest.mark.parametrize("images", [[], (), np.zeros([0, 32, 32, 3], np.uint8)])
-def test_no_images_become_an_array_of_no_images(images):
-    stacked = stack_images(images)
-    assert (stacked.dtype, stacked.shape) == (np.uint8, (0, 32, 32, 3))
 
 
 @pytest.mark.parametrize(

@@ -17,10 +17,6 @@ def folder(tmp_path):
     return tmp_path
 
 
-def test_a_record_is_a_label_byte_and_3072_pixel_bytes():
-    assert records.RECORD_BYTES == 1 + 3 * 32 * 32 == 3073
-
-
 def test_a_change_to_a_file_in_use_is_detected(folder):
     detector = records.ChangeDetector(folder, eval_data=False)
     detector.check()

@@ -4,10 +4,8 @@ import os
 import time
 
 import numpy as np
-import pytest
 from conftest import write_dataset
 
-from support.base.errors import DataError
 from support.data import dataset, records, synthetic
 
 FILES = [*records.TRAIN_FILES, *records.TEST_FILES]
@@ -78,9 +76,3 @@ def test_a_depth_of_1_gives_the_same_images_in_gray(monkeypatch):
     np.testing.assert_array_equal(gray[:, 0], color[:, 0])
     brightness = color[:, 1:].reshape(60, 3, 1024).mean(axis=1)
     np.testing.assert_allclose(gray[:, 1:], brightness, atol=1)
-
-
-def test_a_data_dir_that_cannot_be_created_is_refused(tmp_path):
-    (tmp_path / "file").write_text("in the way")
-    with pytest.raises(DataError, match="choose another folder with --data_dir"):
-        synthetic.maybe_generate(tmp_path / "file" / "data")

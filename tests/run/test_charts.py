@@ -31,18 +31,6 @@ def test_a_cell_is_darker_the_larger_its_share_of_its_row():
     assert (cell_color(image, 5, 2) == 255).all()  # the matrix is not transposed
 
 
-def test_names_are_drawn_beside_and_above_the_matrix_only():
-    empty = decode(charts.draw_confusion_matrix(np.zeros([10, 10], int), [""] * 10))
-    named = decode(charts.draw_confusion_matrix(np.zeros([10, 10], int), CLASS_NAMES))
-    margin, side = charts.MARGIN, charts.CELL_SIZE
-    changed = (empty != named).any(axis=2)
-    for i in range(10):
-        cells = slice(margin + i * side, margin + (i + 1) * side)
-        assert changed[cells, :margin].any()
-        assert changed[:margin, cells].any()
-    assert not changed[margin:, margin:].any()
-
-
 @pytest.mark.parametrize("label", [0, 3, 9])
 def test_each_name_is_drawn_at_its_own_row_and_column(label):
     zeros = np.zeros([10, 10], int)
