@@ -40,7 +40,7 @@ CERTIFICATE_ADVICE = (
 )
 
 
-def maybe_download_and_extract(data_dir, url=DATA_URL, sha256=ARCHIVE_SHA256, size=None):
+def maybe_download_and_extract(data_dir, url=DATA_URL, sha256=ARCHIVE_SHA256):
     """Downloads and extracts CIFAR-10 unless `data_dir` already holds a dataset.
 
     An existing dataset (see `dataset.find_folder`) is reused without a check; call
@@ -52,7 +52,6 @@ def maybe_download_and_extract(data_dir, url=DATA_URL, sha256=ARCHIVE_SHA256, si
       data_dir: path; the folder for the dataset, created if needed.
       url: string; http://, https:// or file:// URL of the archive, or its path.
       sha256: string; the archive's SHA-256 in hexadecimal.
-      size: int; the archive's size in bytes, or None if it is unknown. Not needed for CIFAR-10.
 
     Returns:
       The path of the folder with the record files.
@@ -70,9 +69,7 @@ def maybe_download_and_extract(data_dir, url=DATA_URL, sha256=ARCHIVE_SHA256, si
         if os.path.isdir(folder):  # another process has just extracted it
             return folder
         if not os.path.exists(archive):
-            if size is None and sha256 == ARCHIVE_SHA256:
-                size = ARCHIVE_BYTES
-            _download(url, archive, sha256, size)
+            _download(url, archive, sha256)
         elif files.hash_file(archive) != sha256:
             raise DataError(
                 f"the SHA-256 of {archive} is not {sha256}; delete the file and run the same "
@@ -103,8 +100,9 @@ def _refuse_other_versions(data_dir, url):
             )
 
 
-def _download(url, archive, sha256, size):
+def _download(url, archive, sha256):
     """Downloads `url` to `archive`, which appears only if its SHA-256 is correct."""
+    size = ARCHIVE_BYTES if sha256 == ARCHIVE_SHA256 else None  # unknown
     if "://" not in url:
         url = pathlib.Path(os.path.expanduser(url)).absolute().as_uri()
     data_dir = os.path.dirname(archive)

@@ -9,26 +9,18 @@ from support.data import dataset
 class TrainingSettings(NamedTuple):
     """What a model was trained on, and what restoring it depends on.
 
-    The defaults describe a checkpoint without settings, as the original tutorial wrote it.
-
-    Attributes:
-      class_names: tuple of strings; None if unknown.
-      examples_per_epoch: int; None if unknown.
-      crop_size: int; pixels.
-      top_layers: string; a value of the flag.
-      random_flip: bool.
-      examples_per_step: int; images that one step consumed, over all towers or workers; None if
-        unknown.
-      examples_offset: int; images that the run had seen, minus `examples_per_step` for each step.
-        Not 0 after a change of the batch size or of the number of towers or workers.
+    The defaults describe a checkpoint without settings, as the original tutorial wrote it. None
+    means unknown.
     """
 
     class_names: tuple | None = None
     examples_per_epoch: int | None = None
-    crop_size: int = 24
-    top_layers: str = "full"
+    crop_size: int = 24  # pixels
+    top_layers: str = "full"  # a value of the flag
     random_flip: bool = True
-    examples_per_step: int | None = None
+    examples_per_step: int | None = None  # images that all towers or workers consumed in one step
+    # `images_seen` minus `examples_per_step` for each step: not 0 after a change of the batch size
+    # or of the number of towers or workers.
     examples_offset: int = 0
 
     def images_seen(self, step):
@@ -65,8 +57,7 @@ def find_mismatch(trained, wanted):
       wanted: `TrainingSettings` of the program.
 
     Returns:
-      (string, string): descriptions of the setting in `trained` and in `wanted`; None if they
-      match.
+      (string, string): the setting in `trained` and in `wanted`; None if they match.
     """
     if trained is None:
         return None

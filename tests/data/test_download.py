@@ -207,46 +207,21 @@ def test_an_existing_dataset_is_used_without_a_download(tmp_path):
     assert {path: path.read_bytes() for path in folder.iterdir()} == before
 
 
-@pytest.mark.parametrize(
-    ("name", "flags"),
-    [
-        ("cifar-10-batches-py/test_batch", "--cifar10_python=cifar-10-batches-py"),
-        ("cifar-10-python.tar.gz", "--cifar10_python=cifar-10-python.tar.gz"),
-        (
-            "cifar-10-batches-py-target/cifar-10-batches-py/test_batch",
-            "--cifar10_python=cifar-10-batches-py-target/cifar-10-batches-py",
-        ),
-        ("cifar-100-binary/test.bin", "--cifar100=cifar-100-binary --cifar100_labels=fine"),
-        ("cifar-100-python/test", "--cifar100=cifar-100-python --cifar100_labels=fine"),
-        ("cifar-100-python.tar.gz", "--cifar100=cifar-100-python.tar.gz --cifar100_labels=fine"),
-        ("test.bin", "--cifar100= --cifar100_labels=fine"),
-        ("test_batch", "--cifar10_python="),
-    ],
-)
-def test_other_versions_of_cifar_are_not_downloaded_again(tmp_path, name, flags):
-    data_dir = tmp_path / "my data"
-    path = data_dir / name
-    path.parent.mkdir(parents=True)
-    path.write_bytes(b"1")
-    first = {"test.bin": "train.bin", "test": "train", "test_batch": "data_batch_1"}.get(path.name)
-    if first:
-        (path.parent / first).write_bytes(b"1")
-    before = sorted(data_dir.rglob("*"))
+@pytest.mark.parametrize("version", formats.VERSIONS)
+def test_other_versions_of_cifar_are_not_downloaded_again(tmp_path, version):
+    folder = tmp_path / "my data" / version.folder
+    folder.mkdir(parents=True)
+    for name in (version.train_files[0], version.test_file):
+        (folder / name).touch()
     with Server(b"") as server, pytest.raises(DataError) as error:
-        download.maybe_download_and_extract(data_dir, server.url)
+        download.maybe_download_and_extract(tmp_path / "my data", server.url)
     assert server.requests == []
-    assert sorted(data_dir.rglob("*")) == before
-    message = str(error.value)
-    assert "\n" not in message
-    command = re.search("convert it with (.*), then run this script again", message)[1]
-    script, *arguments = shlex.split(command)[1:]
-    flag, _, rest = flags.partition("=")
-    folder, *labels = rest.split(" ")
-    expected = [f"{flag}={os.path.join(data_dir, folder).rstrip('/')}", *labels]
-    assert (script, arguments) == (
-        "cifar10_convert.py",
-        [*expected, f"--output={data_dir}/cifar-10-batches-bin"],
-    )
+    assert os.listdir(tmp_path / "my data") == [version.folder]
+    command = re.search("convert it with (.*), then run this script again$", str(error.value))[1]
+    labels = ["--cifar100_labels=fine"] if version.flag == "cifar100" else []
+    output = f"--output={tmp_path}/my data/cifar-10-batches-bin"
+    expected = ["python", "cifar10_convert.py", f"--{version.flag}={folder}", *labels, output]
+    assert shlex.split(command) == expected
 
 
 @pytest.mark.parametrize("version", formats.VERSIONS)
@@ -359,11 +334,12 @@ def test_a_web_page_in_place_of_the_archive_is_recognized(tmp_path, page):
         check_failure(tmp_path, server.url, "is a web page, not an archive")
 
 
-def test_a_download_that_is_too_short_or_too_long_is_refused(tmp_path):
+def test_a_download_that_is_too_short_or_too_long_is_refused(tmp_path, monkeypatch):
     with Server(b"x" * 5000) as server:
         check_failure(tmp_path, server.url, "is incomplete: 5000 of 170052171 bytes")
+        monkeypatch.setattr(download, "ARCHIVE_BYTES", 4000)
         with pytest.raises(DataError, match="is larger than the archive's 4000 bytes"):
-            download.maybe_download_and_extract(tmp_path, server.url, "0" * 64, 4000)
+            download.maybe_download_and_extract(tmp_path, server.url)
     assert (tmp_path / PART).stat().st_size <= 4000
 
 
@@ -449,10 +425,12 @@ def test_a_missing_or_malformed_content_length_is_ignored(tmp_path, archive, len
         fetch(tmp_path / "data", server, sha256)
 
 
-def test_a_lost_connection_is_detected_by_the_expected_size(tmp_path, archive):
+def test_a_lost_connection_is_detected_by_the_expected_size(tmp_path, archive, monkeypatch):
     body, sha256 = archive
+    monkeypatch.setattr(download, "ARCHIVE_SHA256", sha256)
+    monkeypatch.setattr(download, "ARCHIVE_BYTES", len(body))
     with Server(body, length="", faults=[1000]) as server:
-        download.maybe_download_and_extract(tmp_path / "data", server.url, sha256, len(body))
+        fetch(tmp_path / "data", server, sha256)
     assert server.requests == [None, "bytes=1000-"]
 
 

