@@ -170,7 +170,8 @@ def _convert_to_8_bits(image):
     values = np.asarray(image)
     scaled = np.multiply(values, 255, dtype=np.uint32)
     scaled //= max(1, values.max())  # in place, because it takes a gigabyte for 250 megapixels
-    scaled[values == image.info.pop("transparency", None)] = 255
+    if (transparent := image.info.pop("transparency", None)) is not None:
+        scaled[values == transparent] = 255
     converted = Image.fromarray(scaled.astype(np.uint8))
     converted.info = image.info  # with the EXIF data
     return converted
