@@ -3,6 +3,7 @@
 The format is that of CIFAR-10, described at https://www.cs.toronto.edu/~kriz/cifar.html.
 """
 
+import contextlib
 import os
 
 import numpy as np
