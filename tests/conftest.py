@@ -220,18 +220,19 @@ def script_environment():
     return {**kept, "CUDA_VISIBLE_DEVICES": "-1"}
 
 
-def run_script(*arguments, check=True, timeout=200):
-    """Runs a script in a process of its own; returns the completed process with text output."""
-    process = subprocess.run(
-        [sys.executable, *map(str, arguments)],
-        cwd=ROOT,
-        env=script_environment(),
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        check=False,
-    )
+def _process_options(options):
+    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return {"cwd": ROOT, "env": script_environment(), "text": True, **pipes, **options}
+
+
+def run_script(*arguments, check=True, timeout=200, **options):
+    """Runs a script in a process of its own; returns the completed process with text output.
+
+    `options` are those of `subprocess.run`.
+    """
+    command = [sys.executable, *map(str, arguments)]
+    options = _process_options(options)
+    process = subprocess.run(command, timeout=timeout, check=False, **options)
     if check:
         assert process.returncode == 0, process.stdout + process.stderr
     return process
@@ -242,18 +243,10 @@ def running_script(*arguments, timeout=200, **options):
     """Starts a script with pipes for its text output, and yields the `subprocess.Popen`.
 
     The script is killed at the end of the `with` block, or after `timeout` seconds: reading a line
-    of its output has no time limit of its own.
+    of its output has no time limit of its own. `options` are those of `subprocess.Popen`.
     """
-    with subprocess.Popen(
-        [sys.executable, *map(str, arguments)],
-        cwd=ROOT,
-        env=script_environment(),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        **options,
-    ) as process:
+    command = [sys.executable, *map(str, arguments)]
+    with subprocess.Popen(command, **_process_options(options)) as process:
         timer = threading.Timer(timeout, process.kill)
         timer.start()
         try:
@@ -296,39 +289,28 @@ def file_environment():
     return {**script_environment(), "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": ""}
 
 
-def run_file(path, *arguments):
+def run_file(path, *arguments, **options):
     """Runs a script; returns its exit code, its stdout and its stderr."""
-    process = subprocess.run(
-        [sys.executable, path, *arguments],
-        env=file_environment(),
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    options = {"cwd": None, "env": file_environment(), "timeout": 60, **options}
+    process = run_script(path, *arguments, check=False, **options)
+    return process.returncode, process.stdout, process.stderr
+
+
+def run_in_shell(command, timeout=60, **options):
+    """Runs a command of bash; returns its exit code, its stdout and its stderr."""
+    options = _process_options({"env": file_environment(), **options})
+    command = ["bash", "-c", command]
+    process = subprocess.run(command, timeout=timeout, check=False, **options)
     return process.returncode, process.stdout, process.stderr
 
 
 @contextlib.contextmanager
 def running_file(path, *arguments):
     """Starts a script, waits for its first line, and yields the `subprocess.Popen`."""
-    with subprocess.Popen(
-        [sys.executable, path, *arguments],
-        env=file_environment(),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as process:
-        timer = threading.Timer(60, process.kill)
-        timer.start()
-        try:
-            assert process.stdout.readline() == "ready\n"
-            yield process
-        finally:
-            timer.cancel()
-            process.kill()
+    options = {"cwd": None, "env": file_environment(), "timeout": 60}
+    with running_script(path, *arguments, **options) as process:
+        assert process.stdout.readline() == "ready\n"
+        yield process
 
 
 def messages(stderr):
