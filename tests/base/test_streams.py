@@ -4,12 +4,12 @@ import contextlib
 import errno
 import os
 import pathlib
-import subprocess
+import shlex
 import sys
 import textwrap
 
 import pytest
-from conftest import ROOT, lost_stream, script_environment
+from conftest import file_environment, lost_stream, run_in_shell
 
 from support.base import streams
 from support.base.progress import show_progress
@@ -38,10 +38,11 @@ def test_work_continues_when_stdout_is_lost_and_one_line_says_so(monkeypatch, ca
     )
 
 
-def test_work_continues_when_stderr_is_lost(monkeypatch, capsys, reason):
+@pytest.mark.parametrize("context", [streams.tolerate_lost_output, streams.guarded])
+def test_work_continues_when_stderr_is_lost(monkeypatch, capsys, reason, context):
     with lost_stream(reason) as stream:
         monkeypatch.setattr(sys, "stderr", stream)
-        with streams.tolerate_lost_output():
+        with context():
             print("a message", file=sys.stderr, flush=True)
             print("a line")
     assert capsys.readouterr().out == "a line\n"
@@ -90,15 +91,6 @@ def test_guarded_work_continues_where_lost_output_is_tolerated(monkeypatch, caps
     assert capsys.readouterr().err.count("\n") == 1
 
 
-def test_a_guarded_script_continues_when_stderr_is_lost(monkeypatch, capsys, reason):
-    with lost_stream(reason) as stream:
-        monkeypatch.setattr(sys, "stderr", stream)
-        with streams.guarded():
-            print("a message", file=sys.stderr, flush=True)
-            print("a line")
-    assert capsys.readouterr().out == "a line\n"
-
-
 @pytest.mark.parametrize("context", [streams.tolerate_lost_output, streams.guarded])
 @pytest.mark.parametrize("error", [None, ValueError])
 def test_each_context_returns_the_streams_as_they_were(capsys, context, error):
@@ -112,18 +104,11 @@ def test_each_context_returns_the_streams_as_they_were(capsys, context, error):
     assert (sys.stdout, sys.stderr, sys.stdout.errors) == before
 
 
-def run(code, redirection="", **environment):
+def run_redirected(code, redirection="", **environment):
     """Runs Python code with streams that a shell has redirected; returns exit code and output."""
-    process = subprocess.run(
-        ["bash", "-c", f'exec "$0" -c "$1" {redirection}', sys.executable, textwrap.dedent(code)],
-        cwd=ROOT,
-        env={**script_environment(), **environment},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        timeout=60,
-        check=False,
-    )
-    return process.returncode, process.stdout, process.stderr
+    command = shlex.join([sys.executable, "-c", textwrap.dedent(code)])
+    environment = {**file_environment(), **environment}
+    return run_in_shell(f"exec {command} {redirection}", env=environment, text=False)
 
 
 @pytest.mark.parametrize(
@@ -142,7 +127,7 @@ def test_characters_that_stdout_cannot_encode_are_escaped(encoding, expected):
         with streams.guarded():
             print("\\u732b K\\xe4se")
         """
-    assert run(code, PYTHONIOENCODING=encoding) == (0, expected, b"")
+    assert run_redirected(code, PYTHONIOENCODING=encoding) == (0, expected, b"")
 
 
 @pytest.mark.parametrize("redirection", [">&-", "2>&-", "<&- >&- 2>&-"])
@@ -163,5 +148,5 @@ def test_streams_that_are_closed_at_the_start_do_not_get_into_files(tmp_path, re
                 os.write(descriptor, b"noise")
             file.write("contents")
         """
-    assert run(code, redirection)[0] == 0
+    assert run_redirected(code, redirection)[0] == 0
     assert pathlib.Path(path).read_text() == "contents"
