@@ -1,26 +1,23 @@
 """Kills, signals, damaged files, full disks, concurrent runs: no loss and no silent failure."""
 
-import http.server
 import os
 import pathlib
 import random
 import re
 import resource
+import shlex
 import signal
-import subprocess
 import sys
-import threading
 import time
 
 import numpy as np
 import pytest
 from conftest import (
-    ROOT,
     make_records,
     messages,
+    run_in_shell,
     run_script,
     running_script,
-    script_environment,
     write_dataset,
 )
 
@@ -46,7 +43,7 @@ def train_dir(tmp_path):
     return tmp_path / "train"
 
 
-def training(data_dir, train_dir, *flags, script="cifar10_train.py"):
+def training(data_dir, train_dir, *flags, script="cifar10_train.py", timeout=200):
     """Starts a trainer that prints a line per step; see `running_script`."""
     return running_script(
         script,
@@ -56,6 +53,7 @@ def training(data_dir, train_dir, *flags, script="cifar10_train.py"):
         "--log_frequency=1",
         "--min_fraction_of_examples_in_queue=0.001",
         *flags,
+        timeout=timeout,
     )
 
 
@@ -155,11 +153,7 @@ def test_a_restart_restores_all_variables_and_moving_averages(data_dir, train_di
     [
         ("cifar10_train.py", signal.SIGINT, "--save_checkpoint_secs=600"),
         ("cifar10_train.py", signal.SIGTERM, "--save_checkpoint_steps=1"),  # likely during a save
-        ("cifar10_train.py", signal.SIGHUP, "--save_checkpoint_secs=600"),
         ("cifar10_train.py", signal.SIGUSR1, "--save_checkpoint_secs=600"),
-        ("cifar10_train.py", signal.SIGUSR2, "--save_checkpoint_secs=600"),
-        ("cifar10_train.py", signal.SIGXCPU, "--save_checkpoint_secs=600"),
-        ("cifar10_multi_gpu_train.py", signal.SIGINT, "--save_checkpoint_secs=600"),
         ("cifar10_multi_gpu_train.py", signal.SIGTERM, "--save_checkpoint_steps=1"),
     ],
 )
@@ -207,25 +201,6 @@ def test_a_signal_before_training_begins_ends_the_script(data_dir, train_dir):
     assert not (train_dir / ".trainer.lock").exists()
 
 
-def test_a_break_in_the_training_loop_saves_the_last_step(
-    data_dir, train_dir, tmp_path, monkeypatch
-):
-    text = (ROOT / "cifar10_train.py").read_text()
-    line = "sess.run(train_op)\n"
-    assert text.count(line) == 1
-    indent = " " * (text.index(line) - text.rindex("\n", 0, text.index(line)) - 1)
-    edited = tmp_path / "my_train.py"
-    edited.write_text(
-        text.replace(line, f"{line}{indent}if sess.run(global_step) == 4:\n{indent}    break\n")
-    )
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    with training(data_dir, train_dir, script=edited) as process:
-        code, output, errors = finish(process)
-    assert (code, errors) == (0, [])
-    assert re.findall(r": step (\d+), ", output) == ["0", "1", "2", "3"]
-    assert saved_step(train_dir) == 4
-
-
 def test_a_second_signal_ends_the_script_at_once(data_dir, train_dir):
     # A step with 10,000 images takes seconds.
     with training(data_dir, train_dir, "--batch_size=10000") as process:
@@ -238,38 +213,6 @@ def test_a_second_signal_ends_the_script_at_once(data_dir, train_dir):
         process.send_signal(signal.SIGINT)
         assert process.wait(timeout=10) == 130
         assert time.monotonic() - start < 2
-
-
-def test_a_signal_keeps_the_bytes_that_have_been_downloaded(tmp_path, train_dir):
-    is_over = threading.Event()
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            self.send_response(200)
-            self.send_header("Content-Length", "1000000")
-            self.end_headers()
-            self.wfile.write(b"x" * 5000)
-            is_over.wait(200)
-
-        def log_message(self, *arguments):
-            pass
-
-    part = tmp_path / "data" / "cifar-10-binary.tar.gz.part"
-    with http.server.HTTPServer(("127.0.0.1", 0), Handler) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        url = f"--data_url=http://127.0.0.1:{server.server_port}/"
-        with training(tmp_path / "data", train_dir, url) as process:
-            wait_until(lambda: part.exists() and part.stat().st_size == 5000, process)
-            process.send_signal(signal.SIGTERM)
-            code, output, errors = finish(process)
-        is_over.set()
-        server.shutdown()
-        thread.join()
-    assert (code, output) == (143, "")
-    assert f"Kept 5000 bytes in {part}; run the same command again to resume the download" in errors
-    assert "Traceback" not in "".join(errors)
-    assert part.stat().st_size == 5000
 
 
 def test_an_interrupted_evaluation_prints_no_precision(tmp_path, data_dir, train_dir):
@@ -299,14 +242,12 @@ def test_an_interrupted_evaluation_prints_no_precision(tmp_path, data_dir, train
     ("damage", "message"),
     [
         (os.remove, r"data_batch_3.bin can no longer be read \(No such file"),
-        (lambda path: os.truncate(path, 0), "data_batch_3.bin has 0 bytes, but had 122920 when"),
-        (lambda path: os.truncate(path, 5000), "data_batch_3.bin has 5000 bytes, but had"),
         (
             lambda path: path.write_bytes(b"\xff" * path.stat().st_size),
             "data_batch_3.bin was modified after the script started",
         ),
     ],
-    ids=["removed", "emptied", "truncated", "overwritten"],
+    ids=["removed", "overwritten"],
 )
 def test_a_record_file_that_changes_during_training_ends_it(data_dir, train_dir, damage, message):
     with training(data_dir, train_dir) as process:
@@ -398,9 +339,8 @@ def test_a_trainer_listens_on_no_port(data_dir, train_dir):
             assert not {row.split()[9] for row in rows} & sockets
 
 
-@pytest.mark.parametrize("script", ["cifar10_train.py", "cifar10_multi_gpu_train.py"])
-def test_training_goes_on_when_the_reader_of_stdout_exits(data_dir, train_dir, script):
-    with training(data_dir, train_dir, "--max_steps=20", script=script) as process:
+def test_training_goes_on_when_the_reader_of_stdout_exits(data_dir, train_dir):
+    with training(data_dir, train_dir, "--max_steps=20") as process:
         wait_for_step(process, 1)
         process.stdout.close()
         code, errors = process.wait(timeout=100), messages(process.stderr.read())
@@ -411,84 +351,39 @@ def test_training_goes_on_when_the_reader_of_stdout_exits(data_dir, train_dir, s
 
 
 def test_training_goes_on_when_the_reader_of_both_streams_exits(data_dir, train_dir):
-    arguments = (f"--data_dir={data_dir}", f"--train_dir={train_dir}", "--max_steps=5")
-    command = f"{sys.executable} cifar10_train.py {' '.join(arguments)} --batch_size=4 2>&1 | true"
-    process = subprocess.run(
-        ["bash", "-c", f"{command}; exit ${{PIPESTATUS[0]}}"],
-        cwd=ROOT,
-        env=script_environment(),
-        timeout=120,
-        check=False,
-    )
-    assert process.returncode == 0
-    assert saved_step(train_dir) == 5
-
-
-def test_training_goes_on_when_stdout_is_full(data_dir, train_dir):
-    with open("/dev/full", "w") as full:
-        process = subprocess.run(
-            [
-                sys.executable,
-                "cifar10_train.py",
-                f"--data_dir={data_dir}",
-                f"--train_dir={train_dir}",
-                "--batch_size=4",
-                "--max_steps=5",
-            ],
-            cwd=ROOT,
-            env=script_environment(),
-            stdout=full,
-            stderr=subprocess.PIPE,
-            text=True,
-            timeout=120,
-            check=False,
-        )
-    assert process.returncode == 0
-    assert "Continuing without standard output" in process.stderr
-    assert "(No space left on device)" in process.stderr
+    arguments = [f"--data_dir={data_dir}", f"--train_dir={train_dir}", "--max_steps=5"]
+    command = shlex.join([sys.executable, "cifar10_train.py", *arguments, "--batch_size=4"])
+    command += " 2>&1 | true; exit ${PIPESTATUS[0]}"
+    assert run_in_shell(command, timeout=120)[0] == 0
     assert saved_step(train_dir) == 5
 
 
 @pytest.mark.parametrize("nohup", [False, True])
 def test_a_terminal_that_goes_away_loses_no_step(data_dir, train_dir, nohup):
     controller, terminal = os.openpty()
-    with subprocess.Popen(
-        [
-            sys.executable,
-            "-c",
-            # Makes the terminal the controlling one of the process.
-            "import fcntl, os, runpy, signal, sys, termios\n"
-            "fcntl.ioctl(0, termios.TIOCSCTTY, 0)\n"
-            f"{'signal.signal(signal.SIGHUP, signal.SIG_IGN)' if nohup else ''}\n"
-            "sys.argv[:] = sys.argv[1:]\n"
-            "sys.path.insert(0, os.getcwd())\n"
-            "runpy.run_path(sys.argv[0], run_name='__main__')\n",
-            "cifar10_train.py",
-            f"--data_dir={data_dir}",
-            f"--train_dir={train_dir}",
-            "--batch_size=4",
-            "--log_frequency=1",
-            f"--max_steps={40 if nohup else 1000000}",
-        ],
-        cwd=ROOT,
-        env=script_environment(),
+    # Makes the terminal the controlling one of the process.
+    code = (
+        "import fcntl, os, runpy, signal, sys, termios\n"
+        "fcntl.ioctl(0, termios.TIOCSCTTY, 0)\n"
+        f"{'signal.signal(signal.SIGHUP, signal.SIG_IGN)' if nohup else ''}\n"
+        "sys.argv[:] = sys.argv[1:]\n"
+        "sys.path.insert(0, os.getcwd())\n"
+        "runpy.run_path(sys.argv[0], run_name='__main__')\n"
+    )
+    with running_script(
+        *("-c", code, "cifar10_train.py", f"--data_dir={data_dir}", f"--train_dir={train_dir}"),
+        *("--batch_size=4", "--log_frequency=1", f"--max_steps={40 if nohup else 1000000}"),
         stdin=terminal,
         stdout=terminal,
         stderr=terminal,
         start_new_session=True,
     ) as process:
-        timer = threading.Timer(120, process.kill)
-        timer.start()
-        try:
-            os.close(terminal)
-            shown = b""
-            while b"step 3, loss" not in shown:
-                shown += os.read(controller, 1 << 16)
-            os.close(controller)  # the kernel sends SIGHUP
-            code = process.wait()
-        finally:
-            timer.cancel()
-            process.kill()
+        os.close(terminal)
+        shown = b""
+        while b"step 3, loss" not in shown:
+            shown += os.read(controller, 1 << 16)
+        os.close(controller)  # the kernel sends SIGHUP
+        code = process.wait()
     assert code == (0 if nohup else 129)
     assert saved_step(train_dir) == 40 if nohup else saved_step(train_dir) >= 4
 
@@ -535,17 +430,8 @@ def test_fifty_evaluations_succeed_alongside_a_trainer_that_keeps_one_checkpoint
     FLAGS.eval_dir = str(tmp_path / "eval")
     FLAGS.num_examples = 11
     FLAGS.run_once = True
-    with running_script(
-        "cifar10_train.py",
-        f"--data_dir={data_dir}",
-        f"--train_dir={train_dir}",
-        "--batch_size=4",
-        "--min_fraction_of_examples_in_queue=0.001",
-        "--save_checkpoint_steps=2",
-        "--max_checkpoints_to_keep=1",
-        "--log_frequency=1000000",
-        timeout=500,
-    ) as process:
+    flags = ("--save_checkpoint_steps=2", "--max_checkpoints_to_keep=1", "--log_frequency=1000000")
+    with training(data_dir, train_dir, *flags, timeout=500) as process:
         wait_for_step(process)
         for _ in range(50):
             cifar10_eval.evaluate()
@@ -558,15 +444,3 @@ def test_fifty_evaluations_succeed_alongside_a_trainer_that_keeps_one_checkpoint
     assert len(steps) == 50
     assert len(set(steps)) > 10  # the trainer continued
     assert steps == sorted(steps)
-
-
-def test_an_unreadable_state_file_stops_training_and_the_error_names_it(data_dir, train_dir):
-    train(data_dir, train_dir, max_steps=2)
-    (train_dir / "checkpoint").write_bytes(b"\0\0\0")
-    process = run_script(
-        "cifar10_train.py", f"--data_dir={data_dir}", f"--train_dir={train_dir}", check=False
-    )
-    assert process.returncode == 1
-    assert "the file `checkpoint` in " in process.stderr.splitlines()[-1]
-    assert "Traceback" not in process.stderr
-    assert (train_dir / "model.ckpt-2.index").exists()

@@ -7,8 +7,6 @@ import ast
 import json
 import os
 import re
-import subprocess
-import sys
 
 import breakages
 import pytest
@@ -134,31 +132,16 @@ def test_what_is_written_to_stderr_is_not_lost_if_the_process_dies_during_the_im
     (package / "v1.py").write_text(
         "import os\nos.write(2, b'this processor has no AVX\\n')\nos.abort()\n"
     )
-    process = subprocess.run(
-        [sys.executable, "-c", "import cifar10_train"],
-        cwd=ROOT,
-        env={**script_environment(), "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    environment = {**script_environment(), "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    process = run_script("-c", "import cifar10_train", check=False, env=environment)
     assert process.returncode == -6
     assert process.stderr == "this processor has no AVX\n"
 
 
 def test_notices_of_tensorflow_are_not_lost_if_the_process_dies_after_the_import():
-    process = subprocess.run(
-        [sys.executable, "-c", "import cifar10_train, os; os.abort()"],
-        cwd=ROOT,
-        env={**script_environment(), "TF_CPP_MIN_LOG_LEVEL": "0"},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    environment = {**script_environment(), "TF_CPP_MIN_LOG_LEVEL": "0"}
+    code = "import cifar10_train, os; os.abort()"
+    process = run_script("-c", code, check=False, env=environment)
     assert process.returncode == -6
     assert "All log messages before absl::InitializeLog() is called" in process.stderr
 

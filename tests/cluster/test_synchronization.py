@@ -56,22 +56,12 @@ def statuses(servers):
 @pytest.mark.parametrize("end", [DONE, FAILED])
 def test_all_tasks_see_the_state_that_the_chief_sets(statuses, end):
     assert [status.read(STATE) for status in statuses.values()] == [""] * 3
-    statuses["chief"].write(STATE, READY)
-    assert [status.read(STATE) for status in statuses.values()] == [READY] * 3
-    statuses["chief"].end(end)
-    assert [status.read(STATE, timeout=60) for status in statuses.values()] == [end] * 3
-
-
-def test_the_state_outlives_the_chief_that_set_it(servers, statuses):
-    statuses["chief"].write(STATE, READY)
-    del statuses["chief"]
-    assert ChiefStatus(*servers["chief"], 0).read(STATE) == READY
-
-
-def test_workers_read_the_settings_of_the_chief(statuses):
     statuses["chief"].write(SETTINGS, '{"class_names": ["ä", "日本"]}')
     statuses["chief"].write(STATE, READY)
     assert statuses["worker"].read(SETTINGS) == '{"class_names": ["ä", "日本"]}'
+    assert [status.read(STATE) for status in statuses.values()] == [READY] * 3
+    statuses["chief"].end(end)
+    assert [status.read(STATE, timeout=60) for status in statuses.values()] == [end] * 3
 
 
 # --- The synchronized step.

@@ -18,10 +18,10 @@ from support.ops.tensorflow_v1 import session_config, tf
 CLUSTER = {"ps": ["a:1", "b:1"], "chief": ["c:1"], "worker": ["d:1", "e:1"]}
 
 
-def make_worker(task, state="", timeout=600, **arguments):
+def make_worker(task, state="", timeout=600):
     """Returns the worker of a task. It reads `state` as the state of the chief."""
     status = types.SimpleNamespace(read=lambda key: state)
-    return Worker(task, target="", statuses=[status], timeout=timeout, **arguments)
+    return Worker(task, target="", statuses=[status], timeout=timeout)
 
 
 def test_a_worker_knows_its_number_among_all_that_train():
@@ -34,11 +34,6 @@ def test_a_worker_knows_its_number_among_all_that_train():
 def test_sessions_connect_to_the_parameter_servers_and_not_to_other_workers():
     worker = make_worker(Task(CLUSTER, "worker", 1))
     assert worker.device_filters == ["/job:ps", "/job:worker/task:1"]
-
-
-@pytest.mark.parametrize(("shard_data", "shard"), [(True, (1, 3)), (False, None)])
-def test_a_worker_has_a_shard_only_if_the_data_is_sharded(shard_data, shard):
-    assert make_worker(Task(CLUSTER, "worker", 0), shard_data=shard_data).shard == shard
 
 
 def test_variables_are_placed_on_the_parameter_servers_in_turn(graph):
