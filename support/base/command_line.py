@@ -27,79 +27,65 @@ _HELP_WIDTH = 100  # columns
 def run(main, takes_arguments=False):
     """Runs a script's `main(argv)` and exits.
 
-    An error that the user can fix (`UserError`) is printed on one line, with exit code 1. Unknown
-    flags, invalid values and stray arguments print a usage message, with exit code 1. Ctrl-C
-    (SIGINT), SIGTERM, SIGHUP, SIGUSR1, SIGUSR2 and SIGXCPU end the script with exit code 128 plus
-    the signal's number, after a line that says how to resume. A second SIGINT or SIGTERM ends it at
-    once, but not in a notebook.
+    The exit code is 1, after one line, for an error that the user can fix (`UserError`) and for a
+    mistake on the command line; for a stop signal, it is 128 plus the signal's number, after a line
+    that says how to resume. See `StopSignals` for the signals. If stdout can no longer be written,
+    the script ends, except within `streams.tolerate_lost_output`; it ends silently if the reader of
+    stdout, for example `head`, has exited.
 
-    If stdout can no longer be written, the script ends, except within
-    `streams.tolerate_lost_output`. It ends silently if the reader of stdout, for example `head`,
-    has exited.
-
-    The flags of a command line have no effect on later runs in the same process: at the end of a
-    run, all flags have the values that they had before.
+    At the end of a run, all flags have the values that they had before, so that a command line has
+    no effect on later runs in the same process.
 
     Args:
       main: function of the list of arguments that are not flags; the script's name comes first.
       takes_arguments: bool; whether arguments other than flags are allowed.
     """
-
-    def guarded_main(argv):
-        script = os.path.basename(argv[0])
+    script = os.path.basename(sys.argv[0])
+    asks_for_help = not {"--help", "-help", "--helpshort", "-h"}.isdisjoint(sys.argv[1:])
+    code = 1
+    app.define_help_flags()
+    with streams.guarded() as stdout, flagsaver.flagsaver(), running_script():
         try:
-            if len(argv) > 1 and not takes_arguments:
-                raise app.UsageError(f"this argument is not a flag: {argv[1]!r}")
-            with _configured_logging(), StopSignals(_interrupt):
-                main(argv)
-            sys.stdout.flush()
+            if asks_for_help:
+                _print_help()
+            else:
+                _run_main(main, takes_arguments)
+            sys.exit(0)
         except UserError as error:
-            print(f"{script}: error: {error}", file=sys.stderr)
-            return 1
+            message = f"error: {error}"
         except app.UsageError as error:
-            print(f"{script}: error: {error}", file=sys.stderr)
-            print(f"Run {script} --help to list its flags.", file=sys.stderr)
-            return 1
+            message = f"error: {error}\nRun {script} --help to list its flags."
         except Interrupted as interruption:
+            code = 128 + interruption.signal_number
             name = signal.Signals(interruption.signal_number).name
-            print(f"{script}: stopped by {name}: {interruption.message}", file=sys.stderr)
-            return 128 + interruption.signal_number
+            message = f"stopped by {name}: {interruption.message}"
         except OSError as error:
             if error is not stdout.error:
                 raise
-            _explain_lost_stdout(script, error)
-            return 1
-        return 0
-
-    app.define_help_flags()
-    with streams.guarded() as stdout, flagsaver.flagsaver(), running_script():
-        if not {"--help", "-help", "--helpshort", "-h"}.isdisjoint(sys.argv[1:]):
-            try:
-                _print_help()
-            except BrokenPipeError:
-                pass  # for example of `head`, which has read enough
-            except OSError as error:
-                _explain_lost_stdout(os.path.basename(sys.argv[0]), error)
-                raise SystemExit(1) from None
-            raise SystemExit(0)
-        try:
-            # Not `app.run`, which would make TensorFlow look for GPUs.
-            argv = app.parse_flags_with_usage(sys.argv)
-            if FLAGS.only_check_args:
-                sys.exit(0)
-            with contextlib.suppress(io.UnsupportedOperation):  # a notebook's stderr
-                faulthandler.enable()
-            sys.exit(guarded_main(argv))
-        except SystemExit:
-            if "--helpfull" in sys.argv[1:]:  # absl exits with 1 although it printed the help
-                raise SystemExit(0) from None
-            raise
+            if isinstance(error, BrokenPipeError):
+                sys.exit(0 if asks_for_help else 1)
+            message = f"error: cannot write to standard output: {error.strerror}"
+        print(f"{script}: {message}", file=sys.stderr)
+        sys.exit(code)
 
 
-def _explain_lost_stdout(script, error):
-    if not isinstance(error, BrokenPipeError):  # silent if, for example, `head` has exited
-        reason = f"cannot write to standard output: {error.strerror}"
-        print(f"{script}: error: {reason}", file=sys.stderr)
+def _run_main(main, takes_arguments):
+    """Parses the command line and calls `main`."""
+    try:
+        argv = app.parse_flags_with_usage(sys.argv)  # `app.run` would have TensorFlow find GPUs
+    except SystemExit:
+        if "--helpfull" in sys.argv[1:]:  # absl exits with 1 although it printed the help
+            sys.exit(0)
+        raise
+    if FLAGS.only_check_args:
+        return
+    if len(argv) > 1 and not takes_arguments:
+        raise app.UsageError(f"this argument is not a flag: {argv[1]!r}")
+    with contextlib.suppress(io.UnsupportedOperation):  # a notebook's stderr
+        faulthandler.enable()
+    with _configured_logging(), StopSignals(_interrupt):
+        main(argv)
+    sys.stdout.flush()
 
 
 @contextlib.contextmanager

@@ -1,8 +1,8 @@
 """Handles the loss of standard output and standard error while a script runs.
 
 They are lost when the reader of a pipe exits, when a terminal closes because its ssh connection is
-lost, or when the disk that holds the log is full. This must not end work whose results are stored
-elsewhere.
+lost, or when the disk that holds the log is full. Training must survive that, because its results
+are in files.
 """
 
 import contextlib
@@ -66,14 +66,13 @@ def tolerate_lost_output():
     One line on stderr reports the loss of stdout.
     """
     notice = "Continuing without standard output, which can no longer be written"
-    with contextlib.ExitStack() as stack:
-        if sys.stderr is not None:
-            stack.enter_context(contextlib.redirect_stderr(_Output(sys.stderr)))
-        if sys.stdout is not None:
-            stdout = _Output(sys.stdout, notice=notice)
-            stack.enter_context(contextlib.redirect_stdout(stdout))
-            stack.callback(stdout.flush)
-        yield
+    _open_closed_streams()
+    stdout = _Output(sys.stdout, notice=notice)
+    with contextlib.redirect_stderr(_Output(sys.stderr)), contextlib.redirect_stdout(stdout):
+        try:
+            yield
+        finally:
+            stdout.flush()
 
 
 @contextlib.contextmanager
@@ -84,14 +83,13 @@ def guarded():
     also the attribute `error` of the yielded stream, except within `tolerate_lost_output`.
     Characters that cannot be encoded are escaped.
     """
-    with contextlib.ExitStack() as stack:
-        for name, descriptor in (("stdout", 1), ("stderr", 2)):
-            if getattr(sys, name) is None:
-                stack.enter_context(_null_device(name, descriptor))
-        stack.enter_context(_escaped_characters(sys.stdout))
-        stack.enter_context(contextlib.redirect_stderr(_Output(sys.stderr)))
-        stdout = _Output(sys.stdout, is_needed=True)
-        stack.enter_context(contextlib.redirect_stdout(stdout))
+    _open_closed_streams()
+    stdout = _Output(sys.stdout, is_needed=True)
+    with (
+        _escaped_characters(sys.stdout),
+        contextlib.redirect_stderr(_Output(sys.stderr)),
+        contextlib.redirect_stdout(stdout),
+    ):
         try:
             yield stdout
         finally:
@@ -99,23 +97,15 @@ def guarded():
                 stdout.flush()
 
 
-@contextlib.contextmanager
-def _null_device(name, descriptor):
-    """Replaces a stream that was closed when the process started.
-
-    The next file to be opened would get its descriptor, and messages of TensorFlow's C++ code would
-    be written to that file.
-    """
-    with open(os.devnull, "w") as stream:
-        try:
-            os.fstat(descriptor)
-        except OSError:
-            os.dup2(stream.fileno(), descriptor)
-        setattr(sys, name, stream)
-        try:
-            yield
-        finally:
-            setattr(sys, name, None)
+def _open_closed_streams():
+    """Opens the null device for streams that were closed when the process started."""
+    # Otherwise the next file would get descriptor 1 or 2, and messages of TensorFlow's C++ code.
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(descriptor)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
 
 
 @contextlib.contextmanager
