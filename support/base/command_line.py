@@ -83,7 +83,7 @@ def _run_main(main, takes_arguments):
         raise app.UsageError(f"this argument is not a flag: {argv[1]!r}")
     with contextlib.suppress(io.UnsupportedOperation):  # a notebook's stderr
         faulthandler.enable()
-    with _configured_logging(), StopSignals(_interrupt):
+    with _configured_logging(), StopSignals():
         main(argv)
     sys.stdout.flush()
 
@@ -101,10 +101,6 @@ def _configured_logging():
     finally:
         level, logger.propagate = before
         logger.setLevel(level)
-
-
-def _interrupt(number):
-    raise Interrupted(number)
 
 
 def _print_help():

@@ -77,13 +77,11 @@ class Flag(flags.Flag):
     """A flag that follows a constant, if its default is one, until it is given a value.
 
     Args:
-      parser: `flags.ArgumentParser`.
-      name: string.
       default: value; a `Constant` to follow; or None.
-      help_string: string.
       normalize: function of each value other than None, wherever it comes from: the command line,
         an assignment, the default or the constant. It raises ValueError to refuse a value.
-      **arguments: those of `flags.Flag`.
+
+    The other arguments are those of `flags.Flag`.
 
     Attributes:
       defined_default: the default as it was passed, whatever `FLAGS.set_default` says.

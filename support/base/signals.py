@@ -8,6 +8,8 @@ import socket
 import sys
 import threading
 
+from support.base.errors import Interrupted
+
 _REQUESTS = (signal.SIGINT, signal.SIGTERM)
 # SIGHUP: the terminal has closed, for example with its ssh connection. SIGUSR1 and SIGUSR2: Slurm
 # and other schedulers send one shortly before a job's time limit. SIGXCPU: the limit of CPU time.
@@ -16,7 +18,6 @@ _STOP_SIGNALS = (*_REQUESTS, *_NOTICES)
 
 _runs_script = False  # whether the process does nothing but run a script, so that it may be ended
 _is_stopping = False  # whether a signal has stopped the script, which is about to exit
-_ignored = {}  # signals that the script ignores until it exits, with their earlier handlers
 
 
 @contextlib.contextmanager
@@ -33,18 +34,17 @@ def running_script():
         yield
     finally:
         _runs_script, _is_stopping = before, False
-        while _ignored:
-            signal.signal(*_ignored.popitem())
 
 
 class StopSignals:
-    """A context in which the first SIGINT, SIGTERM, SIGHUP, SIGUSR1, SIGUSR2 or SIGXCPU is handled.
+    """A context in which the first stop signal raises `Interrupted`.
 
-    A second SIGINT or SIGTERM ends a script at once. In a process that does more than run a script,
-    for example a notebook's kernel, it raises KeyboardInterrupt instead. The other signals do not
-    count for that. When a terminal closes, the shell, the kernel and the session manager can each
-    send SIGHUP or SIGTERM. A scheduler sends SIGUSR1 or SIGUSR2, and later SIGTERM. The kernel
-    repeats SIGXCPU every second.
+    The stop signals are SIGINT, SIGTERM, SIGHUP, SIGUSR1, SIGUSR2 and SIGXCPU. A second SIGINT or
+    SIGTERM ends a script at once. In a process that does more than run a script, for example a
+    notebook's kernel, it raises KeyboardInterrupt instead. The other signals do not count for that.
+    When a terminal closes, the shell, the kernel and the session manager can each send SIGHUP or
+    SIGTERM. A scheduler sends SIGUSR1 or SIGUSR2, and later SIGTERM. The kernel repeats SIGXCPU
+    every second.
 
     Python runs signal handlers only in the main thread and only between two of its instructions,
     but a call into TensorFlow can take minutes. So a thread is notified of the signals as well.
@@ -53,16 +53,12 @@ class StopSignals:
     that a C library installed before Python started stays, because Python could not restore it.
     Outside the main thread, where Python allows no signal handlers, the context has no effect.
 
-    Args:
-      on_first_signal: function of the signal's number, called in the main thread.
-
     Attributes:
       signal_number: int; the number of the first signal, or None.
     """
 
-    def __init__(self, on_first_signal):
+    def __init__(self):
         self.signal_number = None
-        self._on_first_signal = on_first_signal
         self._is_first = True
 
     def __enter__(self):
@@ -85,20 +81,19 @@ class StopSignals:
         global _is_stopping
         _is_stopping = _runs_script and (_is_stopping or self.signal_number is not None)
         for number, handler in self._previous.items():
-            # A later notice must not change the last line that the script prints.
-            if _is_stopping and number in _NOTICES:
-                _ignored[number] = handler
-                handler = signal.SIG_IGN
             signal.signal(number, handler)
         signal.set_wakeup_fd(self._wakeup_fd)
         self._sender.close()  # ends the thread
         self._thread.join()
         self._receiver.close()
 
+    def _stop(self, number):
+        raise Interrupted(number)
+
     def _handle(self, number, frame):
         if self._is_first and not _is_stopping:
             self._is_first = False
-            self._on_first_signal(number)
+            self._stop(number)
         elif number in _REQUESTS and not _runs_script:
             raise KeyboardInterrupt
 
@@ -119,5 +114,5 @@ class DeferredSignals(StopSignals):
     For the list of signals, and for a second signal, see the base class.
     """
 
-    def __init__(self):
-        super().__init__(lambda number: None)
+    def _stop(self, number):
+        pass

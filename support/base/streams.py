@@ -99,13 +99,11 @@ def guarded():
 
 def _open_closed_streams():
     """Opens the null device for streams that were closed when the process started."""
-    # Otherwise the next file would get descriptor 1 or 2, and messages of TensorFlow's C++ code.
-    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
-        pass
-    os.close(descriptor)
-    for name in ("stdout", "stderr"):
+    # In this order, they get their descriptors back. Otherwise the next file would get 1 or 2, and
+    # messages of TensorFlow's C++ code would be written to that file.
+    for name in ("stdin", "stdout", "stderr"):
         if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+            setattr(sys, name, open(os.devnull, "r+"))  # noqa: SIM115
 
 
 @contextlib.contextmanager
