@@ -11,6 +11,7 @@ Importing this module marks the flags as parsed, so that they can be read wherev
 is parsed, as in a notebook. It does not import TensorFlow.
 """
 
+import contextlib
 import math
 import os
 import re
@@ -239,26 +240,20 @@ def local_path(path, url_schemes=()):
 def tensorflow_path(path, url_schemes=()):
     """Returns a `local_path` that names the same file for TensorFlow, which uses UTF-8, and Python.
 
-    Raises:
-      ValueError: see `local_path`; or the path is not valid UTF-8; or it is not ASCII and the
-        locale does not use UTF-8.
+    Raises ValueError for other paths, and as `local_path`.
     """
     path = local_path(path, url_schemes)
     absolute = os.path.abspath(path)
-    try:
-        is_same = os.fsencode(absolute) == absolute.encode()
-    except UnicodeEncodeError:
-        is_same = False
-    if not is_same:
-        raise ValueError("TensorFlow needs a path in UTF-8, and a locale that uses UTF-8")
-    return path
+    with contextlib.suppress(UnicodeEncodeError):
+        if os.fsencode(absolute) == absolute.encode():
+            return path
+    raise ValueError("TensorFlow needs a path in UTF-8, and a locale that uses UTF-8")
 
 
 def checkpoint_path(path):
     r"""Returns a `tensorflow_path` in which TensorFlow may look for checkpoints and delete them.
 
-    Raises:
-      ValueError: as `tensorflow_path`; or the path has one of the characters `*?[\`.
+    Raises ValueError if the path has one of the characters `*?[\`, and as `tensorflow_path`.
     """
     path = tensorflow_path(path)
     if found := re.search(r"[*?[\\]", path):

@@ -108,10 +108,8 @@ def _check_settings(task, status, settings):
 def serve_parameters(task, config, timeout):
     """Holds variables as a parameter server until the chief has finished training.
 
-    Args:
-      task: the `Task`.
-      config: the `tf.ConfigProto` from `session_config`.
-      timeout: seconds that another task may be missing, or the host name of this task unknown.
+    The `timeout` is the number of seconds that another task may be missing, or the host name of
+    this task unknown.
 
     Raises:
       UserError: the server cannot start, the chief has stopped, or a task is missing for too long.

@@ -14,12 +14,7 @@ NOTICE_DELAY = 5.0  # seconds to wait for other tasks before a message names the
 
 
 class Wait:
-    """A wait for something that is missing: one notice after a delay, an error after a timeout.
-
-    Args:
-      timeout: seconds.
-      notice_delay: seconds.
-    """
+    """A wait for something that is missing: one notice after a delay, an error after a timeout."""
 
     def __init__(self, timeout, notice_delay=NOTICE_DELAY):
         self._timeout, self._notice_delay = timeout, notice_delay
@@ -50,9 +45,6 @@ def start_server(task, config, timeout=0):
       config: the `tf.ConfigProto` from `session_config`. It configures the devices of every session
         that uses this server. The server of a "ps" task uses no GPU.
       timeout: seconds that the host name of this task may be unknown.
-
-    Returns:
-      The running `tf.train.Server`.
 
     Raises:
       UserError: the host name is unknown for too long, the port is in use, the address does not
@@ -162,15 +154,10 @@ def make_chief_check(task, timeout):
 
 
 def wait_for_peers(task, peers, timeout):
-    """Waits until the servers of other tasks accept connections.
-
-    Args:
-      task: the `Task`.
-      peers: list of (type, index).
-      timeout: seconds.
+    """Waits until the servers of `peers`, a list of (type, index), accept connections.
 
     Raises:
-      UserError: some servers did not respond in time. The message lists them.
+      UserError: some of them did not respond in time. The message lists them.
     """
     check = _make_check(task, peers, timeout)
     while not check():
