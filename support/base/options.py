@@ -132,11 +132,6 @@ class Flag(flags.Flag):
         to_number = getattr(self.parser, "convert", None)
         return self.normalize(value if to_number is None else to_number(value))
 
-    def parse(self, argument):
-        """Parses a value of the command line."""
-        super().parse(argument)
-        self.using_default_value = False
-
     def unparse(self):
         """Discards the given value, so that the flag returns to its default or constant."""
         super().unparse()
@@ -194,8 +189,6 @@ def check(name, is_valid, rule):
         try:
             if followed is not None:
                 flag.convert_constant()
-            elif isinstance(flag, Flag):
-                flag.normalize(value)
             problem = "" if is_valid(value) else rule
         except (TypeError, ValueError) as error:
             problem = str(error)

@@ -128,6 +128,7 @@ def test_a_new_default_replaces_the_constant_but_not_a_given_value(modules):
 def test_a_flag_that_is_no_longer_given_follows_its_constant(modules):
     FLAGS.size = 28
     FLAGS["size"].unparse()
+    FLAGS["size"].unparse()  # as absl does with all flags, given or not
     modules[0].SIZE = 20
     assert FLAGS.size == 20
 
