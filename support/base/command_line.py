@@ -27,11 +27,11 @@ _HELP_WIDTH = 100  # columns
 def run(main, takes_arguments=False):
     """Runs a script's `main(argv)` and exits.
 
-    The exit code is 1, after one line, for an error that the user can fix (`UserError`) and for a
-    mistake on the command line; for a stop signal, it is 128 plus the signal's number, after a line
-    that says how to resume. See `StopSignals` for the signals. If stdout can no longer be written,
-    the script ends, except within `streams.tolerate_lost_output`; it ends silently if the reader of
-    stdout, for example `head`, has exited.
+    The exit code is 1, after a message, for an error that the user can fix (`UserError`) and for a
+    mistake on the command line. For a stop signal, it is 128 plus the signal's number, after a line
+    that says how to resume; see `StopSignals`. If stdout can no longer be written, the script ends,
+    except within `streams.tolerate_lost_output`. It ends silently if the reader of stdout, for
+    example `head`, has exited.
 
     At the end of a run, all flags have the values that they had before, so that a command line has
     no effect on later runs in the same process.
@@ -72,7 +72,9 @@ def run(main, takes_arguments=False):
 def _run_main(main, takes_arguments):
     """Parses the command line and calls `main`."""
     try:
-        argv = app.parse_flags_with_usage(sys.argv)  # `app.run` would have TensorFlow find GPUs
+        argv = FLAGS(sys.argv)  # not `app.run`, which would make TensorFlow look for GPUs
+    except flags.Error as error:
+        raise app.UsageError(error) from error
     except SystemExit:
         if "--helpfull" in sys.argv[1:]:  # absl exits with 1 although it printed the help
             sys.exit(0)
