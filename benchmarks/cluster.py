@@ -108,44 +108,22 @@ def sample_steps(process, metrics):
     return samples
 
 
-def measure_cluster(count, shared_flags, train_dir):
-    """Trains with a cluster of `count` workers; see `measure`."""
-    addresses = find_free_addresses(1 + count)
-    cluster = {"ps": addresses[:1], "worker": addresses[1:]}
-    tasks = [("worker", index) for index in range(count)] + [("ps", 0)]
-    arguments = [
-        "cifar10_train.py",
-        *shared_flags,
-        f"--batch_size={compare.BATCH_SIZE // count}",
-        f"--train_dir={train_dir}",
-    ]
+def make_commands(kind, count, shared_flags):
+    """Returns the commands, for `measure`, that train with `count` workers or towers."""
+    arguments = [*shared_flags, f"--batch_size={compare.BATCH_SIZE // count}"]
+    if kind == "towers":
+        return [(["cifar10_multi_gpu_train.py", *arguments, f"--num_gpus={count}"], {})]
+    server, *workers = find_free_addresses(1 + count)
+    cluster = {"ps": [server], "worker": workers}
     commands = []
-    for type_, index in tasks:
+    for type_, index in [*(("worker", index) for index in range(count)), ("ps", 0)]:
         task = {"cluster": cluster, "task": {"type": type_, "index": index}}
-        commands.append((arguments, {"TF_CONFIG": json.dumps(task)}))
-    return measure(commands, train_dir)
-
-
-def measure_towers(count, shared_flags, train_dir):
-    """Trains with `count` towers in one process; see `measure`."""
-    arguments = [
-        "cifar10_multi_gpu_train.py",
-        *shared_flags,
-        f"--num_gpus={count}",
-        f"--batch_size={compare.BATCH_SIZE // count}",
-        f"--train_dir={train_dir}",
-    ]
-    return measure([(arguments, {})], train_dir)
+        commands.append((["cifar10_train.py", *arguments], {"TF_CONFIG": json.dumps(task)}))
+    return commands
 
 
 def print_row(count, workers, towers):
-    """Prints a row of the table.
-
-    Args:
-      count: int; the number of workers, and of towers.
-      workers: list of the results of `measure_cluster`, one per turn.
-      towers: list of the results of `measure_towers`, one per turn.
-    """
+    """Prints a row of the table from the results of `measure`, one per turn."""
     ratios = [worker[0] / tower[0] for worker, tower in zip(workers, towers, strict=True)]
     # Each worker sends its gradients and fetches the variables.
     required_bytes = count * 2 * PARAMETER_BYTES
@@ -175,9 +153,9 @@ def main(argv=None):
         ]
         for turn in range(FLAGS.cluster_turns):
             for (count, kind), measurements in results.items():
-                measure_trainer = measure_cluster if kind == "workers" else measure_towers
                 train_dir = pathlib.Path(folder) / f"{kind}_{count}_{turn}"
-                measurements.append(measure_trainer(count, shared_flags, train_dir))
+                commands = make_commands(kind, count, [*shared_flags, f"--train_dir={train_dir}"])
+                measurements.append(measure(commands, train_dir))
     print("| | towers, images/s | workers, images/s | ratio | MB per step | required |")
     print("| --- | --- | --- | --- | --- | --- |")
     for count in counts:
