@@ -46,31 +46,19 @@ def assert_close(found, expected):
         np.testing.assert_allclose(values, reference, rtol=0, atol=1e-6 * np.abs(reference).max())
 
 
-@pytest.mark.parametrize("scale", [1e-3, 1.0, 30.0, 1e4])
-@pytest.mark.parametrize(
-    "shape", [[128, 12, 12, 64], [3, 5, 7, 64], [1, 1, 1, 64], [2, 3, 3, 10]], ids=str
-)
-def test_the_result_and_its_gradient_equal_those_of_tf_nn(shape, scale):
-    batch = make_input(shape, scale)
-    assert_close(run(fast_nn.lrn, *batch, **TUTORIAL), run(tf.nn.lrn, *batch, **TUTORIAL))
-
-
-# With values of 1e8, tf.nn.lrn itself has an error of more than 1e-6.
 @pytest.mark.parametrize("scale", [0.0, 1e-3, 1.0, 30.0, 1e4, 1e8])
-@pytest.mark.parametrize("shape", [[128, 12, 12, 64], [2, 3, 3, 10]], ids=str)
-def test_the_result_and_its_gradient_equal_a_computation_in_float64(shape, scale):
-    batch = make_input(shape, scale)
+def test_the_result_and_its_gradient_equal_a_computation_in_float64(scale):
+    batch = make_input([128, 12, 12, 64], scale)
     assert_close(run(fast_nn.lrn, *batch, **TUTORIAL), compute_exactly(*batch, **TUTORIAL))
 
 
-@pytest.mark.parametrize("shape", [[3, 5, 7, 64], [2, 3, 3, 3], [2, 3, 3, 1]], ids=str)
+@pytest.mark.parametrize("shape", [[3, 5, 7, 64], [2, 3, 3, 1]], ids=str)
 @pytest.mark.parametrize(
     "parameters",
     [
         {},
         {"depth_radius": 0, "bias": 0.5},
-        {"depth_radius": 1, "alpha": 0.02, "beta": 1.3},
-        {"depth_radius": 2, "bias": 2.0, "alpha": 0.1},
+        {"depth_radius": 1, "bias": 2.0, "alpha": 0.02, "beta": 1.3},
         {"depth_radius": 63, "bias": 3, "alpha": 2, "beta": 1},
         {"depth_radius": 200, "beta": 0.75},
     ],
@@ -88,7 +76,7 @@ def test_a_batch_of_unknown_size_is_accepted():
     images = tf.placeholder(tf.float32, [None, 4, None, 64])
     result = fast_nn.lrn(images, **TUTORIAL)
     assert result.shape.as_list() == [None, 4, None, 64]
-    for shape in ([3, 4, 5, 64], [1, 4, 2, 64], [0, 4, 4, 64]):
+    for shape in ([3, 4, 5, 64], [0, 4, 4, 64]):
         batch, upstream = make_input(shape, 1.0)
         with tf.Session() as session:
             found = session.run(result, {images: batch})
@@ -96,30 +84,17 @@ def test_a_batch_of_unknown_size_is_accepted():
         np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
-def test_an_array_is_accepted_like_a_tensor():
-    images, upstream = make_input([2, 3, 3, 10], 1.0)
-    with tf.Session() as session:
-        found = session.run(fast_nn.lrn(images, **TUTORIAL))
-    np.testing.assert_allclose(found, compute_exactly(images, upstream, **TUTORIAL)[0], atol=1e-6)
-
-
 def operation_types():
     return {operation.type for operation in tf.get_default_graph().get_operations()}
 
 
-def test_no_lrn_operation_is_used_on_a_cpu(monkeypatch):
+def test_a_cpu_runs_neither_lrn_operations_nor_the_gradient_that_tensorflow_derives(monkeypatch):
     monkeypatch.setattr(tensorflow_v1, "GPUS", [])
     run(fast_nn.lrn, *make_input([2, 3, 3, 10], 1.0), **TUTORIAL)
-    assert operation_types().isdisjoint({"LRN", "LRNGrad"})
+    assert operation_types().isdisjoint({"LRN", "LRNGrad", "RsqrtGrad", "SqrtGrad"})
 
 
-def test_the_gradient_has_fewer_operations_than_the_one_that_tensorflow_derives(monkeypatch):
-    monkeypatch.setattr(tensorflow_v1, "GPUS", [])
-    run(fast_nn.lrn, *make_input([2, 3, 3, 10], 1.0), **TUTORIAL)
-    assert operation_types().isdisjoint({"RsqrtGrad", "SqrtGrad"})
-
-
-@pytest.mark.parametrize("beta", [0.5, 0.75, 1.3])
+@pytest.mark.parametrize("beta", [0.75, 1.3])
 def test_tensorflow_derives_equal_gradients_from_a_stored_graph(monkeypatch, beta):
     monkeypatch.setattr(tensorflow_v1, "GPUS", [])
     batch = make_input([2, 3, 3, 10], 3.0)
@@ -153,11 +128,9 @@ def test_tensorflows_operation_is_used_where_there_is_a_gpu(monkeypatch):
     ("dtype", "shape", "bias"),
     [
         (tf.float16, [2, 3, 3, 10], 1.0),
-        (tf.bfloat16, [2, 3, 3, 10], 1.0),
         (tf.float32, [2, 3, 3, None], 1.0),
         (tf.float32, None, 1.0),
         (tf.float32, [2, 3, 3, 10], 0.0),
-        (tf.float32, [2, 3, 3, 10], -1.0),
     ],
     ids=str,
 )
@@ -179,29 +152,25 @@ def test_inputs_of_another_rank_are_refused_as_in_tf_nn():
         fast_nn.lrn(tf.zeros([3, 3, 10]))
 
 
-def test_the_result_has_the_name_that_is_passed():
-    images = tf.zeros([2, 3, 3, 10])
+def test_an_array_is_accepted_and_the_result_has_the_name_that_is_passed():
+    images = np.zeros([2, 3, 3, 10], np.float32)
     assert fast_nn.lrn(images, name="norm1").op.name == "norm1"
-    assert fast_nn.lrn(images, name="norm1").op.name == "norm1_1"
     with tf.name_scope("tower_0"):
         assert fast_nn.lrn(images, name="norm1").op.name == "tower_0/norm1"
 
 
-def test_the_signature_is_that_of_tf_nn():
-    def parameters(function):
-        signature = inspect.signature(function)
-        return [(each.name, each.kind, each.default) for each in signature.parameters.values()]
-
-    assert parameters(fast_nn.lrn) == parameters(tf.nn.lrn)
+@pytest.mark.parametrize("name", ["lrn", "conv2d"])
+def test_the_signature_is_that_of_tf_nn(name):
+    own, reference = (inspect.signature(getattr(nn, name)).parameters for nn in (fast_nn, tf.nn))
+    assert list(own) == list(reference)
+    for parameter, default in ((each, own[each].default) for each in own):
+        default = list(default) if parameter == "dilations" else default
+        assert default == reference[parameter].default
     assert fast_nn.local_response_normalization is fast_nn.lrn
 
 
-@pytest.mark.parametrize("name", ["max_pool", "bias_add", "relu", "softmax"])
-def test_other_names_are_those_of_tf_nn(name):
-    assert getattr(fast_nn, name) is getattr(tf.nn, name)
-
-
-def test_a_name_that_tf_nn_does_not_have_is_an_attribute_error():
+def test_other_names_are_those_of_tf_nn():
+    assert fast_nn.max_pool is tf.nn.max_pool
     with pytest.raises(AttributeError, match="max_poool"):
         fast_nn.max_poool  # noqa: B018
 
@@ -225,15 +194,7 @@ def convolve(images_shape=(2, 12, 12, 64), filters_shape=(5, 5, 64, 64), dtype=t
     return fast_nn.conv2d(images, tf.zeros(filters_shape, dtype), **arguments, name="conv")
 
 
-def test_conv2d_has_the_signature_of_tf_nn_conv2d():
-    own, reference = (inspect.signature(nn.conv2d).parameters for nn in (fast_nn, tf.nn))
-    assert list(own) == list(reference)
-    for name, parameter in own.items():
-        default = parameter.default
-        assert (list(default) if name == "dilations" else default) == reference[name].default
-
-
-@pytest.mark.parametrize("batch", [None, 2, 40])
+@pytest.mark.parametrize("batch", [None, 40])
 def test_conv2d_with_5_x_5_filters_uses_winograds_algorithm(winograd_everywhere, batch):
     result = convolve(images_shape=[batch, 12, 12, 64])
     assert result.op.name == "conv"
@@ -256,7 +217,6 @@ def test_conv2d_takes_the_filters_by_either_name(winograd_everywhere):
 @pytest.mark.parametrize(
     "arguments",
     [
-        {"dtype": tf.float64},
         {"dtype": tf.float16},
         {"strides": [1, 2, 2, 1]},
         {"padding": "VALID"},

@@ -22,32 +22,22 @@ def run_summaries():
         return tf.Summary.FromString(session.run(tf.summary.merge_all())).value
 
 
-def test_tags_are_exactly_the_given_ones_in_any_scope():
+def test_tags_are_exactly_the_given_ones_and_all_operations_are_in_one_scope(graph):
     tf.constant(0.0, name="a")  # a name that is taken does not change the tag
     ones, some, images = tf.ones([3]), tf.constant([0.0, 2.0, 0.0, 0.0]), tf.zeros([2, 4, 4, 3])
+    before = set(graph.get_operations())
     with tf.name_scope("tower_7"):
         summaries.scalar("a", 1.5)
         summaries.histogram("b/c", ones)
         summaries.sparsity("b/d", some)
         summaries.image_sheet("e", images)
+    added = set(graph.get_operations()) - before
+    assert all(operation.name.startswith(summaries.SCOPE) for operation in added)
     values = {value.tag: value for value in run_summaries()}
     assert set(values) == {"a", "b/c", "b/d", "e"}
     assert values["a"].simple_value == 1.5
     assert values["b/c"].histo.num == 3
     assert values["b/d"].simple_value == 0.75
-    names = {op.name.split("/")[0] for op in tf.get_default_graph().get_operations()}
-    assert "tower_7" not in names
-
-
-def test_all_operations_of_summaries_are_in_one_scope():
-    images = tf.zeros([2, 4, 4, 3], name="images")
-    before = set(tf.get_default_graph().get_operations())
-    summaries.scalar("a", 1.5)
-    summaries.histogram("b/c", images)
-    summaries.sparsity("b/d", images)
-    summaries.image_sheet("e", images)
-    added = set(tf.get_default_graph().get_operations()) - before
-    assert all(operation.name.startswith(summaries.SCOPE) for operation in added)
 
 
 def read_sheet(images):
@@ -60,9 +50,7 @@ def read_sheet(images):
     return int(width), int(height), np.asarray(Image.open(io.BytesIO(png)))
 
 
-@pytest.mark.parametrize(
-    ("count", "shown", "rows"), [(1, 1, 1), (4, 4, 1), (5, 5, 2), (16, 16, 4), (128, 16, 4)]
-)
+@pytest.mark.parametrize(("count", "shown", "rows"), [(4, 4, 1), (5, 5, 2), (128, 16, 4)])
 def test_a_sheet_shows_up_to_16_images_in_rows_of_4_with_white_borders(count, shown, rows):
     images = np.random.default_rng(0).normal(0, 5, [count, 6, 4, 3]).astype(np.float32)
     width, height, sheet = read_sheet(images)
@@ -78,20 +66,8 @@ def test_a_sheet_shows_up_to_16_images_in_rows_of_4_with_white_borders(count, sh
 
 
 def test_images_of_one_color_are_black():
-    _, _, sheet = read_sheet(np.ones([3, 24, 24, 3], np.float32))
+    _, _, sheet = read_sheet(np.ones([3, 24, 24, 1], np.float32))  # one channel, or three
     assert not sheet[1:25, 1:25].any()
-
-
-def test_images_with_one_channel_are_accepted():
-    _, _, sheet = read_sheet(np.zeros([3, 28, 28, 1], np.float32))
-    assert sheet.shape == (30, 4 * 30)
-
-
-@pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_a_histogram_of_a_value_that_is_not_finite_fails_and_names_its_tag(value):
-    summaries.histogram("gradients/conv1/weights", tf.constant([value]))
-    with pytest.raises(tf.errors.InvalidArgumentError, match="for: summaries/gradients/conv1/w"):
-        run_summaries()
 
 
 def test_a_second_summary_with_the_same_tag_is_left_out(graph):
@@ -114,9 +90,8 @@ def make_summary(value):
     return tf.Summary(value=[tf.Summary.Value(tag="a", simple_value=value)])
 
 
-@pytest.mark.parametrize("name", ["plain", "run[1]", "a*b?", "a\\b"])
-def test_events_are_on_disk_as_soon_as_they_are_added(tmp_path, graph, name):
-    folder = tmp_path / "new" / name
+def test_events_are_on_disk_as_soon_as_they_are_added(tmp_path, graph):
+    folder = tmp_path / "new" / "folder"
     tf.constant(1.0, name="node")
     with summaries.Writer(str(folder), "--dir") as writer:
         writer.add_graph(graph)
@@ -129,7 +104,6 @@ def test_events_are_on_disk_as_soon_as_they_are_added(tmp_path, graph, name):
     assert (restart.step, restart.session_log.status) == (7, tf.SessionLog.START)
     assert (summary.step, summary.summary) == (7, make_summary(2.5))
     assert abs(summary.wall_time - time.time()) < 60
-    assert os.listdir(tmp_path / "new") == [name]
 
 
 def test_the_graph_in_tensorboard_has_no_summaries_no_checks_and_no_functions(tmp_path, graph):
@@ -148,15 +122,6 @@ def test_the_graph_in_tensorboard_has_no_summaries_no_checks_and_no_functions(tm
     assert {name.partition("/")[0] for name in nodes}.isdisjoint({"summaries", "must_be_finite"})
     assert list(nodes["last"].input) == [value.op.name, "^merged/merged"]
     assert graph.as_graph_def() == before
-
-
-def test_writers_that_start_in_the_same_second_have_files_of_their_own_in_order(tmp_path):
-    for value in range(5):
-        with summaries.Writer(tmp_path, "--dir") as writer:
-            writer.add_summary(make_summary(value), 1)
-    values = [v.simple_value for event in read_events(tmp_path) for v in event.summary.value]
-    assert values == [0, 1, 2, 3, 4]
-    assert all(path.name.startswith("events.out.tfevents.") for path in tmp_path.iterdir())
 
 
 def read_values(folder):
