@@ -1,31 +1,24 @@
 """Tests of graph mode, of the session configuration and of what TensorFlow logs."""
 
 import logging
-import os
 import platform
 import re
 import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, messages, run_script, running_queues, script_environment
+from conftest import ROOT, run_script, script_environment
 
 from support.base.errors import UserError
 from support.ops import tensorflow_v1
 from support.ops.tensorflow_v1 import session_config, tf
 
 
-def test_importing_switches_to_graph_mode():
-    assert not tf.executing_eagerly()
-
-
 @pytest.mark.parametrize(
     ("before", "count"),
     [
         ("import tensorflow", 1),
-        ("import tensorflow as tf; tf.constant(1).numpy()", 1),
         ("import tensorflow.compat.v1 as tf; tf.disable_eager_execution()", 0),
-        ("import tensorflow.compat.v1 as tf; tf.disable_v2_behavior()", 0),
         ("import sys", 0),
     ],
 )
@@ -44,35 +37,36 @@ assert not tf.executing_eagerly()
             assert text in line
 
 
-@pytest.mark.parametrize(("given", "expected"), [({}, "2"), ({"TF_CPP_MIN_LOG_LEVEL": "0"}, "0")])
-def test_tensorflow_logs_errors_only_unless_another_log_level_is_set(given, expected):
-    code = "import os, support.ops.tensorflow_v1; print(os.environ['TF_CPP_MIN_LOG_LEVEL'])"
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="oneDNN is turned on for x86 only")
+@pytest.mark.parametrize(
+    ("before", "given", "expected"),
+    [
+        ("", {}, "2 1 True True"),
+        (
+            "gc.disable()",
+            {"TF_CPP_MIN_LOG_LEVEL": "0", "TF_ENABLE_ONEDNN_OPTS": "0"},
+            "0 0 False False",
+        ),
+    ],
+)
+def test_importing_keeps_what_the_user_has_set(before, given, expected):
+    code = f"""
+import gc, os
+{before}
+from support.ops.tensorflow_v1 import USES_ONEDNN
+variables = os.environ["TF_CPP_MIN_LOG_LEVEL"], os.environ["TF_ENABLE_ONEDNN_OPTS"]
+print(*variables, USES_ONEDNN, gc.isenabled())
+"""
+    environment = script_environment()
+    environment.pop("TF_ENABLE_ONEDNN_OPTS", None)
     output = subprocess.check_output(
         [sys.executable, "-c", code],
         cwd=ROOT,
-        env={**script_environment(), **given},
+        env={**environment, **given},
         stderr=subprocess.DEVNULL,
         text=True,
     )
     assert output == f"{expected}\n"
-
-
-def test_importing_does_not_turn_garbage_collection_on():
-    code = """
-import gc
-gc.disable()
-import support.ops.tensorflow_v1
-assert not gc.isenabled()
-"""
-    run_script("-c", code)
-
-
-DRIVERS = {
-    "NVIDIA": ("nvidiactl", "nvidia0", "nvidia-uvm"),
-    "NVIDIA Jetson": ("nvhost-gpu",),
-    "WSL": ("dxg",),
-    "ROCm": ("kfd",),
-}
 
 
 @pytest.fixture
@@ -81,9 +75,7 @@ def devices(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.setattr(tf.sysconfig, "get_lib", lambda: str(tmp_path / "tensorflow"))
     monkeypatch.delenv("TF_PLUGGABLE_DEVICE_LIBRARY_PATH", raising=False)
-    monkeypatch.setattr(
-        tensorflow_v1.can_have_gpus, "__defaults__", ("/dev", str(tmp_path / "modules"))
-    )
+    monkeypatch.setattr(tensorflow_v1.can_have_gpus, "__defaults__", ("/dev", tmp_path / "modules"))
     folder = tmp_path / "dev"
     folder.mkdir()
     for name in ("null", "nvme0", "nvram", "kvm"):
@@ -99,12 +91,10 @@ def test_where_devices_cannot_be_listed_there_may_be_a_gpu(devices):
     assert tensorflow_v1.can_have_gpus(devices / "missing")
 
 
-@pytest.mark.parametrize("driver", DRIVERS)
-def test_the_device_of_a_driver_may_belong_to_a_gpu(devices, driver):
-    for name in DRIVERS[driver]:
-        (devices / name).touch()
-        assert tensorflow_v1.can_have_gpus(devices)
-        (devices / name).unlink()
+@pytest.mark.parametrize("name", ["nvidiactl", "nvhost-gpu", "nvgpu", "dxg", "kfd"])
+def test_the_device_of_a_driver_may_belong_to_a_gpu(devices, name):
+    (devices / name).touch()
+    assert tensorflow_v1.can_have_gpus(devices)
 
 
 def test_a_loaded_driver_may_create_the_device_of_its_gpu_later(devices):
@@ -147,53 +137,17 @@ def test_conditionals_need_no_functions_within_the_context(graph):
         tf.enable_control_flow_v2()
 
 
-def test_stopping_queue_threads_prints_nothing():
-    code = """
-from support.ops.tensorflow_v1 import session_config, tf
-with tf.Session(config=session_config()) as session:
-    queue = tf.FIFOQueue(2, tf.float32, [])
-    tf.train.add_queue_runner(tf.train.QueueRunner(queue, [queue.enqueue(1.0)] * 16))
-    coordinator = tf.train.Coordinator()
-    threads = tf.train.start_queue_runners(session, coordinator)
-    while session.run(queue.size()) < 2:  # then the threads wait for space
-        pass
-    coordinator.request_stop()
-    coordinator.join(threads)
-"""
-    process = run_script("-c", code)
-    assert (process.stdout, messages(process.stderr)) == ("", [])
-
-
-class LogRecorder(logging.Handler):
-    """Collects the messages that reach the handlers of a logger."""
-
-    def __init__(self):
-        super().__init__()
-        self.messages = []
-
-    def emit(self, record):
-        self.messages.append(record.getMessage())
-
-
-@pytest.mark.parametrize(
-    ("level", "expected"),
-    [
-        (logging.WARNING, ["a real warning"]),
-        (logging.INFO, ["queues is deprecated and will be removed", "a real warning"]),
-    ],
-)
-def test_advice_to_replace_queues_is_logged_only_with_info_messages(level, expected):
-    logger, recorder = tf.get_logger(), LogRecorder()
+@pytest.mark.parametrize(("level", "is_shown"), [(logging.WARNING, False), (logging.INFO, True)])
+def test_advice_to_replace_queues_is_logged_only_with_info_messages(level, is_shown):
+    logger = tf.get_logger()
     previous = logger.level
-    logger.addHandler(recorder)
     logger.setLevel(level)
     try:
-        logger.warning("%s is deprecated and will be removed", "queues")
-        logger.warning("a real warning")
+        advice = {"msg": "%s is deprecated and will be removed", "args": ("queues",)}
+        assert bool(logger.filter(logging.makeLogRecord(advice))) is is_shown
+        assert logger.filter(logging.makeLogRecord({"msg": "a real warning"}))
     finally:
         logger.setLevel(previous)
-        logger.removeHandler(recorder)
-    assert recorder.messages == expected
 
 
 def test_sessions_allocate_gpu_memory_on_demand_and_fall_back_to_other_devices():
@@ -204,31 +158,22 @@ def test_sessions_allocate_gpu_memory_on_demand_and_fall_back_to_other_devices()
     assert session_config(log_device_placement=True).log_device_placement
 
 
-def test_an_operation_for_a_missing_gpu_runs_on_the_cpu(graph):
-    with tf.device("/device:GPU:7"):
-        two = tf.add(1.0, 1.0)
-    with running_queues() as session:
-        assert session.run(two) == 2.0
-
-
-@pytest.mark.parametrize(("gpus", "is_float16"), [(["GPU"], True), ([], False)])
+@pytest.mark.parametrize(
+    ("use_fp16", "gpus", "rewritten"),
+    [
+        (True, ["GPU"], "auto_mixed_precision"),
+        (True, [], "auto_mixed_precision_onednn_bfloat16"),
+        (False, ["GPU"], None),
+        (False, [], None),
+    ],
+)
 def test_use_fp16_rewrites_to_float16_on_gpus_and_to_bfloat16_on_cpus(
-    monkeypatch, gpus, is_float16
+    monkeypatch, use_fp16, gpus, rewritten
 ):
     monkeypatch.setattr(tensorflow_v1, "GPUS", gpus)
-    on = tf.ConfigProto().graph_options.rewrite_options.ON
-    rewrites = session_config(use_fp16=True).graph_options.rewrite_options
-    assert (rewrites.auto_mixed_precision == on) is is_float16
-    assert (rewrites.auto_mixed_precision_onednn_bfloat16 == on) is not is_float16
-
-
-@pytest.mark.parametrize("gpus", [["GPU"], []])
-def test_no_precision_is_rewritten_by_default(monkeypatch, gpus):
-    monkeypatch.setattr(tensorflow_v1, "GPUS", gpus)
-    on = tf.ConfigProto().graph_options.rewrite_options.ON
-    rewrites = session_config().graph_options.rewrite_options
-    assert rewrites.auto_mixed_precision != on
-    assert rewrites.auto_mixed_precision_onednn_bfloat16 != on
+    rewrites = session_config(use_fp16).graph_options.rewrite_options
+    for name in ("auto_mixed_precision", "auto_mixed_precision_onednn_bfloat16"):
+        assert (getattr(rewrites, name) == rewrites.ON) is (name == rewritten)
 
 
 @pytest.mark.parametrize(
@@ -327,7 +272,6 @@ def test_a_gpu_that_tensorflow_cannot_use_causes_a_warning_unless_it_is_hidden(
         (1, 2, ["1 of 2 GPUs is used; to use all, run cifar10_multi_gpu_train.py --num_gpus=2"]),
         (2, 3, ["2 of 3 GPUs are used; to use all, run cifar10_multi_gpu_train.py --num_gpus=3"]),
         (1, 1, []),
-        (1, 0, []),
         (3, 2, []),
     ],
 )
@@ -364,7 +308,7 @@ def test_without_cpuinfo_the_processor_has_the_name_that_python_knows(tmp_path, 
     assert tensorflow_v1.find_processor_name(tmp_path / "missing") == "arm"
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_the_error_of_a_histogram_that_is_not_finite_is_recognized(graph, value):
     histogram = tf.summary.histogram("h", tf.fill([2], value))
     with tf.Session() as session, pytest.raises(tf.errors.InvalidArgumentError) as caught:
@@ -378,20 +322,3 @@ def test_other_errors_are_not_taken_for_that_of_a_histogram(graph):
         session.run(failure)
     assert not tensorflow_v1.is_nonfinite_histogram(caught.value)
     assert not tensorflow_v1.is_nonfinite_histogram(ValueError("Nan in histogram for: x"))
-
-
-@pytest.mark.skipif(platform.machine() != "x86_64", reason="oneDNN is turned on for x86 only")
-@pytest.mark.parametrize(("given", "expected"), [(None, "1"), ("0", "0"), ("1", "1")])
-def test_onednn_is_on_unless_the_user_has_decided(given, expected):
-    environment = {name: os.environ[name] for name in os.environ if "ONEDNN" not in name}
-    if given is not None:
-        environment["TF_ENABLE_ONEDNN_OPTS"] = given
-    code = """
-import os
-from support.ops import tensorflow_v1
-print(os.environ["TF_ENABLE_ONEDNN_OPTS"], tensorflow_v1.USES_ONEDNN)
-"""
-    output = subprocess.check_output(
-        [sys.executable, "-c", code], text=True, cwd=ROOT, env=environment
-    )
-    assert output == f"{expected} {expected == '1'}\n"
