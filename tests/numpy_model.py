@@ -67,23 +67,6 @@ def locally_connected(images, weights, biases):
     return result
 
 
-def locally_connected_gradients(images, weights, upstream):
-    """Returns the gradients of `(locally_connected(images, weights, biases) * upstream).sum()`.
-
-    They are those of the images, the weights and the biases.
-    """
-    padded = np.pad(images, [(0, 0), (1, 1), (1, 1), (0, 0)])
-    of_padded, of_weights = np.zeros(padded.shape), np.zeros(weights.shape)
-    for y in range(images.shape[1]):
-        for x in range(images.shape[2]):
-            for channel in range(weights.shape[-1]):
-                above = upstream[:, y, x, channel][:, np.newaxis, np.newaxis, np.newaxis]
-                of_padded[:, y : y + 3, x : x + 3] += above * weights[y, x, :, :, :, channel]
-                window = padded[:, y : y + 3, x : x + 3]
-                of_weights[y, x, :, :, :, channel] = (above * window).sum(axis=0)
-    return of_padded[:, 1:-1, 1:-1], of_weights, upstream.sum(axis=0)
-
-
 def inference(images, variables):
     """Returns the logits, [n, classes], of images, [n, height, width, 3]."""
     features = _flatten(_pool2(images, variables))

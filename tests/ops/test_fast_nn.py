@@ -3,6 +3,7 @@
 import inspect
 
 import numpy as np
+import numpy_model
 import pytest
 
 from support.ops import fast_nn, tensorflow_v1
@@ -173,6 +174,15 @@ def test_other_names_are_those_of_tf_nn():
     assert fast_nn.max_pool is tf.nn.max_pool
     with pytest.raises(AttributeError, match="max_poool"):
         fast_nn.max_poool  # noqa: B018
+
+
+def test_locally_connected_layers_are_those_of_numpy():
+    generator = np.random.default_rng(5)
+    images, filters = generator.normal(size=[2, 3, 5, 4]), generator.normal(size=[3, 5, 3, 3, 4, 6])
+    with tf.Session() as session:
+        found = session.run(fast_nn.locally_connected(tf.constant(images), tf.constant(filters)))
+    expected = numpy_model.locally_connected(images, filters, np.zeros([3, 5, 6]))
+    np.testing.assert_allclose(found, expected)
 
 
 # --- Convolution; see test_winograd.py for its results.
