@@ -39,16 +39,7 @@ def conv2d(
     results have an error of about 3e-6; the error of `tf.nn.conv2d` is 2e-7. Do not use it in 16
     bits, where the error would be too large.
 
-    Args:
-      input: float32 [batch, height, width, m].
-      filter: float32 [filter height, filter width, m, channels].
-      strides: list of ints; see `tf.nn.conv2d`, as for the other arguments.
-      padding: string.
-      use_cudnn_on_gpu: bool.
-      data_format: string.
-      dilations: list of ints.
-      name: string.
-      filters: another name for `filter`.
+    Args: see `tf.nn.conv2d`.
 
     Returns:
       float32 [batch, height, width, channels] with stride 1 and padding SAME.
@@ -70,15 +61,15 @@ def conv2d(
 
 
 def _can_use_winograd(input, filter):
+    """Returns whether the shapes and types are those for which the algorithm is faster."""
     if input.shape.ndims != 4 or not filter.shape.is_fully_defined():
         return False
-    size = winograd.FILTER_SIZE
-    height, width, depth, channels = filter.shape.as_list()
+    *size, depth, channels = filter.shape.as_list()
     batch = input.shape.as_list()[0]
     return (
         input.dtype == filter.dtype == tf.float32
         and input.shape[1:].is_fully_defined()
-        and (height, width) == (size, size)
+        and size == [winograd.FILTER_SIZE, winograd.FILTER_SIZE]
         and min(depth, channels) >= MIN_CHANNELS
         and (batch is None or batch <= MAX_BATCH_SIZE)
     )
@@ -93,13 +84,8 @@ def lrn(input, depth_radius=5, bias=1.0, alpha=1.0, beta=0.5, name=None):
 
     Source: section 3.3 of "ImageNet Classification with Deep Convolutional Neural Networks".
 
-    Args:
+    Args: see `tf.nn.lrn`, which other inputs and a bias of 0 are left to.
       input: float32 [batch, height, width, channels]; the number of channels is known.
-      depth_radius: int; channels on each side.
-      bias: float; more than 0.
-      alpha: float.
-      beta: float.
-      name: string; the name of the operation that returns the result.
 
     Returns:
       float32 [batch, height, width, channels].

@@ -23,16 +23,12 @@ MAX_SHEET_IMAGES = 16  # about 26 KB; a whole batch would be most of what a run 
 
 def scalar(tag, value):
     """Adds a scalar summary of a tensor of shape []."""
-    if not _has(tag):
-        with tf.name_scope(SCOPE):
-            _add(tf.raw_ops.ScalarSummary(tags=tag, values=value, name=tag))
+    _add(tag, tf.raw_ops.ScalarSummary, tags=tag, values=value)
 
 
 def histogram(tag, values):
     """Adds a histogram of a tensor of any shape. Running it fails if a value is not finite."""
-    if not _has(tag):
-        with tf.name_scope(SCOPE):
-            _add(tf.raw_ops.HistogramSummary(tag=tag, values=values, name=tag))
+    _add(tag, tf.raw_ops.HistogramSummary, tag=tag, values=values)
 
 
 def sparsity(tag, values):
@@ -70,12 +66,8 @@ def image_sheet(tag, images):
         plugin = tf.SummaryMetadata.PluginData(plugin_name="images")
         metadata = tf.SummaryMetadata(plugin_data=plugin).SerializeToString()
         tensor = tf.stack([size[1], size[0], png])
-    with tf.name_scope(SCOPE):
-        _add(
-            tf.raw_ops.TensorSummaryV2(
-                tag=tag, tensor=tensor, serialized_summary_metadata=metadata, name=tag
-            )
-        )
+    inputs = {"tag": tag, "tensor": tensor, "serialized_summary_metadata": metadata}
+    _add(tag, tf.raw_ops.TensorSummaryV2, **inputs)
 
 
 def merge_collected():
@@ -92,17 +84,16 @@ def merge_collected():
         return tuple(tf.summary.merge(group) if group else None for group in (scalars, others))
 
 
-def _add(summary):
-    tf.add_to_collection(tf.GraphKeys.SUMMARIES, summary)
+def _add(tag, operation, /, **inputs):
+    """Adds a summary unless the graph has one with the tag: it cannot merge two of them."""
+    if not _has(tag):
+        with tf.name_scope(SCOPE):
+            tf.add_to_collection(tf.GraphKeys.SUMMARIES, operation(name=tag, **inputs))
 
 
 def _has(tag):
-    """Returns whether the graph has a summary with a tag: it cannot merge two with the same tag."""
-    try:
-        tf.get_default_graph().get_operation_by_name(f"{SCOPE}{tag}")
-    except KeyError:
-        return False
-    return True
+    collected = tf.get_collection(tf.GraphKeys.SUMMARIES)
+    return any(summary.op.name == f"{SCOPE}{tag}" for summary in collected)
 
 
 def _draw(graph_def):

@@ -12,7 +12,6 @@ batched matrix product; no data is copied between them. All operations are linea
 in the filters, so `tf.gradients` derives the backward pass, also in the transformed domain.
 """
 
-import fractions
 import functools
 
 import numpy as np
@@ -30,9 +29,7 @@ NUM_POINTS = TILE_SIZE + FILTER_SIZE - 1  # inputs per tile, products per tile
 
 # The points at which the polynomials are evaluated, and infinity. Small numbers and powers of 2
 # have small rounding errors: the relative error of the outputs is 2e-6 to 4e-6.
-_POINTS = [
-    fractions.Fraction(*point) for point in ((0,), (1,), (-1,), (2,), (-2,), (1, 2), (-1, 2))
-]
+_POINTS = np.array([0.0, 1.0, -1.0, 2.0, -2.0, 0.5, -0.5])
 
 
 def conv2d(images, filters):
@@ -128,30 +125,23 @@ def _matrices():
 
     def evaluate(degree):
         """Evaluates a polynomial with that many coefficients at all points: [8, degree]."""
-        finite = [[point**power for power in range(degree)] for point in _POINTS]
-        return np.array([*finite, [0] * (degree - 1) + [1]])
+        at_infinity = np.eye(degree)[-1]
+        return np.vstack([np.vander(_POINTS, degree, increasing=True), at_infinity])
 
     # Multiplying polynomials is evaluating, multiplying values, and interpolating. A convolution is
-    # the transpose of that in the data.
-    data_matrix = _invert(evaluate(NUM_POINTS)).T
+    # the transpose of that in the data. Row i has the coefficients of the Lagrange polynomial of
+    # point i, without its divisor, which the filter gets. All of these products are exact.
+    data_matrix = np.zeros([NUM_POINTS, NUM_POINTS])
+    divisors = np.ones([NUM_POINTS, 1])
+    for i in range(NUM_POINTS):  # the last point is infinity
+        others = _POINTS[np.arange(len(_POINTS)) != i]
+        data_matrix[i, : len(others) + 1] = np.poly(others)[::-1]
+        if i < len(_POINTS):
+            divisors[i] = np.prod(_POINTS[i] - others)
     # Rows of at most 1 keep the rounding errors smallest.
     scale = np.abs(data_matrix).max(axis=1, keepdims=True)
     return (
-        (data_matrix / scale).astype(np.float64),
-        (evaluate(FILTER_SIZE) * scale).astype(np.float64),
-        evaluate(TILE_SIZE).T.astype(np.float64),
+        data_matrix / (np.sign(divisors) * scale) + 0.0,  # no negative zeros
+        evaluate(FILTER_SIZE) * scale / np.abs(divisors),
+        evaluate(TILE_SIZE).T,
     )
-
-
-def _invert(matrix):
-    """Inverts a matrix of fractions exactly."""
-    size = len(matrix)
-    rows = np.concatenate([matrix, np.eye(size, dtype=int)], axis=1) + fractions.Fraction()
-    for column in range(size):
-        pivot = column + np.flatnonzero(rows[column:, column])[0]
-        rows[[column, pivot]] = rows[[pivot, column]]
-        rows[column] /= rows[column, column]
-        for other in range(size):
-            if other != column:
-                rows[other] -= rows[other, column] * rows[column]
-    return rows[:, size:]
