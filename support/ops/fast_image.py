@@ -159,14 +159,11 @@ def __getattr__(name):
 def finish(image):
     """Draws the random numbers of a block, and distorts its images.
 
-    Args:
-      image: `Block`, the result of a distortion.
-
     Returns:
       float32 [n, height, width, depth].
 
     Raises:
-      NeedsSingleImages: the distortion has returned something else.
+      NeedsSingleImages: `image`, the result of a distortion, is not a `Block`.
     """
     if not isinstance(image, Block):
         raise NeedsSingleImages("a result that is not an image")
@@ -254,18 +251,10 @@ def _crop_and_flip(image, top, left, is_mirrored):
 
 
 def _standardize(mean, contrast, deviation):
-    """Scales images `mean + contrast * deviation` to mean 0 and variance 1.
+    """Returns the mean and the contrast with which `_distort` gives mean 0 and variance 1.
 
     Like `tf.image.per_image_standardization`, it assumes a standard deviation of at least
     1 / sqrt(number of values), so an image whose values are all equal becomes all zeros.
-
-    Args:
-      mean: float32 [n, depth, 1, 1]; of each channel.
-      contrast: float32 [n, 1, 1, 1].
-      deviation: float32 [n, depth, height, width]; from the mean of the channel.
-
-    Returns:
-      The `mean` and the `contrast` of the result.
     """
     depth, height, width = deviation.shape.as_list()[1:]
     image_mean = tf.reduce_mean(mean, 1, keepdims=True)  # [n, 1, 1, 1]

@@ -53,25 +53,21 @@ _ends_eager_mode = _was_imported and tf.executing_eagerly()
 tf.disable_eager_execution()
 
 
-def can_have_gpus(devices="/dev", modules="/sys/module"):
+def can_have_gpus(root="/"):
     """Returns whether this computer may have a GPU. If not, looking for one only prints an error.
 
     On Linux, there can be a GPU only if a driver has created a device (NVIDIA, including Jetson;
-    WSL; ROCm) or if TensorFlow has a device plug-in. On other systems, the result is always true.
-
-    Args:
-      devices: path of the folder with the devices.
-      modules: path of the folder with the modules of the kernel. NVIDIA's may create its devices
-        only when a program uses CUDA for the first time.
+    WSL; ROCm) or if TensorFlow has a device plug-in. NVIDIA's kernel module may create its devices
+    only when a program uses CUDA for the first time.
     """
-    plug_ins = os.path.join(os.path.dirname(tf.sysconfig.get_lib()), "tensorflow-plugins")
-    if os.path.isdir(plug_ins) or "TF_PLUGGABLE_DEVICE_LIBRARY_PATH" in os.environ:
+    if sys.platform != "linux" or "TF_PLUGGABLE_DEVICE_LIBRARY_PATH" in os.environ:
         return True
-    if os.path.isdir(os.path.join(modules, "nvidia")):
+    plug_ins = os.path.join(os.path.dirname(tf.sysconfig.get_lib()), "tensorflow-plugins")
+    if os.path.isdir(plug_ins) or os.path.isdir(os.path.join(root, "sys/module/nvidia")):
         return True
     driver = re.compile(r"nvidia|nvhost|nvgpu|dxg$|kfd$")
     try:
-        return sys.platform != "linux" or any(map(driver.match, os.listdir(devices)))
+        return any(map(driver.match, os.listdir(os.path.join(root, "dev"))))
     except OSError:
         return True
 
@@ -161,9 +157,6 @@ def find_bfloat16_support(cpuinfo="/proc/cpuinfo"):
 
     Source: `IsDataTypeSupportedByOneDNNOnThisCPU` in TensorFlow, which requires AVX512F or
     AVX-NE-CONVERT.
-
-    Args:
-      cpuinfo: path of Linux's description of the processor.
 
     Returns:
       "native" if the processor has bfloat16 instructions or is unknown; "emulated" if it has only

@@ -70,47 +70,44 @@ print(*variables, USES_ONEDNN, gc.isenabled())
 
 
 @pytest.fixture
-def devices(tmp_path, monkeypatch):
-    """A folder in place of /dev on Linux, without plug-ins, with devices that are not GPUs."""
+def root(tmp_path, monkeypatch):
+    """A root folder of Linux without plug-ins, with devices that are not GPUs."""
     monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.setattr(tf.sysconfig, "get_lib", lambda: str(tmp_path / "tensorflow"))
     monkeypatch.delenv("TF_PLUGGABLE_DEVICE_LIBRARY_PATH", raising=False)
-    monkeypatch.setattr(tensorflow_v1.can_have_gpus, "__defaults__", ("/dev", tmp_path / "modules"))
-    folder = tmp_path / "dev"
-    folder.mkdir()
+    (tmp_path / "dev").mkdir()
     for name in ("null", "nvme0", "nvram", "kvm"):
-        (folder / name).touch()
-    return folder
+        (tmp_path / "dev" / name).touch()
+    return tmp_path
 
 
-def test_without_the_device_of_a_driver_there_can_be_no_gpu(devices):
-    assert not tensorflow_v1.can_have_gpus(devices)
-
-
-def test_where_devices_cannot_be_listed_there_may_be_a_gpu(devices):
-    assert tensorflow_v1.can_have_gpus(devices / "missing")
+def test_without_the_device_of_a_driver_there_can_be_no_gpu(root):
+    assert not tensorflow_v1.can_have_gpus(root)
 
 
 @pytest.mark.parametrize("name", ["nvidiactl", "nvhost-gpu", "nvgpu", "dxg", "kfd"])
-def test_the_device_of_a_driver_may_belong_to_a_gpu(devices, name):
-    (devices / name).touch()
-    assert tensorflow_v1.can_have_gpus(devices)
+def test_the_device_of_a_driver_may_belong_to_a_gpu(root, name):
+    (root / "dev" / name).touch()
+    assert tensorflow_v1.can_have_gpus(root)
 
 
-def test_a_loaded_driver_may_create_the_device_of_its_gpu_later(devices):
-    (devices.parent / "modules" / "nvidia").mkdir(parents=True)
-    assert tensorflow_v1.can_have_gpus(devices)
+def test_where_devices_cannot_be_listed_there_may_be_a_gpu(root):
+    assert tensorflow_v1.can_have_gpus(root / "missing")
 
 
-def test_a_plug_in_or_another_system_may_have_devices_of_its_own(devices, monkeypatch):
-    (devices.parent / "tensorflow-plugins").mkdir()
-    assert tensorflow_v1.can_have_gpus(devices)
-    (devices.parent / "tensorflow-plugins").rmdir()
-    monkeypatch.setenv("TF_PLUGGABLE_DEVICE_LIBRARY_PATH", "/opt/plugin.so")
-    assert tensorflow_v1.can_have_gpus(devices)
-    monkeypatch.delenv("TF_PLUGGABLE_DEVICE_LIBRARY_PATH")
+# A driver that is loaded may create the device of its GPU later.
+@pytest.mark.parametrize("folder", ["sys/module/nvidia", "tensorflow-plugins"])
+def test_a_loaded_driver_or_a_plug_in_may_have_devices_of_its_own(root, folder):
+    (root / folder).mkdir(parents=True)
+    assert tensorflow_v1.can_have_gpus(root)
+
+
+def test_a_plug_in_of_the_user_or_another_system_may_have_devices_of_its_own(root, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setenv("TF_PLUGGABLE_DEVICE_LIBRARY_PATH", "/opt/plugin.so")
+        assert tensorflow_v1.can_have_gpus(root)
     monkeypatch.setattr(sys, "platform", "darwin")
-    assert tensorflow_v1.can_have_gpus(devices)
+    assert tensorflow_v1.can_have_gpus(root)
 
 
 @pytest.mark.parametrize("can_have_gpus", [True, False])
