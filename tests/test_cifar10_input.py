@@ -60,6 +60,13 @@ def run_batches(tensors, count):
     return [np.concatenate(parts) for parts in zip(*batches, strict=True)]
 
 
+def read_all(tensors):
+    """Runs an input until it ends; returns the concatenated values of each tensor."""
+    with running_queues() as session:
+        batches = all_batches(session, tensors)
+    return [np.concatenate(parts) for parts in zip(*batches, strict=True)]
+
+
 def find_example_queue():
     """Returns the operation of the training queue."""
     (queue,) = [
@@ -137,9 +144,7 @@ def test_evaluation_on_the_training_files_reads_all_of_them_in_order(
     train, _ = write_dataset(tmp_path, train_counts)
     dataset = cifar10_input.find_dataset(str(tmp_path))
     assert dataset.num_examples_per_epoch_for_train == len(train)
-    images, _ = inputs(False, str(tmp_path), 4, num_epochs=1, fast_ops=fast_ops)
-    with running_queues() as session:
-        images = np.concatenate(all_batches(session, images))
+    images, _ = read_all(inputs(False, str(tmp_path), 4, num_epochs=1, fast_ops=fast_ops))
     np.testing.assert_allclose(images, standardized_centers(train), atol=1e-4)
 
 
@@ -450,16 +455,11 @@ def test_an_edit_of_the_decoding_takes_effect_in_both_pipelines(tmp_path, monkey
         return label + 100, 255 - depth_major
 
     monkeypatch.setattr(cifar10_input, "_decode", edited_decode)
-    images, labels = inputs(True, str(tmp_path), 8, num_epochs=1, fast_ops=fast_ops)
-    with running_queues() as session:
-        batches = all_batches(session, [images, labels])
-    images, labels = (np.concatenate(parts) for parts in zip(*batches, strict=True))
+    images, labels = read_all(inputs(True, str(tmp_path), 8, num_epochs=1, fast_ops=fast_ops))
     np.testing.assert_array_equal(labels, test[:, 0] + 100)
     np.testing.assert_allclose(images, -standardized_centers(test), atol=1e-5)
-    FLAGS.fast_ops = fast_ops
-    _, labels = cifar10_input.distorted_inputs(str(tmp_path), 8)
-    with running_queues() as session:
-        assert (session.run(labels) >= 100).all()
+    _, labels = run_batches(distorted_inputs(str(tmp_path), 8, fast_ops=fast_ops), 1)
+    assert (labels >= 100).all()
 
 
 @both_pipelines
@@ -472,7 +472,5 @@ def test_an_edit_of_the_central_crops_takes_effect_in_both_pipelines(
         return tf.cast(images[..., :24, :24, :], tf.float32)
 
     monkeypatch.setattr(cifar10_input, "central_crops", edited_crops)
-    images, _ = inputs(True, str(tmp_path), 8, num_epochs=1, fast_ops=fast_ops)
-    with running_queues() as session:
-        found = np.concatenate(all_batches(session, images))
-    np.testing.assert_array_equal(found, pixels(test)[:, :24, :24])
+    images, _ = read_all(inputs(True, str(tmp_path), 8, num_epochs=1, fast_ops=fast_ops))
+    np.testing.assert_array_equal(images, pixels(test)[:, :24, :24])
