@@ -275,6 +275,23 @@ def contrast_before_crop(image, image_ops):
     return image_ops.per_image_standardization(image_ops.random_flip_left_right(image))
 
 
+def two_hues(image, image_ops):
+    return tf.image.random_hue(image_ops.random_hue(image, 0.1), 0.1)
+
+
+def mean_subtracted(image, image_ops):
+    image = image_ops.random_brightness(image_ops.random_crop(image, [24, 24, 3]), 63)
+    return image - tf.reduce_mean(image)
+
+
+def noise_added(image, image_ops):
+    return tf.random.normal(image.shape) + image
+
+
+def resized(image, image_ops):
+    return image_ops.per_image_standardization(tf.image.resize(image, [24, 24]))
+
+
 def upside_down(image, image_ops):
     return image_ops.per_image_standardization(image[::-1])
 
@@ -313,6 +330,32 @@ def check_contrast_before_crop(images, image):
     assert contrasts.std() > 0.1
 
 
+def check_hues(images, image):
+    # The red channel is the smallest one, and its difference from the blue one depends on the hue.
+    hues = np.median(images[..., 0] - images[..., 2], axis=(1, 2)).astype(np.float64)
+    assert len(np.unique(hues)) > 100
+    assert abs(np.corrcoef(hues[:-1], hues[1:])[0, 1]) < 6 / np.sqrt(hues.size)
+
+
+def check_mean(images, image):
+    np.testing.assert_allclose(images.mean(axis=(1, 2, 3)), 0, atol=1e-3)
+    assert len({each.tobytes() for each in images}) > 70  # crops
+
+
+def check_noise(images, image):
+    noise = images.astype(np.float64) - image
+    assert abs(noise.mean()) < 0.01
+    assert abs(noise.std() - 1) < 0.01
+    first, second = noise[:-1].ravel(), noise[1:].ravel()
+    assert abs(np.corrcoef(first, second)[0, 1]) < 0.01
+
+
+def check_resized(images, image):
+    stock = tf.image.resize(image.astype(np.float32), [24, 24])
+    expected = evaluate(tf.image.per_image_standardization(stock))
+    np.testing.assert_allclose(images, [expected] * len(images), atol=1e-4)
+
+
 def check_upside_down(images, image):
     expected = standardized(image[::-1].astype(np.float64))
     np.testing.assert_allclose(images, [expected] * len(images), atol=1e-4)
@@ -333,6 +376,10 @@ def check_brightness(images, image):
         (not_standardized, None, check_brightness),
         (tensorflows_names, None, check_contrasts(0.5, 0.5)),
         (contrast_before_crop, "random_crop at this point", check_contrast_before_crop),
+        (two_hues, "tf.image.random_hue", check_hues),
+        (mean_subtracted, "conversion to a tensor", check_mean),
+        (noise_added, "conversion to a tensor", check_noise),
+        (resized, "conversion to a tensor", check_resized),
         (upside_down, "the operator __getitem__", check_upside_down),
     ],
 )
