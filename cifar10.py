@@ -17,7 +17,6 @@ from absl import flags
 
 import cifar10_input
 from support.base import options
-from support.base.errors import DataError
 from support.base.worker import ALONE
 from support.data import dataset, download, synthetic
 from support.data.settings import TrainingSettings
@@ -81,11 +80,6 @@ def maybe_download_and_extract():
       DataError: the dataset cannot be downloaded or generated, or a record is invalid.
     """
     if FLAGS.synthetic_data:
-        if dataset.find_folder(FLAGS.data_dir) == FLAGS.data_dir:
-            raise DataError(
-                f"{FLAGS.data_dir} holds records, which --synthetic_data would ignore; remove that "
-                "flag, or choose another folder with --data_dir"
-            )
         folder = synthetic.maybe_generate(FLAGS.data_dir)
     else:
         folder = download.maybe_download_and_extract(FLAGS.data_dir, FLAGS.data_url)

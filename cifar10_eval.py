@@ -101,12 +101,10 @@ def evaluate(last_step=None, check_trainer=lambda: None):
 
     Args:
       last_step: int; stop after evaluating a checkpoint of this step or a later one. Never if None.
-      check_trainer: called once a second while no new checkpoint exists; raises UserError to stop
-        waiting for one.
+      check_trainer: called once a second while waiting for a checkpoint; may raise UserError.
 
     Raises:
-      UserError: --eval_dir cannot be written, or the dataset has changed. With --run_once also:
-        there is no checkpoint, or it cannot be evaluated.
+      UserError: --eval_dir or the dataset cannot be used; with --run_once, no checkpoint can.
     """
     options.values()  # checks them: a constant may have been edited
     checkpoint_dir, eval_test = FLAGS.checkpoint_dir, FLAGS.eval_data == "test"
@@ -143,9 +141,8 @@ def evaluate(last_step=None, check_trainer=lambda: None):
             if run_once:
                 checkpoints.use_newest(checkpoint_dir, evaluate_one)
             else:
-                interval = FLAGS.eval_interval_secs
                 evaluation.use_new_checkpoints(
-                    checkpoint_dir, evaluate_one, interval, last_step, check_trainer
+                    checkpoint_dir, evaluate_one, FLAGS.eval_interval_secs, last_step, check_trainer
                 )
 
 

@@ -14,10 +14,11 @@ from support.base import command_line, options
 from support.base.errors import UserError
 from support.cluster import task
 from support.data import records
+from support.ops import updates
 from support.ops.tensorflow_v1 import (
-    GPUS,
     session_config,
     tf,
+    warn_of_shared_devices,
     warn_of_unusable_gpus,
     warn_of_unused_gpus,
 )
@@ -55,7 +56,7 @@ def average_gradients(tower_grads):
     Raises:
       UserError: only some of the towers have a gradient for a variable.
     """
-    _check_towers_agree(tower_grads)
+    updates.check_towers_agree(tower_grads)
     average_grads = []
     # A later tower may have more variables at the end, without gradients.
     for grads_and_vars in zip(*tower_grads, strict=False):
@@ -63,19 +64,6 @@ def average_gradients(tower_grads):
         variable = grads_and_vars[0][1]  # the towers share it
         average_grads.append((tf.add_n(grads) / len(grads) if grads else None, variable))
     return average_grads
-
-
-def _check_towers_agree(tower_grads):
-    """Raises UserError unless all towers have gradients for the same variables."""
-    towers = [{v.op.name for grad, v in grads if grad is not None} for grads in tower_grads]
-    for name in sorted(set.union(*towers)):
-        has_gradient = [name in names for names in towers]
-        if not all(has_gradient):
-            raise UserError(
-                f"{name} has a gradient in tower {has_gradient.index(True)}, but not in tower "
-                f"{has_gradient.index(False)}; build all towers alike, and create their variables "
-                "with tf.get_variable, so that they share them"
-            )
 
 
 def build_training(num_gpus, batch_size):
@@ -130,24 +118,13 @@ def train():
     settings = cifar10.training_settings(examples_per_step=FLAGS.batch_size * num_gpus)
     with TrainingRun(run_options, settings) as run:
         if run.has_steps_left():
-            _warn_of_shared_devices(num_gpus)
+            warn_of_shared_devices(num_gpus)
+            warn_of_unused_gpus(num_gpus)
             with run.graph(FLAGS.seed):
                 train_op, loss = build_training(num_gpus, FLAGS.batch_size)
                 with run.session(loss) as sess:
                     while not sess.should_stop():
                         sess.run(train_op)
-
-
-def _warn_of_shared_devices(num_gpus):
-    """Warns if there are fewer GPUs than towers, or more."""
-    if num_gpus > len(GPUS):
-        tf.logging.warning(
-            "--num_gpus=%d, but TensorFlow finds %d GPU(s): the towers share %s.",
-            num_gpus,
-            len(GPUS),
-            "them" if GPUS else "the CPU",
-        )
-    warn_of_unused_gpus(num_gpus)
 
 
 def main(argv=None):

@@ -244,27 +244,6 @@ def test_a_nan_in_any_tower_stops_training(tmp_path, monkeypatch, corrupt, name,
     assert tf.train.latest_checkpoint(options.train_dir).endswith("model.ckpt-0")
 
 
-@pytest.mark.parametrize(
-    ("gpus", "message"),
-    [
-        ([], "--num_gpus=2, but TensorFlow finds 0 GPU(s): the towers share the CPU."),
-        (["a GPU"], "--num_gpus=2, but TensorFlow finds 1 GPU(s): the towers share them."),
-        (["a GPU", "another GPU"], None),
-    ],
-)
-def test_more_towers_than_gpus_are_reported(
-    small_dataset, tmp_path, monkeypatch, warnings, gpus, message
-):
-    monkeypatch.setattr(cifar10_multi_gpu_train, "GPUS", gpus)
-    FLAGS.train_dir = str(tmp_path / "train")
-    FLAGS.batch_size = 4
-    FLAGS.num_gpus = 2
-    FLAGS.max_steps = 1
-    cifar10_multi_gpu_train.train()
-    assert warnings == [message] * (message is not None)
-    assert tf.train.latest_checkpoint(FLAGS.train_dir).endswith("model.ckpt-1")
-
-
 @pytest.mark.parametrize("type_", ["chief", "evaluator"])
 def test_a_task_of_a_cluster_is_refused_before_anything_starts(tmp_path, monkeypatch, type_):
     cluster = {"ps": ["a:1"], "chief": ["b:1"], "worker": ["c:1"]}

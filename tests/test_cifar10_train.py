@@ -169,11 +169,17 @@ def test_the_training_session_gets_the_flags(stopped_run, trainer, examples_per_
 )
 def test_gpus_that_stay_unused_are_reported(stopped_run, monkeypatch, warnings, trainer, line):
     monkeypatch.setattr(tensorflow_v1, "GPUS", ["a GPU"] * 4)
-    monkeypatch.setattr(cifar10_multi_gpu_train, "GPUS", ["a GPU"] * 4)
     with pytest.raises(KeyboardInterrupt):
         trainer.main()
     (warning,) = warnings
     assert warning.startswith(line)
+
+
+def test_towers_that_share_the_cpu_are_reported(stopped_run, monkeypatch, warnings):
+    FLAGS.num_gpus = 2
+    with pytest.raises(KeyboardInterrupt):
+        cifar10_multi_gpu_train.main()
+    assert [line.split(",")[0] for line in warnings] == ["--num_gpus=2"]
 
 
 # Training.

@@ -6,6 +6,7 @@ import os
 import numpy as np
 
 from support.base import files
+from support.base.errors import DataError
 from support.data import dataset, records
 
 RECORDS_PER_FILE = 2000
@@ -48,8 +49,13 @@ def maybe_generate(data_dir, seed=0):
       The path of the folder with the record files.
 
     Raises:
-      DataError: the folder cannot be written.
+      DataError: `data_dir` itself holds records, or the folder cannot be written.
     """
+    if dataset.find_folder(data_dir) == data_dir:
+        raise DataError(
+            f"{data_dir} holds records, which --synthetic_data would ignore; remove that flag, or "
+            "choose another folder with --data_dir"
+        )
     folder = os.path.join(data_dir, dataset.SYNTHETIC_FOLDER)
     if os.path.isdir(folder):
         return folder

@@ -209,6 +209,17 @@ def warn_of_unusable_gpus(device="/dev/nvidia0"):
         )
 
 
+def warn_of_shared_devices(num_towers):
+    """Warns if TensorFlow finds fewer GPUs than towers."""
+    if num_towers > len(GPUS):
+        tf.logging.warning(
+            "--num_gpus=%d, but TensorFlow finds %d GPU(s): the towers share %s.",
+            num_towers,
+            len(GPUS),
+            "them" if GPUS else "the CPU",
+        )
+
+
 def warn_of_unused_gpus(num_used):
     """Warns if TensorFlow finds more GPUs than the number that training uses."""
     if num_used < len(GPUS):

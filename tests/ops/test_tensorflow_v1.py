@@ -278,6 +278,20 @@ def test_unused_gpus_are_reported(monkeypatch, warnings, used, found, expected):
     assert warnings == expected
 
 
+@pytest.mark.parametrize(
+    ("found", "expected"),
+    [
+        (0, ["--num_gpus=2, but TensorFlow finds 0 GPU(s): the towers share the CPU."]),
+        (1, ["--num_gpus=2, but TensorFlow finds 1 GPU(s): the towers share them."]),
+        (2, []),
+    ],
+)
+def test_more_towers_than_gpus_are_reported(monkeypatch, warnings, found, expected):
+    monkeypatch.setattr(tensorflow_v1, "GPUS", ["a GPU"] * found)
+    tensorflow_v1.warn_of_shared_devices(2)
+    assert warnings == expected
+
+
 def test_only_the_error_for_exhausted_memory_is_explained():
     with (
         pytest.raises(UserError, match=r"^out of memory \(OOM when allocating\); use a smaller"),
