@@ -7,13 +7,13 @@ Put the images of each class into a folder named after the class:
 
 Then convert them and train on the result:
 
-    python cifar10_convert.py --pictures=photos --output=/tmp/photos
+    python cifar10_convert.py --images=photos --output=/tmp/photos
     python cifar10_train.py --data_dir=/tmp/photos --train_dir=/tmp/photos_train
 
 If your images are not divided into training and test images (photos/cat, photos/dog), use a fifth
 of each class as test images:
 
-    python cifar10_convert.py --pictures=photos --test_fraction=0.2 --output=/tmp/photos
+    python cifar10_convert.py --images=photos --test_fraction=0.2 --output=/tmp/photos
 
 The script scales and crops images to 32 x 32 pixels, exactly as cifar10_predict.py does, and writes
 them in the binary format of CIFAR-10. It lists and skips files that cannot be read.
@@ -47,18 +47,18 @@ from support.data.conversion import (
 
 FLAGS = flags.FLAGS
 
-SOURCE_FLAGS = ("pictures", "svhn", "cifar10_python", "cifar100")
+SOURCE_FLAGS = ("images", "svhn", "cifar10_python", "cifar100")
 
 options.define("conversion")
 
 
 def convert_images():
-    """Converts the images that --pictures or --svhn names, and prints the result."""
+    """Converts the images that --images or --svhn names, and prints the result."""
     if FLAGS.svhn:
         train, test = (SVHN(os.path.join(FLAGS.svhn, f"{name}_32x32.mat")) for name in SPLITS)
     else:
-        check_output_is_outside(FLAGS.output, FLAGS.pictures)
-        train, test = find_splits(FLAGS.pictures, FLAGS.test_fraction)
+        check_output_is_outside(FLAGS.output, FLAGS.images)
+        train, test = find_splits(FLAGS.images, FLAGS.test_fraction)
         if count := sum(split.num_stray_files for split in (train, test) if split is not None):
             print(f"Skipping files that are not in a class folder: {count}", file=sys.stderr)
     train_count, test_count, unreadable_count = convert(
@@ -82,7 +82,7 @@ def main(argv=None):
         raise app.UsageError(f"specify exactly one of --{', --'.join(SOURCE_FLAGS)}")
     if not FLAGS.output:
         raise app.UsageError("specify the folder to create: --output=FOLDER")
-    if given != ["pictures"] and FLAGS.test_fraction is not None:
+    if given != ["images"] and FLAGS.test_fraction is not None:
         raise app.UsageError(f"--{given[0]} has its own test images; omit --test_fraction")
     files.check_new_folder("--output", FLAGS.output)  # fail before reading the images
     if FLAGS.cifar10_python:

@@ -85,7 +85,7 @@ BREAKAGES = [Breakage(*entry) for entry in [
     ("training watches the test file for changes", "cifar10_train.py",
      "find_data_folder(), eval_data=False)", "find_data_folder(), eval_data=True)",
      "test_faults.py", "a_record_file_that_changes"),
-    ("--pictures: each class gets the images of all", "support/data/conversion.py",
+    ("--images: each class gets the images of all", "support/data/conversion.py",
      "in _find_files(os.path.join(self._parent, folder))", "in _find_files(self._parent)",
      "test_cifar10_convert.py", "images_become_the_records"),
     ("a new folder ignores the umask", "support/base/files.py",
@@ -137,7 +137,7 @@ BREAKAGES = [Breakage(*entry) for entry in [
      "cluster/test_launch.py", "a_chief_is_refused"),
 
     # The flags: one of each script and of each group in support/base/options.py. The groups run and
-    # conversion are above (--max_checkpoints_to_keep, --pictures), model is below (local3).
+    # conversion are above (--max_checkpoints_to_keep, --images), model is below (local3).
     ("--min_contrast_factor does not follow its constant", "support/base/options.py",
      'Constant("MIN_CONTRAST_FACTOR")', "0.2",
      "test_contract.py", "an_edited_constant_takes_effect"),

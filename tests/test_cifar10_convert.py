@@ -70,7 +70,7 @@ def digests(folder):
 @pytest.fixture
 def images(tmp_path):
     """Draws training and test images and sets the flags; returns the pixels of both by path."""
-    FLAGS.pictures = str(tmp_path / "images")
+    FLAGS.images = str(tmp_path / "images")
     FLAGS.output = str(tmp_path / "out")
     train = draw(tmp_path / "images" / "train", {"dog": 9, "a cat": 11, "Ähre": 7})
     test = draw(tmp_path / "images" / "test", {"dog": 2, "a cat": 3, "Ähre": 1}, seed=1)
@@ -116,7 +116,7 @@ def reverse_scandir(monkeypatch):
 
 def test_the_seed_determines_the_order_and_the_choice_of_test_images(tmp_path, monkeypatch):
     draw(tmp_path / "images", {"a": 40, "b": 25})
-    FLAGS.pictures = str(tmp_path / "images")
+    FLAGS.images = str(tmp_path / "images")
     found = []
     for number, seed in enumerate((3, 3, 4)):
         FLAGS.output = str(tmp_path / f"out{number}")
@@ -202,7 +202,7 @@ def test_sorting_in_buckets_bounds_memory_and_does_not_change_the_files(
 @pytest.mark.parametrize(("fraction", "counts"), [(0.2, (8, 1)), (0.01, (1, 1)), (0.5, (20, 2))])
 def test_test_fraction_applies_to_each_class(tmp_path, fraction, counts):
     images = draw(tmp_path / "images", {"a": 40, "b": 3})
-    FLAGS.pictures = str(tmp_path / "images")
+    FLAGS.images = str(tmp_path / "images")
     FLAGS.output = str(tmp_path / "out")
     FLAGS.test_fraction = fraction
     cifar10_convert.main()
@@ -213,7 +213,7 @@ def test_test_fraction_applies_to_each_class(tmp_path, fraction, counts):
 
 def test_fewer_than_five_training_images_are_refused(tmp_path):
     draw(tmp_path / "images", {"a": 40, "b": 3})
-    FLAGS.pictures = str(tmp_path / "images")
+    FLAGS.images = str(tmp_path / "images")
     FLAGS.output = str(tmp_path / "out")
     FLAGS.test_fraction = 0.99
     with pytest.raises(DataError, match="there are 2 training images; at least 5 are required"):
@@ -322,7 +322,7 @@ def test_files_outside_the_class_folders_are_counted_and_skipped(images, tmp_pat
 
 def test_256_classes_are_converted(tmp_path):
     images = draw(tmp_path / "images", {f"{number:03}": 2 for number in range(256)})
-    FLAGS.pictures = str(tmp_path / "images")
+    FLAGS.images = str(tmp_path / "images")
     FLAGS.output = str(tmp_path / "out")
     FLAGS.test_fraction = 0.5
     cifar10_convert.main()
@@ -336,7 +336,7 @@ def test_256_classes_are_converted(tmp_path):
 def test_a_folder_of_images_with_the_suffix_part_is_not_deleted(tmp_path):
     draw(tmp_path / "pets.part", {"a": 9, "b": 9})
     before = sorted(path.name for path in (tmp_path / "pets.part").rglob("*"))
-    FLAGS.pictures = str(tmp_path / "pets.part")
+    FLAGS.images = str(tmp_path / "pets.part")
     FLAGS.output = str(tmp_path / "pets")
     FLAGS.test_fraction = 0.3
     cifar10_convert.main()
@@ -348,7 +348,7 @@ def test_a_class_name_that_is_not_valid_text_is_escaped(tmp_path):
     draw(tmp_path / "images", {"a": 9, "b": 9})
     folder = os.fsencode(tmp_path / "images")
     os.rename(folder + b"/b", folder + b"/b\xff\nc")
-    FLAGS.pictures = str(tmp_path / "images")
+    FLAGS.images = str(tmp_path / "images")
     FLAGS.output = str(tmp_path / "out")
     FLAGS.test_fraction = 0.3
     cifar10_convert.main()
@@ -437,7 +437,7 @@ def test_other_folders_beside_train_and_test_are_skipped(images, tmp_path, capsy
     (tmp_path / "images" / "val").mkdir()
     cifar10_convert.main()
     assert capsys.readouterr().err == (
-        f"Skipping {FLAGS.pictures}/val, which is neither train nor test\n"
+        f"Skipping {FLAGS.images}/val, which is neither train nor test\n"
     )
 
 
@@ -453,7 +453,7 @@ def test_test_fraction_refuses_folders_that_are_named_like_a_split(images, tmp_p
 
 def test_test_fraction_refuses_a_class_with_one_image(tmp_path):
     draw(tmp_path / "images", {"a": 9, "b": 1})
-    FLAGS.pictures = str(tmp_path / "images")
+    FLAGS.images = str(tmp_path / "images")
     FLAGS.output = str(tmp_path / "out")
     FLAGS.test_fraction = 0.2
     with pytest.raises(DataError, match="the class b has only one image; --test_fraction requires"):
@@ -475,7 +475,7 @@ def test_an_existing_dataset_is_not_overwritten(images, tmp_path):
 
 def test_an_output_folder_among_the_images_is_refused(images, tmp_path):
     FLAGS.output = str(tmp_path / "images" / "records")
-    with pytest.raises(UserError, match="is inside --pictures=.*; choose another folder"):
+    with pytest.raises(UserError, match="is inside --images=.*; choose another folder"):
         cifar10_convert.main()
 
 
@@ -665,13 +665,13 @@ def test_cifar_100_is_converted_with_the_labels_that_the_flag_selects(
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({}, "specify exactly one of --pictures, --svhn"),
-        ({"pictures": "", "output": "b"}, "specify exactly one of --pictures, --svhn"),
+        ({}, "specify exactly one of --images, --svhn"),
+        ({"images": "", "output": "b"}, "specify exactly one of --images, --svhn"),
         (
-            {"pictures": "a", "svhn": "b", "output": "c"},
-            "specify exactly one of --pictures, --svhn",
+            {"images": "a", "svhn": "b", "output": "c"},
+            "specify exactly one of --images, --svhn",
         ),
-        ({"pictures": "a"}, "specify the folder to create: --output=FOLDER"),
+        ({"images": "a"}, "specify the folder to create: --output=FOLDER"),
         ({"svhn": "a", "output": "b", "test_fraction": 0.1}, "omit --test_fraction"),
         ({"cifar100": "a", "output": "b", "test_fraction": 0.1}, "omit --test_fraction"),
         ({"cifar100": "a", "cifar10_python": "b", "output": "c"}, "specify exactly one of"),
@@ -691,7 +691,7 @@ def test_test_fraction_must_be_between_0_and_1(value):
 
 
 def test_the_script_prints_its_result_or_an_error_in_one_line(images, tmp_path):
-    flags = (f"--pictures={FLAGS.pictures}", f"--output={FLAGS.output}")
+    flags = (f"--images={FLAGS.images}", f"--output={FLAGS.output}")
     process = run_script("cifar10_convert.py", *flags)
     assert process.stdout.startswith("Wrote 27 training images and 6 test images of 3 classes (")
     assert process.stderr == ""
@@ -723,7 +723,7 @@ def test_class_names_are_stored_in_utf_8_whatever_the_locale(
     draw(tmp_path / "images" / "test", {"猫": 2})
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    flags = (f"--pictures={FLAGS.pictures}", f"--output={FLAGS.output}")
+    flags = (f"--images={FLAGS.images}", f"--output={FLAGS.output}")
     process = run_script("cifar10_convert.py", *flags)
     assert process.stdout.startswith("Wrote 29 training images and 8 test images of 4 classes (")
     assert "\\u732b)" in process.stdout

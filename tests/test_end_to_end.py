@@ -158,7 +158,7 @@ def test_every_path_flag_means_itself_whatever_the_name(tmp_path):
     assert len(before) == 12
     images = f"{tmp_path}/images[1] ?*"
     run_script(
-        "cifar10_convert.py", f"--pictures={images}", "--test_fraction=0.4",
+        "cifar10_convert.py", f"--images={images}", "--test_fraction=0.4",
         f"--output={names['data']}",
     )  # fmt: skip
     for script, max_steps in ((TRAINERS[0], 3), (TRAINERS[1], 6)):
@@ -315,7 +315,7 @@ def test_a_conversion_shows_its_progress_on_terminals_only_and_can_be_interrupte
     (tmp_path / "images" / "cat" / "notes.txt").write_text("not an image")
     command = (
         "cifar10_convert.py",
-        f"--pictures={tmp_path / 'images'}",
+        f"--images={tmp_path / 'images'}",
         "--test_fraction=0.25",
         f"--output={tmp_path / 'out'}",
     )
@@ -536,7 +536,7 @@ def test_an_edited_record_layout_takes_effect_in_every_script(tmp_path, constant
 
     data_flags = ("--synthetic_data", f"--data_dir={tmp_path}/data")
     train_flags = ("--max_steps=2", "--batch_size=4", "--min_fraction_of_examples_in_queue=0.001")
-    run("cifar10_convert.py", f"--pictures={tmp_path}/images", f"--output={tmp_path}/converted")
+    run("cifar10_convert.py", f"--images={tmp_path}/images", f"--output={tmp_path}/converted")
     for number, flags in enumerate((data_flags, (f"--data_dir={tmp_path}/converted",))):
         for fast_ops in ("true", "false"):
             train_dir = f"{tmp_path}/train_{number}_{fast_ops}"

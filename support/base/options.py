@@ -317,6 +317,13 @@ def DEFINE_path(name, default, help_string, normalize=tensorflow_path, valid=_NA
     _define(Flag(flags.ArgumentParser(), name, default, help_string, normalize), valid)
 
 
+def DEFINE_alias(name, original_name):
+    """Defines another name for a flag."""
+    if name not in FLAGS:
+        flags.DEFINE_alias(name, original_name)
+    flags.declare_key_flag(name)
+
+
 def _within_bounds(parser):
     """Returns the rule that a value is within the bounds of a parser of numbers."""
     return lambda value: not parser.is_outside_bounds(value), f"it must be {parser.syntactic_help}"
@@ -436,10 +443,11 @@ _GROUPS = {
          tensorflow_path, _EXPORTABLE),
     ],
     "conversion": [
-        (DEFINE_path, "pictures", None,
+        (DEFINE_path, "images", None,
          "Folder that contains your images as train/CLASS/* and test/CLASS/*, or as CLASS/* if "
          "you give --test_fraction. Images can be PNG, JPEG, GIF, BMP or WebP files of up "
          "to 250 megapixels.", local_path, _ANYTHING),
+        (DEFINE_alias, "pictures", "images"),
         (DEFINE_path, "svhn", None,
          f"Folder with train_32x32.mat and test_32x32.mat, the cropped digits from {_SVHN_URL}.",
          local_path, _ANYTHING),

@@ -263,13 +263,13 @@ def find_splits(folder, test_fraction=None):
         if splits := [name for name in folders if name.lower() in SPLITS]:
             raise DataError(
                 f"{folder} has a folder {splits[0]}, which is not a class; omit --test_fraction to "
-                "use the folders train and test, or set --pictures to the folder with the classes"
+                "use the folders train and test, or set --images to the folder with the classes"
             )
         return ImageFolders(folder), None
     if missing := [name for name in SPLITS if name not in folders]:
         raise DataError(
             f"{folder} has no folder {missing[0]}; it must have the folders train and test, both "
-            "with a folder for each class. If your images are not divided, set --pictures to the "
+            "with a folder for each class. If your images are not divided, set --images to the "
             "folder with the classes and add --test_fraction=0.2"
         )
     for name in sorted(set(folders) - set(SPLITS)):
@@ -405,5 +405,5 @@ def check_output_is_outside(output, image_folder):
     inner, outer = os.path.realpath(output), os.path.realpath(image_folder)
     if os.path.commonpath([inner, outer]) == outer:
         raise UserError(
-            f"--output={output} is inside --pictures={image_folder}; choose another folder"
+            f"--output={output} is inside --images={image_folder}; choose another folder"
         )

@@ -468,6 +468,6 @@ def test_every_flag_for_a_path_expands_home_folders_and_refuses_other_file_syste
         assert getattr(FLAGS, name) == "/home/me/x"
         with pytest.raises(flags.IllegalFlagValueError, match="only local paths"):
             setattr(FLAGS, name, "gs://bucket/x")
-    for name in names - {"pictures", "svhn", "cifar10_python", "cifar100", "output"}:
+    for name in names - {"images", "svhn", "cifar10_python", "cifar100", "output"}:
         with pytest.raises(flags.IllegalFlagValueError, match="a path in UTF-8"):
             setattr(FLAGS, name, os.fsdecode(b"/tmp/k\xe4se"))
