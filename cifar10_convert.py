@@ -16,7 +16,7 @@ of each class as test images:
     python cifar10_convert.py --images=photos --test_fraction=0.2 --output=/tmp/photos
 
 The script scales and crops images to 32 x 32 pixels, exactly as cifar10_predict.py does, and writes
-them in the binary format of CIFAR-10. It lists and skips files that cannot be read.
+them in the binary format of CIFAR-10. It lists and skips images that cannot be read.
 
 To convert SVHN, download train_32x32.mat and test_32x32.mat from
 http://ufldl.stanford.edu/housenumbers/ to a folder:
@@ -30,49 +30,16 @@ CIFAR-100 are converted from the folder or the archive. The records keep their o
     python cifar10_convert.py --cifar100=cifar-100-binary.tar.gz --output=/tmp/cifar100
 """
 
-import os
-import sys
-
 from absl import app, flags
 
 from support.base import command_line, files, options, streams
-from support.data import dataset, formats
-from support.data.conversion import (
-    SPLITS,
-    SVHN,
-    check_output_is_outside,
-    convert,
-    find_splits,
-)
+from support.data import conversion, dataset, formats
 
 FLAGS = flags.FLAGS
 
 SOURCE_FLAGS = ("images", "svhn", "cifar10_python", "cifar100")
 
 options.define("conversion")
-
-
-def convert_images():
-    """Converts the images that --images or --svhn names, and prints the result."""
-    if FLAGS.svhn:
-        train, test = (SVHN(os.path.join(FLAGS.svhn, f"{name}_32x32.mat")) for name in SPLITS)
-    else:
-        check_output_is_outside(FLAGS.output, FLAGS.images)
-        train, test = find_splits(FLAGS.images, FLAGS.test_fraction)
-        if count := sum(split.num_stray_files for split in (train, test) if split is not None):
-            print(f"Skipping files that are not in a class folder: {count}", file=sys.stderr)
-    train_count, test_count, unreadable_count = convert(
-        train, test, FLAGS.output, FLAGS.shuffle_seed, FLAGS.test_fraction
-    )
-    report(train_count, test_count, train.class_names, f"; unreadable files: {unreadable_count}")
-
-
-def report(train_count, test_count, class_names, suffix=""):
-    """Prints the result of a conversion."""
-    print(
-        f"Wrote {train_count} training images and {test_count} test images of "
-        f"{dataset.describe_classes(class_names)} to {FLAGS.output}{suffix}"
-    )
 
 
 @streams.tolerate_lost_output()
@@ -85,13 +52,24 @@ def main(argv=None):
     if given != ["images"] and FLAGS.test_fraction is not None:
         raise app.UsageError(f"--{given[0]} has its own test images; omit --test_fraction")
     files.check_new_folder("--output", FLAGS.output)  # fail before reading the images
+    if FLAGS.images:
+        conversion.check_output_is_outside(FLAGS.output, FLAGS.images)
     if FLAGS.cifar10_python:
-        report(*formats.convert(FLAGS.cifar10_python, "cifar10_python", FLAGS.output))
+        result = formats.convert(FLAGS.cifar10_python, "cifar10_python", FLAGS.output)
     elif FLAGS.cifar100:
-        labels = FLAGS.cifar100_labels
-        report(*formats.convert(FLAGS.cifar100, "cifar100", FLAGS.output, labels))
+        result = formats.convert(FLAGS.cifar100, "cifar100", FLAGS.output, FLAGS.cifar100_labels)
+    elif FLAGS.svhn:
+        result = conversion.convert_svhn(FLAGS.svhn, FLAGS.output, FLAGS.shuffle_seed)
     else:
-        convert_images()
+        result = conversion.convert_folders(
+            FLAGS.images, FLAGS.output, FLAGS.shuffle_seed, FLAGS.test_fraction
+        )
+    train_count, test_count, class_names, *unreadable = result
+    print(
+        f"Wrote {train_count} training images and {test_count} test images of "
+        f"{dataset.describe_classes(class_names)} to {FLAGS.output}"
+        + "".join(f"; unreadable files: {count}" for count in unreadable)
+    )
 
 
 if __name__ == "__main__":

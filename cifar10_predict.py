@@ -111,20 +111,22 @@ def predict_files(model, paths, batch_size, as_json):
 
     Args:
       model: `Model`.
-      paths: iterable of paths of images.
+      paths: iterable of paths of images and folders.
       batch_size: int; the number of images to read and classify at a time.
       as_json: bool; print JSON objects.
 
     Raises:
       UserError: some images could not be read. The lines of the others have been printed.
     """
-    paths = iter(paths)
-    count = unreadable = 0
-    while batch := list(itertools.islice(paths, batch_size)):
-        images = list(map(_read_image, batch))
-        readable = [image for image in images if isinstance(image, np.ndarray)]
-        predictions = iter(predict(model, readable))
-        for path, image in zip(batch, images, strict=True):
+    count = skipped = unreadable = 0
+    found = image_files.read_images(paths)
+    while batch := list(itertools.islice(found, batch_size)):
+        images = [image for _, image in batch if isinstance(image, np.ndarray)]
+        predictions = iter(predict(model, images))
+        for path, image in batch:
+            if image is None:
+                skipped += 1
+                continue
             count += 1
             if isinstance(image, np.ndarray):
                 _print_predictions(model, path, next(predictions), as_json)
@@ -133,16 +135,9 @@ def predict_files(model, paths, batch_size, as_json):
                 print(image, file=sys.stderr, flush=True)
                 if as_json:
                     print(json.dumps({"picture": path, "error": str(image)}), flush=True)
+    image_files.report_skipped_files(skipped)
     if unreadable:
         raise UserError(f"{unreadable} of {count} images could not be read")
-
-
-def _read_image(path):
-    """Returns an image, or the `ImageError` that reading it raises."""
-    try:
-        return image_files.read_image(path)
-    except image_files.ImageError as error:
-        return error
 
 
 def _print_predictions(model, path, predictions, as_json):
@@ -211,7 +206,7 @@ def main(argv):
             export(model, FLAGS.export_dir)
             path, step = model.checkpoint.path, model.checkpoint.step
             print(f"Exported {path} (step {step}) to {FLAGS.export_dir}", file=sys.stderr)
-        predict_files(model, image_files.find_images(paths), FLAGS.batch_size, FLAGS.json)
+        predict_files(model, paths, FLAGS.batch_size, FLAGS.json)
 
 
 if __name__ == "__main__":

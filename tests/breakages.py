@@ -86,7 +86,7 @@ BREAKAGES = [Breakage(*entry) for entry in [
      "find_data_folder(), eval_data=False)", "find_data_folder(), eval_data=True)",
      "test_faults.py", "a_record_file_that_changes"),
     ("--images: each class gets the images of all", "support/data/conversion.py",
-     "in _find_files(os.path.join(self._parent, folder))", "in _find_files(self._parent)",
+     "in find_files(os.path.join(self._parent, folder))", "in find_files(self._parent)",
      "test_cifar10_convert.py", "images_become_the_records"),
     ("a new folder ignores the umask", "support/base/files.py",
      "os.mkdir(staging)", "os.mkdir(staging, 0o700)",

@@ -144,6 +144,24 @@ def test_unreadable_images_are_reported_and_the_others_are_classified(images, ca
             assert "05.png" not in output.out
 
 
+def test_images_in_linked_folders_are_classified_and_other_files_are_counted(images, capsys):
+    for number, name in enumerate(("cat", "dog")):
+        (images.parent / name).mkdir()
+        (images / f"{number:02}.png").rename(images.parent / name / "photo.jfif")
+        (images / name).symlink_to(images.parent / name)
+    for name in ("notes.txt", "Thumbs.db", "README"):
+        (images / name).write_text("not an image")
+    (images / ".hidden").mkdir()
+    os.link(images / "02.png", images / ".hidden" / "02.png")
+    FLAGS.batch_size = 4
+    run_main(images)
+    output = capsys.readouterr()
+    files = [line.partition(": ")[0].removeprefix(f"{images}/") for line in output.out.splitlines()]
+    assert files == [f"{n:02}.png" for n in range(2, 30)] + ["cat/photo.jfif", "dog/photo.jfif"]
+    kind = "readable PNG, JPEG, GIF, BMP or WebP images"
+    assert output.err == f"Skipped files that are not {kind}: 3\n"
+
+
 @pytest.mark.parametrize("count", [2, 10, 14])
 def test_the_classes_are_those_that_the_checkpoint_was_trained_on(images, capsys, count):
     names = tuple(f"recorded {n}" for n in range(count))

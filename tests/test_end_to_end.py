@@ -306,13 +306,13 @@ def test_the_model_learns_the_synthetic_classes(tmp_path, data, eval_flags):
 
 @pytest.mark.slow
 def test_a_conversion_shows_its_progress_on_terminals_only_and_can_be_interrupted(tmp_path):
-    for name in ("cat", "dog"):
+    for seed, name in enumerate(("cat", "dog")):
         (tmp_path / "images" / name).mkdir(parents=True)
-        for number in range(300):
-            noise = make_records(1, number)[0, 1:].reshape(32, 32, 3)
+        for number, record in enumerate(make_records(300, seed)):
+            noise = record[1:].reshape(32, 32, 3)
             image = Image.fromarray(noise).resize((500, 400))
             image.save(tmp_path / "images" / name / f"{number}.png", compress_level=1)
-    (tmp_path / "images" / "cat" / "notes.txt").write_text("not an image")
+    (tmp_path / "images" / "cat" / "notes.png").write_text("not an image")
     command = (
         "cifar10_convert.py",
         f"--images={tmp_path / 'images'}",
@@ -333,12 +333,12 @@ def test_a_conversion_shows_its_progress_on_terminals_only_and_can_be_interrupte
     counts = re.findall(r"Converting: .*? (\d+)/601 \[\d+:\d+<\d+:\d+, .*?images/s\]", written)
     check_progress(counts)
     # The error message is on a line of its own.
-    assert re.search(r"\r\S+/cat/notes.txt: it is not a PNG.*\r\n", written)
+    assert re.search(r"\r\S+/cat/notes.png: it is not a PNG.*\r\n", written)
     assert written.endswith("; unreadable files: 1\r\n")
     shutil.rmtree(tmp_path / "out")
     process = run_script(*command)
     (line,) = messages_except_progress(process)
-    assert re.fullmatch(r"\S+/cat/notes.txt: it is not .*", line)
+    assert re.fullmatch(r"\S+/cat/notes.png: it is not .*", line)
     assert "\r" not in process.stderr
     assert process.stdout.startswith(
         "Wrote 450 training images and 150 test images of 2 classes (cat, dog) to "

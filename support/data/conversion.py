@@ -1,11 +1,9 @@
 """Converts images in folders and SVHN to the records of a dataset, in a shuffled order."""
 
-import contextlib
 import hashlib
-import itertools
-import math
 import os
 import sys
+import tempfile
 
 import numpy as np
 
@@ -13,79 +11,34 @@ from support.base import files
 from support.base.errors import DataError, UserError
 from support.base.progress import show_progress
 from support.data import dataset, records
-from support.data.image_files import ImageError, make_printable, read_image, stack_images
+from support.data.image_files import (
+    ImageError,
+    find_files,
+    list_folder,
+    make_printable,
+    read_found_image,
+    report_skipped_files,
+    stack_images,
+)
 
-SPLITS = ("train", "test")
+# The names of folders with training images, with test images, and with images that serve as test
+# images if there are no others. In any capitalization.
+TRAIN_NAMES = {"train", "training"}
+TEST_NAMES = {"test", "testing"}
+VALIDATION_NAMES = {"val", "valid", "validation", "dev", "eval"}
 SVHN_URL = "http://ufldl.stanford.edu/housenumbers/"
-BUCKET_BYTES = 1 << 23  # average size of a bucket; one bucket at a time is in memory
 
-
-class RecordShuffler:
-    """Shuffles records on disk, so that memory use does not grow with their number.
-
-    This is an external bucket sort. The sort key is a hash of the seed and of the record's name, so
-    the order does not depend on the order in which the file system lists the files.
-
-    Args:
-      folder: path of an existing folder for the bucket files.
-      capacity: int; the expected number of records, which determines the number of buckets.
-      seed: int.
-    """
-
-    _ENTRY = np.dtype(
-        [("key", "<u8"), ("is_test", np.bool_), ("record", np.uint8, records.RECORD_BYTES)]
-    )
-
-    def __init__(self, folder, capacity, seed):
-        self._folder = folder
-        self._seed = seed
-        self._num_buckets = max(1, math.ceil(capacity * self._ENTRY.itemsize / BUCKET_BYTES))
-
-    def _bucket_path(self, bucket):
-        return os.path.join(self._folder, f"bucket_{bucket}")
-
-    def add(self, name, is_test, label, image):
-        """Adds a record.
-
-        Args:
-          name: bytes that identify the image within the training or the test images.
-          is_test: bool.
-          label: int.
-          image: uint8 [32, 32, 3].
-
-        Raises:
-          UserError: the image has another type or shape.
-        """
-        (image,) = stack_images([image])
-        digest = hashlib.blake2b(b"%d %s" % (self._seed, name), digest_size=8).digest()
-        key = int.from_bytes(digest)
-        entry = np.zeros([], self._ENTRY)
-        entry["key"] = key
-        entry["is_test"] = is_test
-        entry["record"][0] = label
-        entry["record"][records.LABEL_BYTES :] = image.transpose(2, 0, 1).reshape(-1)
-        # The most significant bits of the key select the bucket. Its file is not kept open because
-        # there can be more buckets than a process may have open files.
-        with open(self._bucket_path(key * self._num_buckets >> 64), "ab") as file:
-            file.write(entry.tobytes())
-
-    def sorted_records(self):
-        """Yields (is_test, record) in the shuffled order: bool, bytes."""
-        for bucket in range(self._num_buckets):
-            path = self._bucket_path(bucket)
-            if os.path.exists(path):
-                entries = np.fromfile(path, self._ENTRY)
-                os.remove(path)
-                for index in np.argsort(entries["key"], kind="stable"):
-                    yield bool(entries["is_test"][index]), entries["record"][index].tobytes()
-                del entries  # frees the memory before the next bucket is loaded
+# What is kept in memory of each image. `key` determines the order: a hash of the seed and of the
+# image's name, so that the order in which the file system lists files does not matter. `pixels` is
+# a hash of the pixels.
+_ENTRY = np.dtype([("key", ">u8"), ("pixels", ">u8"), ("label", np.uint8), ("is_test", np.bool_)])
 
 
 class ImageFolders:
     """Images in folders, one folder for each class.
 
-    `len()` is the number of files. Iterating yields (name, label, image): bytes, int, and uint8
-    [32, 32, 3] or the `ImageError` that reading the file raised.
+    `len()` is the number of files. Iterating yields (name, label, image): bytes, int, and what
+    `read_found_image` returns.
 
     Args:
       parent: path of the folder that contains the folders.
@@ -117,7 +70,7 @@ class ImageFolders:
         self._num_files = 0
         for folder in self._folders:
             path = os.path.join(parent, folder)
-            count = sum(1 for _ in _find_files(path))
+            count = sum(1 for _ in find_files(path))
             if not count:
                 raise DataError(f"the class {folder} is empty: {path} has no files")
             self._num_files += count
@@ -127,11 +80,8 @@ class ImageFolders:
 
     def __iter__(self):
         for label, folder in enumerate(self._folders):
-            for path in _find_files(os.path.join(self._parent, folder)):
-                try:
-                    image = read_image(path)
-                except ImageError as error:
-                    image = error
+            for path in find_files(os.path.join(self._parent, folder)):
+                image = read_found_image(path)
                 yield os.fsencode(os.path.relpath(path, self._parent)), label, image
 
 
@@ -143,43 +93,17 @@ def _class_name(folder):
 
 
 def _list_folders(parent):
-    """Returns the names of a folder's subfolders, and the number of its files; ignores hidden ones.
+    """Returns the names of a folder's subfolders, and the number of its files.
 
     Raises:
       DataError: the folder cannot be read.
     """
     try:
-        names = [name for name in os.listdir(parent) if not name.startswith(".")]
+        names = list_folder(parent)
     except OSError as error:
         raise DataError(f"{parent} cannot be read ({error.strerror})") from error
     folders = [name for name in names if os.path.isdir(os.path.join(parent, name))]
     return folders, len(names) - len(folders)
-
-
-def _find_files(folder, ancestors=()):
-    """Yields the paths of all files in a folder and its subfolders, except hidden ones.
-
-    Links to folders are followed unless they form a cycle; `ancestors` identifies the folders that
-    contain this one. A folder that cannot be read is itself yielded; `read_image` raises the error
-    for it.
-    """
-    try:
-        status = os.stat(folder)
-        identity = (status.st_dev, status.st_ino)
-        if identity in ancestors:
-            return
-        listing = os.scandir(folder)
-    except OSError:
-        yield folder
-        return
-    with listing as entries:
-        for entry in entries:
-            if entry.name.startswith("."):
-                continue
-            if os.path.isdir(entry.path):
-                yield from _find_files(entry.path, (*ancestors, identity))
-            else:
-                yield entry.path
 
 
 class SVHN:
@@ -247,8 +171,9 @@ def find_splits(folder, test_fraction=None):
     """Finds the training and test images in a folder.
 
     Args:
-      folder: path. The folder contains `train` and `test`, both with a folder for each class. With
-        `test_fraction`, it contains the folders of the classes itself.
+      folder: path. The folder contains `train` and `test`, or other folders with the usual names,
+        both with a folder for each class. With `test_fraction`, it contains the folders of the
+        classes itself.
       test_fraction: float or None.
 
     Returns:
@@ -259,106 +184,106 @@ def find_splits(folder, test_fraction=None):
     """
     folders, _ = _list_folders(folder)
     if test_fraction is not None:
-        # In any capitalization, such as `Train`. As classes, they would give meaningless labels.
-        if splits := [name for name in folders if name.lower() in SPLITS]:
+        # As classes, they would give meaningless labels.
+        if splits := _find_named(folder, folders, TRAIN_NAMES | TEST_NAMES | VALIDATION_NAMES):
             raise DataError(
                 f"{folder} has a folder {splits[0]}, which is not a class; omit --test_fraction to "
                 "use the folders train and test, or set --images to the folder with the classes"
             )
         return ImageFolders(folder), None
-    if missing := [name for name in SPLITS if name not in folders]:
-        raise DataError(
-            f"{folder} has no folder {missing[0]}; it must have the folders train and test, both "
-            "with a folder for each class. If your images are not divided, set --images to the "
-            "folder with the classes and add --test_fraction=0.2"
-        )
-    for name in sorted(set(folders) - set(SPLITS)):
-        print(f"Skipping {folder}/{name}, which is neither train nor test", file=sys.stderr)
-    train, test = (ImageFolders(os.path.join(folder, name)) for name in SPLITS)
+    used = _find_split_folders(folder, folders)
+    for name in sorted(set(folders) - set(used)):
+        print(f"Skipping {folder}/{name}, which is neither {' nor '.join(used)}", file=sys.stderr)
+    train, test = (ImageFolders(os.path.join(folder, name)) for name in used)
     if unmatched := sorted(set(train.class_names) ^ set(test.class_names)):
         raise DataError(
-            f"the class {unmatched[0]} must be in both {folder}/train and {folder}/test"
+            f"the class {unmatched[0]} must be in both {folder}/{used[0]} and {folder}/{used[1]}"
         )
     return train, test
 
 
-def count_held_out_images(class_names, counts, test_fraction):
-    """Returns how many images of each class to use as test images: int [classes].
+def _find_split_folders(parent, folders):
+    """Returns the names of the folders with the training and with the test images."""
+    found = {
+        "train": _find_named(parent, folders, TRAIN_NAMES),
+        "test": _find_named(parent, folders, TEST_NAMES)
+        or _find_named(parent, folders, VALIDATION_NAMES),
+    }
+    for split, names in found.items():
+        if not names:
+            raise DataError(
+                f"{parent} has no folder {split} with a folder for each class; it must have the "
+                "folders train and test. If your images are not divided, set --images to the "
+                "folder with the classes and add --test_fraction=0.2"
+            )
+        if len(names) > 1:
+            raise DataError(
+                f"{parent} has two folders for the {split} images, {names[0]} and {names[1]}; "
+                "rename or remove one of them"
+            )
+    return [names[0] for names in found.values()]
 
-    Every class keeps at least one training image and gets at least one test image.
 
-    Args:
-      class_names: list of strings.
-      counts: int [classes]; the images of each class.
-      test_fraction: float, more than 0 and less than 1.
+def _find_named(parent, folders, names):
+    """Returns those of the folders that have one of the names and contain folders."""
+    named = [folder for folder in folders if folder.lower() in names]
+    return [folder for folder in named if _list_folders(os.path.join(parent, folder))[0]]
 
-    Raises:
-      DataError: a class has only one image.
-    """
-    for name, count in zip(class_names, counts, strict=True):
-        if count < 2:
+
+def _write_unsorted(sources, file, seed):
+    """Writes the records of all images to a file; returns an array of `_ENTRY` and the errors."""
+    entries = bytearray()
+    unreadable_count = skipped_count = 0
+    with show_progress("Converting", sum(map(len, sources)), " images") as progress:
+        for is_test, source in enumerate(sources):
+            missing = set(range(len(source.class_names)))
+            for name, label, image in source:
+                if image is None:
+                    skipped_count += 1
+                elif isinstance(image, ImageError):
+                    unreadable_count += 1
+                    progress.write_line(str(image))
+                else:
+                    (image,) = stack_images([image])
+                    pixels = image.transpose(2, 0, 1).tobytes()
+                    file.write(bytes([label]) + pixels)
+                    entries += _hash(b"%d %s" % (seed, name)) + _hash(pixels)
+                    entries += bytes([label, is_test])
+                    missing.discard(label)
+                progress.update(1)
+            if missing:
+                name = source.class_names[min(missing)]
+                raise DataError(f"the class {name} is empty: it has no readable image")
+    file.flush()
+    report_skipped_files(skipped_count)
+    return np.frombuffer(entries, _ENTRY), unreadable_count
+
+
+def _hash(data):
+    return hashlib.blake2b(data, digest_size=8).digest()
+
+
+def _hold_out(entries, class_names, test_fraction):
+    """Makes the first entries of each class test images; keeps at least one training image."""
+    for label, name in enumerate(class_names):
+        indices = np.flatnonzero(entries["label"] == label)
+        if indices.size < 2:
             raise DataError(
                 f"the class {name} has only one image; --test_fraction requires two, one for "
                 "training and one for testing"
             )
-    return np.clip(np.rint(test_fraction * counts), 1, counts - 1).astype(int)
+        count = np.clip(np.rint(test_fraction * indices.size), 1, indices.size - 1)
+        entries["is_test"][indices[: int(count)]] = True
 
 
-def read_all_images(sources, shuffler):
-    """Adds all images to a shuffler and prints an error message for each unreadable file.
-
-    Args:
-      sources: list of `ImageFolders` or `SVHN`; the training images and, if there are any, the
-        test images.
-      shuffler: `RecordShuffler`.
-
-    Returns:
-      int [len(sources), classes]; the number of images read.
-
-    Raises:
-      DataError: a class has no readable image.
-    """
-    class_names = sources[0].class_names
-    counts = np.zeros([len(sources), len(class_names)], int)
-    with show_progress("Converting", sum(map(len, sources)), " images") as progress:
-        for is_test, source in enumerate(sources):
-            for name, label, image in source:
-                if isinstance(image, ImageError):
-                    progress.write_line(str(image))
-                else:
-                    shuffler.add(name, is_test, label, image)
-                    counts[is_test, label] += 1
-                progress.update(1)
-            for name, count in zip(class_names, counts[is_test], strict=True):
-                if not count:
-                    raise DataError(f"the class {name} is empty: it has no readable image")
-    return counts
-
-
-def write_records(shuffler, folder, held_out_counts):
-    """Writes shuffled records to the record files of a dataset.
-
-    Args:
-      shuffler: `RecordShuffler`.
-      folder: path.
-      held_out_counts: int [classes]; the training records of each class to write to the test file.
-    """
-    remaining = held_out_counts.copy()
-    with contextlib.ExitStack() as stack:
-        train_files = _open_record_files(stack, folder, eval_data=False)
-        test_files = _open_record_files(stack, folder, eval_data=True)
-        for is_test, record in shuffler.sorted_records():
-            if remaining[record[0]]:
-                remaining[record[0]] -= 1
-                is_test = True
-            next(test_files if is_test else train_files).write(record)
-
-
-def _open_record_files(stack, folder, eval_data):
-    """Returns an endless iterator that yields the open record files in turn."""
-    names = records.TEST_FILES if eval_data else records.TRAIN_FILES
-    paths = [os.path.join(folder, name) for name in names]
-    return itertools.cycle([stack.enter_context(open(path, "wb")) for path in paths])
+def _copy_records(file, positions, folder, names):
+    """Copies the records at some positions of a file to new files, to each of them in turn."""
+    for number, name in enumerate(names):
+        with open(os.path.join(folder, name), "wb") as copy:
+            for position in positions[number :: len(names)].tolist():
+                # The pages of a memory map would count as memory of this process.
+                offset = position * records.RECORD_BYTES
+                copy.write(os.pread(file.fileno(), records.RECORD_BYTES, offset))
 
 
 def convert(train, test, output, seed=0, test_fraction=None):
@@ -373,31 +298,59 @@ def convert(train, test, output, seed=0, test_fraction=None):
       test_fraction: float, more than 0 and less than 1; None if `test` is given.
 
     Returns:
-      (train_count, test_count, unreadable_count): int; the records written and the files skipped.
+      (train_count, test_count, class_names, unreadable_count): the numbers of records written; a
+      tuple of strings; the number of images that could not be read.
 
     Raises:
       DataError: a class is empty, there are too few images, or the folder cannot be written.
       UserError: the folder exists and is not empty.
     """
-    sources = [train] if test is None else [train, test]
-    total = sum(map(len, sources))
-    with files.new_folder("--output", output) as staging:
-        shuffler = RecordShuffler(staging, total, seed)
-        counts = read_all_images(sources, shuffler)
+    with (
+        files.new_folder("--output", output) as staging,
+        tempfile.TemporaryFile(dir=staging) as file,
+    ):
+        sources = [train] if test is None else [train, test]
+        entries, unreadable_count = _write_unsorted(sources, file, seed)
+        order = np.argsort(entries["key"], kind="stable")
+        entries = entries[order]
         if test is None:
-            held_out_counts = count_held_out_images(train.class_names, counts[0], test_fraction)
-        else:
-            held_out_counts = np.zeros_like(counts[0])
-        train_count = int(np.sum(counts[0] - held_out_counts))
-        if train_count < len(records.TRAIN_FILES):
+            _hold_out(entries, train.class_names, test_fraction)
+        is_test = entries["is_test"]
+        train_order, test_order = order[~is_test], order[is_test]
+        if train_order.size < len(records.TRAIN_FILES):
             raise DataError(
-                f"there are {train_count} training images; at least {len(records.TRAIN_FILES)} are "
-                "required, one for each training file"
+                f"there are {train_order.size} training images; at least "
+                f"{len(records.TRAIN_FILES)} are required, one for each training file"
             )
-        write_records(shuffler, staging, held_out_counts)
+        _copy_records(file, train_order, staging, records.TRAIN_FILES)
+        _copy_records(file, test_order, staging, records.TEST_FILES)
         dataset.write_class_names(staging, train.class_names)
-    num_read = int(np.sum(counts))
-    return train_count, num_read - train_count, total - num_read
+    _report_repeated_images(entries["pixels"][is_test], entries["pixels"][~is_test])
+    return train_order.size, test_order.size, train.class_names, unreadable_count
+
+
+def _report_repeated_images(test_hashes, train_hashes):
+    """Prints how many test images are training images as well, if there are any."""
+    if count := np.isin(test_hashes, train_hashes).sum():
+        print(
+            f"Test images with the same pixels as a training image: {count}; they make the "
+            "precision look better than it is",
+            file=sys.stderr,
+        )
+
+
+def convert_svhn(folder, output, seed):
+    """Converts the two files of SVHN in a folder; see `convert`."""
+    train, test = (SVHN(os.path.join(folder, f"{name}_32x32.mat")) for name in ("train", "test"))
+    return convert(train, test, output, seed)
+
+
+def convert_folders(folder, output, seed, test_fraction=None):
+    """Converts folders of images; see `find_splits` and `convert`."""
+    train, test = find_splits(folder, test_fraction)
+    if count := train.num_stray_files + (test.num_stray_files if test is not None else 0):
+        print(f"Skipping files that are not in a class folder: {count}", file=sys.stderr)
+    return convert(train, test, output, seed, test_fraction)
 
 
 def check_output_is_outside(output, image_folder):

@@ -17,9 +17,12 @@ from support.base.errors import UserError
 from support.data import records
 
 FORMATS = ("PNG", "JPEG", "GIF", "BMP", "WEBP")
-SUFFIXES = (".png", ".jpg", ".jpeg", ".gif", ".bmp", ".webp")
+FORMATS_TEXT = "PNG, JPEG, GIF, BMP or WebP"
+SUFFIXES = (".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".gif", ".bmp", ".webp")
 MAX_PIXELS = 250_000_000
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # Pillow warns of larger images, and refuses twice as many
+# Folders that other programs create; those whose names start with a period are hidden anyway.
+FOREIGN_FOLDERS = {"@eaDir", "__MACOSX", "lost+found"}
 
 
 class ImageError(Exception):
@@ -35,32 +38,82 @@ def make_printable(path):
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text) or repr(text)
 
 
-def find_images(paths):
-    """Finds image files in folders and their subfolders.
+def list_folder(folder):
+    """Returns the sorted names in a folder, without hidden ones and those of other programs."""
+    names = os.listdir(folder)
+    return sorted(n for n in names if not n.startswith(".") and n not in FOREIGN_FOLDERS)
+
+
+def find_files(folder, ancestors=()):
+    """Yields the paths of the files in a folder in alphabetical order, then those in subfolders.
+
+    Files and folders that `list_folder` leaves out are skipped. Links to folders are followed
+    unless they form a cycle; `ancestors` identifies the folders that contain this one. A folder
+    that cannot be read is itself yielded; `read_image` raises the error for it.
+    """
+    try:
+        status = os.stat(folder)
+        identity = (status.st_dev, status.st_ino)
+        names = [] if identity in ancestors else list_folder(folder)
+    except OSError:
+        yield os.fspath(folder)
+        return
+    subfolders = []
+    for name in names:
+        path = os.path.join(folder, name)
+        if os.path.isdir(path):
+            subfolders.append(path)
+        else:
+            yield path
+    for path in subfolders:
+        yield from find_files(path, (*ancestors, identity))
+
+
+def read_found_image(path):
+    """Reads a file that was found in a folder; see `read_image`.
+
+    Returns:
+      uint8 [32, 32, 3]; the `ImageError` that `read_image` raised; or None if the file cannot be
+      read as an image, but does not have one of the `SUFFIXES` either.
+    """
+    try:
+        return read_image(path)
+    except ImageError as error:
+        return error if path.lower().endswith(SUFFIXES) or os.path.isdir(path) else None
+
+
+def read_images(paths):
+    """Reads image files, and the images in folders and their subfolders.
 
     Args:
       paths: iterable of paths of files and folders.
 
     Yields:
-      Paths of files. Files in `paths` are yielded whatever their names. From folders, only files
-      with one of the `SUFFIXES` are yielded, in alphabetical order, without hidden files. A folder
-      that has no images or cannot be read is itself yielded; `read_image` raises the error for it.
+      (path, image), where image is that of `read_found_image` for files in folders. For a file in
+      `paths` that cannot be read, and for a folder without images, it is an `ImageError`.
     """
     for path in paths:
         if not os.path.isdir(path):
-            yield path
+            try:
+                yield path, read_image(path)
+            except ImageError as error:
+                yield path, error
             continue
         is_empty = True
-        errors = []
-        for folder, folders, names in os.walk(path, onerror=errors.append):
-            folders.sort()  # os.walk visits them in this order
-            for name in sorted(names):
-                if name.lower().endswith(SUFFIXES) and not name.startswith("."):
-                    is_empty = False
-                    yield os.path.join(folder, name)
-        yield from (error.filename for error in errors)
-        if is_empty and not errors:
-            yield path
+        for file in find_files(path):
+            image = read_found_image(file)
+            is_empty = is_empty and image is None
+            yield file, image
+        if is_empty:
+            yield path, ImageError(path, f"this folder has no images ({FORMATS_TEXT})")
+
+
+def report_skipped_files(count):
+    """Prints the number of files for which `read_found_image` returned None, unless it is 0."""
+    if count:
+        print(
+            f"Skipped files that are not readable {FORMATS_TEXT} images: {count}", file=sys.stderr
+        )
 
 
 def read_image(path):
@@ -85,7 +138,7 @@ def read_image(path):
         with warnings.catch_warnings(action="ignore"), Image.open(path, formats=FORMATS) as image:
             return _scale_and_crop(_convert_to_interpolable(image))
     except Image.UnidentifiedImageError as error:
-        raise ImageError(path, "it is not a PNG, JPEG, GIF, BMP or WebP image") from error
+        raise ImageError(path, f"it is not a {FORMATS_TEXT} image") from error
     except Image.DecompressionBombError as error:
         raise ImageError(path, f"it has more than {MAX_PIXELS:,} pixels") from error
     except Exception as error:  # Pillow's decoders raise errors of any type on damaged files
@@ -129,8 +182,6 @@ def _check_is_file(path):
     except OSError as error:
         raise ImageError(path, error.strerror) from error
     if stat.S_ISDIR(mode):
-        if os.access(path, os.R_OK | os.X_OK):
-            raise ImageError(path, f"this folder has no images ({', '.join(SUFFIXES)})")
         raise ImageError(path, "this folder cannot be read")
     if not stat.S_ISREG(mode):  # reading from a pipe could block forever
         raise ImageError(path, "it is not a regular file")

@@ -10,7 +10,14 @@ from PIL import Image, ImageFile, ImageOps
 
 from support.base.errors import UserError
 from support.data import image_files, records
-from support.data.image_files import ImageError, find_images, read_image, stack_images
+from support.data.image_files import (
+    ImageError,
+    find_files,
+    read_image,
+    read_images,
+    report_skipped_files,
+    stack_images,
+)
 
 RED, BLUE = (255, 0, 0), (0, 0, 255)
 ORIENTATION, X_RESOLUTION = 0x0112, 0x011A  # EXIF tags
@@ -204,7 +211,6 @@ def test_a_depth_of_1_gives_grayscale_pixels(tmp_path, monkeypatch):
 def test_paths_that_are_not_images_are_reported_with_the_reason(tmp_path):
     (tmp_path / "empty.png").touch()
     (tmp_path / "text.png").write_text("This is not an image.")
-    (tmp_path / "folder").mkdir()
     Image.new("RGB", (8, 8)).save(tmp_path / "image.tiff")
     os.mkfifo(tmp_path / "pipe.png")
     (tmp_path / "two\nlines.png").write_text("This is not an image.")
@@ -214,7 +220,6 @@ def test_paths_that_are_not_images_are_reported_with_the_reason(tmp_path):
         "empty.png": "it is not a PNG, JPEG, .* image",
         "text.png": "it is not a PNG, JPEG, .* image",
         "image.tiff": "it is not a PNG, JPEG, .* image",
-        "folder": "this folder has no images",
     }
     for name, reason in reasons.items():
         with pytest.raises(ImageError, match=f"{name}: {reason}"):
@@ -247,56 +252,94 @@ def test_every_error_of_a_decoder_becomes_an_image_error(tmp_path, monkeypatch, 
         read_image(tmp_path / "image.png")
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read every folder")
-def test_a_folder_without_permission_is_found_and_refused(tmp_path):
-    (tmp_path / "closed").mkdir(mode=0)
-    assert list(find_images([tmp_path])) == [str(tmp_path / "closed")]
-    with pytest.raises(ImageError, match="closed: this folder cannot be read"):
-        read_image(tmp_path / "closed")
+def write_files(folder, *names):
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
 
 
-def test_a_folder_that_cannot_be_listed_is_found_and_refused(tmp_path, monkeypatch):
+def found_names(folder):
+    return [path.removeprefix(f"{folder}/") for path in find_files(folder)]
+
+
+def test_files_are_found_in_alphabetical_order_without_those_of_other_programs(tmp_path):
+    skipped = (".hidden.png", ".thumbnails/1.png", "@eaDir/1.png", "sub/__MACOSX/1.png")
+    names = ("b.PNG", "a.jpg", "notes.txt", "sub/d", "sub/c.gif", "a/e.bmp", "lost+found/1.png")
+    write_files(tmp_path, *skipped, *names)
+    expected = ["a.jpg", "b.PNG", "notes.txt", "a/e.bmp", "sub/c.gif", "sub/d"]
+    assert found_names(tmp_path) == expected
+
+
+def test_links_are_followed_but_not_in_cycles(tmp_path):
+    write_files(tmp_path, "elsewhere/1.png", "folder/2.png")
+    os.symlink(tmp_path / "elsewhere", tmp_path / "folder" / "linked")
+    os.symlink("2.png", tmp_path / "folder" / "3.png")
+    os.symlink(tmp_path / "folder", tmp_path / "elsewhere" / "cycle")
+    os.symlink("itself", tmp_path / "folder" / "itself.png")  # its error is reported
+    assert found_names(tmp_path / "folder") == ["2.png", "3.png", "itself.png", "linked/1.png"]
+
+
+def test_a_folder_that_cannot_be_read_is_found_and_refused(tmp_path, monkeypatch):
     (tmp_path / "closed").mkdir()
-    scandir = os.scandir
+    listdir = os.listdir
 
     def refuse(path):
         if str(path).endswith("closed"):
             raise PermissionError(13, "Permission denied", str(path))
-        return scandir(path)
+        return listdir(path)
 
-    monkeypatch.setattr(os, "scandir", refuse)
-    monkeypatch.setattr(os, "access", lambda path, mode: False)
-    assert list(find_images([tmp_path])) == [str(tmp_path / "closed")]
-    with pytest.raises(ImageError, match="closed: this folder cannot be read"):
-        read_image(tmp_path / "closed")
+    monkeypatch.setattr(os, "listdir", refuse)  # root may read every folder
+    assert found_names(tmp_path) == ["closed"]
+    ((path, error),) = read_images([tmp_path])
+    assert str(error) == f"{path}: this folder cannot be read"
 
 
-def test_only_images_are_found_in_folders_and_in_alphabetical_order(tmp_path):
-    for name in (
-        "b.PNG",
-        "a.jpg",
-        "notes.txt",
-        ".hidden.png",
-        "sub/d.webp",
-        "sub/c.gif",
-        "a/e.bmp",
-    ):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).touch()
+def read_results(paths):
+    """Returns what `read_images` yields, by name: "read", "skipped" or the error."""
+    results = {}
+    for path, image in read_images(paths):
+        is_error = isinstance(image, ImageError)
+        result = str(image) if is_error else "skipped" if image is None else "read"
+        results[os.path.basename(path)] = result.removeprefix(f"{path}: ")
+    return results
+
+
+def test_files_in_folders_are_read_or_refused_if_they_have_the_suffix_of_an_image(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "image.png")
+    image = (tmp_path / "image.png").read_bytes()
+    for name in ("a.jfif", "b.JPE", "c.apng", "no_suffix", "d.bak"):
+        (tmp_path / name).write_bytes(image)
+    for name in ("bad.jfif", "bad.jpe", "bad.apng", "BAD.JPG", "notes.txt", "README"):
+        (tmp_path / name).write_text("This is not an image.")
+    (tmp_path / "cut").write_bytes(image[:40])
+    os.mkfifo(tmp_path / "pipe")
+    found = read_results([tmp_path])
+    for name in ("a.jfif", "b.JPE", "c.apng", "no_suffix", "d.bak", "image.png"):
+        assert found.pop(name) == "read"
+    for name in ("notes.txt", "README", "cut", "pipe"):
+        assert found.pop(name) == "skipped"
+    reason = "it is not a PNG, JPEG, GIF, BMP or WebP image"
+    assert found == dict.fromkeys(["bad.jfif", "bad.jpe", "bad.apng", "BAD.JPG"], reason)
+    # Files that are named are refused whatever their names.
+    assert read_results([tmp_path / "notes.txt"]) == {"notes.txt": reason}
+
+
+def test_a_folder_without_images_is_refused(tmp_path):
+    write_files(tmp_path, "one/notes.txt", "two/bad.png")
     (tmp_path / "empty").mkdir()
-    paths = [tmp_path / "notes.txt", tmp_path, tmp_path / "empty", tmp_path / "gone"]
-    found = [str(path).removeprefix(f"{tmp_path}/") for path in find_images(paths)]
-    expected = [
-        "notes.txt",
-        "a.jpg",
-        "b.PNG",
-        "a/e.bmp",
-        "sub/c.gif",
-        "sub/d.webp",
-        "empty",
-        "gone",
-    ]
-    assert found == expected
+    refusal = "this folder has no images (PNG, JPEG, GIF, BMP or WebP)"
+    assert read_results([tmp_path / "empty"]) == {"empty": refusal}
+    assert read_results([tmp_path / "one"]) == {"notes.txt": "skipped", "one": refusal}
+    assert read_results([tmp_path / "two"]).keys() == {"bad.png"}
+
+
+def test_skipped_files_are_counted_in_one_line(capsys):
+    report_skipped_files(0)
+    assert capsys.readouterr().err == ""
+    report_skipped_files(3)
+    assert capsys.readouterr().err == (
+        "Skipped files that are not readable PNG, JPEG, GIF, BMP or WebP images: 3\n"
+    )
 
 
 def test_a_list_of_images_becomes_one_array():
