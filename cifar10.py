@@ -37,7 +37,7 @@ NUM_CLASSES = cifar10_input.NUM_CLASSES
 NUM_EXAMPLES_PER_EPOCH_FOR_TRAIN = cifar10_input.NUM_EXAMPLES_PER_EPOCH_FOR_TRAIN
 NUM_EXAMPLES_PER_EPOCH_FOR_EVAL = cifar10_input.NUM_EXAMPLES_PER_EPOCH_FOR_EVAL
 
-# Constants of the training process. Each is the default of the flag of the same name.
+# Constants of the training process. Each is the default of the flag with its name in lowercase.
 INITIAL_LEARNING_RATE = 0.1  # per update
 NUM_EPOCHS_PER_DECAY = 350.0  # epochs between decays of the learning rate
 LEARNING_RATE_DECAY_FACTOR = 0.1
@@ -52,7 +52,7 @@ TOWER_NAME = "tower"
 
 DATA_URL = download.DATA_URL
 
-options.register_constants(globals())  # these constants are the defaults of flags
+options.register_constants(globals())  # as defaults of flags
 options.DEFINE_path("data_dir", "/tmp/cifar10_data", "Folder for the dataset.")
 options.DEFINE_integer(
     "batch_size",
@@ -67,7 +67,7 @@ options.DEFINE_boolean(
     "Compute in 16 bits where that is safe (float16 on GPUs, bfloat16 on CPUs). Variables and "
     "checkpoints stay float32.",
 )
-options.define("model")
+options.define("model")  # --weight_decay and others; see the table in support/base/options.py
 
 
 def maybe_download_and_extract():
@@ -117,30 +117,22 @@ def training_settings(class_names=None, examples_per_step=None):
 
 
 def distorted_inputs(batch_size=None, shard=None):
-    """Creates the training input that the flags describe; see `cifar10_input.distorted_inputs`.
+    """Returns the training input that the flags describe; see `cifar10_input.distorted_inputs`.
 
     Args:
       batch_size: int; --batch_size if None.
       shard: (index, count); the part of the records to read. All records if None.
-
-    Returns:
-      images: float32 [batch_size, 24, 24, 3], or another size with --crop_size.
-      labels: int32 [batch_size].
     """
     batch_size = batch_size or FLAGS.batch_size
     return cifar10_input.distorted_inputs(find_data_folder(), batch_size, shard)
 
 
 def inputs(eval_data, num_epochs=None):
-    """Creates the evaluation input that the flags describe; see `cifar10_input.inputs`.
+    """Returns the evaluation input that the flags describe; see `cifar10_input.inputs`.
 
     Args:
       eval_data: bool; True for the test file, False for the training files.
       num_epochs: int; the number of times to read each record, or None to repeat forever.
-
-    Returns:
-      images: float32 [batch_size, 24, 24, 3], or another size with --crop_size.
-      labels: int32 [batch_size].
     """
     return cifar10_input.inputs(eval_data, find_data_folder(), FLAGS.batch_size, num_epochs)
 
@@ -343,10 +335,10 @@ def _add_loss_summaries(total_loss, tower_losses=None):
     if tower_losses is None:
         tower_losses = [tf.get_collection("losses")]
     with tf.device("/cpu:0"), tf.name_scope("loss_averages"):
-        means = {
-            _tag(losses[0].op): tf.reduce_mean(tf.stack(losses), name=_tag(losses[0].op))
-            for losses in [*zip(*tower_losses, strict=True), [total_loss]]
-        }
+        means = {}
+        for losses in [*zip(*tower_losses, strict=True), [total_loss]]:
+            tag = _tag(losses[0].op)
+            means[tag] = tf.reduce_mean(tf.stack(losses), name=tag)
         averages = tf.train.ExponentialMovingAverage(
             LOSS_AVERAGE_DECAY,
             zero_debias=True,  # without it, the curves start near 0
@@ -451,19 +443,20 @@ def update_variables(optimizer, gradients, global_step, worker=ALONE):
     """
     gradients = updates.drop_missing(gradients)
     updates.summarize_gradients(optimizer, gradients)
-    average_gradients = worker.average_gradients(gradients, global_step)
+    applied_gradients = worker.average_gradients(gradients, global_step)
 
-    # In a cluster, this is a parameter server: the variables do not cross the network again.
+    # On the CPU. In a cluster, on a parameter server: the variables do not cross the network again.
     with tf.device(global_step.device), tf.name_scope("update"):
         # Loss scaling may skip the update, but the step still counts.
-        apply_gradient_op = optimizer.apply_gradients(average_gradients)
+        apply_gradient_op = optimizer.apply_gradients(applied_gradients)
         with tf.control_dependencies([apply_gradient_op]):
             count_op = tf.assign_add(global_step, 1)
 
         # Gradients are noisy, so the variables keep moving around a minimum. The average of recent
         # values is usually closer to it, so evaluation uses the averages.
         variable_averages = tf.train.ExponentialMovingAverage(
-            FLAGS.moving_average_decay, global_step
+            FLAGS.moving_average_decay,
+            global_step,  # at step n, the decay is at most (1 + n) / (10 + n)
         )
         with tf.control_dependencies([count_op]), conditionals_without_functions():
             variables_averages_op = variable_averages.apply(tf.trainable_variables())

@@ -82,7 +82,7 @@ def eval_once(
     with tf.Session(config=session_config(FLAGS.use_fp16)) as sess:
         checkpoints.restore(sess, saver, checkpoint)
         with evaluation.running_input(sess, checkpoint), counts.show_progress():
-            while not counts.are_complete:
+            while not counts.are_complete:  # or until the input ends
                 is_first_batch = counts.total == 0 and summary_op is not None
                 fetches = [top_k_op, outputs or {}, summary_op if is_first_batch else []]
                 counts.add(*sess.run(fetches))

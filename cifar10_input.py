@@ -38,7 +38,7 @@ MAX_BRIGHTNESS_DELTA = 63.0  # pixel values range from 0 to 255
 MIN_CONTRAST_FACTOR = 0.2
 MAX_CONTRAST_FACTOR = 1.8
 
-# These constants are the defaults of flags.
+# Some of these constants are the defaults of flags.
 options.register_constants(globals())
 options.define("input")
 options.check(  # no larger than an image; large enough to be pooled twice
@@ -66,7 +66,7 @@ class CIFAR10Record:
 def read_cifar10(filename_queue):
     """Reads one record.
 
-    For N-fold parallelism, call it N times: each call creates a reader with its own position.
+    The threads of the queue share the reader. Each call creates another one, with its own position.
 
     Args:
       filename_queue: a queue of file names, for example from `tf.train.string_input_producer`.
@@ -143,7 +143,7 @@ def distort(image, image_ops):
 
 def _read_and_distort(filename_queue):
     """Returns a key, label and image, or blocks of them if `distort` can process blocks."""
-    if FLAGS.fast_ops and fast_image.supports(distort):
+    if FLAGS.fast_ops and fast_image.supports(distort):  # calls `distort` to find out
         keys, labels, planes = _read_block(filename_queue)
         return keys, labels, fast_image.finish(distort(fast_image.Block(planes), fast_image))
     record = read_cifar10(filename_queue)

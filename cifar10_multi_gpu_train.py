@@ -13,10 +13,8 @@ import cifar10
 from support.base import command_line, options
 from support.base.errors import UserError
 from support.cluster import task
-from support.data import records
 from support.ops import updates
 from support.ops.tensorflow_v1 import (
-    session_config,
     tf,
     warn_of_shared_devices,
     warn_of_unusable_gpus,
@@ -58,8 +56,7 @@ def average_gradients(tower_grads):
     """
     updates.check_towers_agree(tower_grads)
     average_grads = []
-    # A later tower may have more variables at the end, without gradients.
-    for grads_and_vars in zip(*tower_grads, strict=False):
+    for grads_and_vars in zip(*tower_grads, strict=False):  # a later tower may have more variables
         grads = [grad for grad, _ in grads_and_vars if grad is not None]
         variable = grads_and_vars[0][1]  # the towers share it
         average_grads.append((tf.add_n(grads) / len(grads) if grads else None, variable))
@@ -110,11 +107,7 @@ def build_training(num_gpus, batch_size):
 def train():
     """Trains up to --max_steps, resuming from the newest checkpoint in --train_dir if any."""
     num_gpus = FLAGS.num_gpus
-    run_options = Options.select(
-        options.values(),
-        session_config(FLAGS.use_fp16, FLAGS.log_device_placement),
-        records.ChangeDetector(cifar10.find_data_folder(), eval_data=False).check,
-    )
+    run_options = Options.select(options.values(), cifar10.find_data_folder())
     settings = cifar10.training_settings(examples_per_step=FLAGS.batch_size * num_gpus)
     with TrainingRun(run_options, settings) as run:
         if run.has_steps_left():

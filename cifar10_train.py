@@ -17,7 +17,6 @@ import cifar10
 from support.base import command_line, options
 from support.base.worker import ALONE
 from support.cluster import launch, server, task
-from support.data import records
 from support.ops.tensorflow_v1 import (
     session_config,
     tf,
@@ -37,11 +36,7 @@ def train(worker=ALONE):
     Args:
       worker: `support.base.worker.Worker`; the one that this process runs in a cluster.
     """
-    run_options = Options.select(
-        options.values(),
-        session_config(FLAGS.use_fp16, FLAGS.log_device_placement),
-        records.ChangeDetector(cifar10.find_data_folder(), eval_data=False).check,
-    )
+    run_options = Options.select(options.values(), cifar10.find_data_folder())
     settings = cifar10.training_settings(examples_per_step=FLAGS.batch_size * worker.count)
     with TrainingRun(run_options, settings, worker) as run:
         if run.has_steps_left():

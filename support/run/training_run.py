@@ -26,6 +26,7 @@ from support.base import files, streams
 from support.base.errors import Interrupted, UserError, first_line
 from support.base.signals import DeferredSignals
 from support.base.worker import ALONE
+from support.data import records
 from support.data.settings import find_changes
 from support.ops import graph_notes, summaries, tensorflow_v1
 from support.ops.tensorflow_v1 import (
@@ -68,10 +69,17 @@ class Options(NamedTuple):
     flags: dict | None = None
 
     @classmethod
-    def select(cls, flags, config, check_input):
-        """Returns the `Options` from `flags`, a dict of the values of all flags by name."""
+    def select(cls, flags, data_folder):
+        """Returns the `Options` that flags describe.
+
+        Args:
+          flags: dict of the values of all flags by name.
+          data_folder: path of the record files, whose changes `check_input` detects.
+        """
         values = {name: flags[name] for name in cls._fields if name in flags}
-        return cls(**values | {"config": config, "check_input": check_input, "flags": flags})
+        values["config"] = session_config(flags["use_fp16"], flags["log_device_placement"])
+        values["check_input"] = records.ChangeDetector(data_folder, eval_data=False).check
+        return cls(**values, flags=flags)
 
 
 class TrainingRun:
