@@ -104,7 +104,7 @@ def evaluate(last_step=None, check_trainer=lambda: None):
       check_trainer: called once a second while waiting for a checkpoint; may raise UserError.
 
     Raises:
-      UserError: --eval_dir or the dataset cannot be used; with --run_once, no checkpoint can.
+      UserError: --eval_dir, the dataset or, with --run_once, the checkpoint cannot be used.
     """
     options.values()  # checks them: a constant may have been edited
     checkpoint_dir, eval_test = FLAGS.checkpoint_dir, FLAGS.eval_data == "test"

@@ -66,7 +66,7 @@ class CIFAR10Record:
 def read_cifar10(filename_queue):
     """Reads one record.
 
-    The threads of the queue share the reader. Each call creates another one, with its own position.
+    All threads that run the operations share one reader. Each call creates a new reader.
 
     Args:
       filename_queue: a queue of file names, for example from `tf.train.string_input_producer`.
@@ -168,7 +168,7 @@ def central_crops(images):
       UserError: the images have another shape.
     """
     images = tf.cast(images, tf.float32)
-    if not images.shape[-3:].is_compatible_with(records.image_shape()):  # would be cropped
+    if not images.shape[-3:].is_compatible_with(records.image_shape()):  # else padded or cropped
         expected = f"{records.describe_shape('n')} or {records.describe_shape()}"
         raise UserError(f"images must be {expected}, not {images.shape.as_list()}")
     size = FLAGS.crop_size

@@ -85,8 +85,8 @@ def predict(model, images):
       images: uint8 [n, 32, 32, 3], or a list of n images; values from 0 to 255.
 
     Returns:
-      For each image, a list of its most likely classes as (name, probability), as many as --top
-      says, the most likely one first.
+      For each image, a list of the --top most likely classes (all if 0) as (name, probability),
+      the most likely one first.
 
     Raises:
       CheckpointError: the model produces non-finite probabilities.

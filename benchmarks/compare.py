@@ -316,7 +316,7 @@ COMPARISONS = {"speed": compare_speed, "losses": compare_losses, "top_layers": c
 def main(argv):
     name, *others = argv[1:] or ["speed"]
     if others or name not in COMPARISONS:
-        raise app.UsageError(f"compare one of {', '.join(COMPARISONS)}, not {' '.join(argv[1:])!r}")
+        raise app.UsageError(f"specify one of {', '.join(COMPARISONS)}, not {' '.join(argv[1:])!r}")
     COMPARISONS[name]()
 
 

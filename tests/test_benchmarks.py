@@ -77,7 +77,7 @@ def test_contenders_take_turns():
 def test_an_unknown_comparison_is_refused_with_the_names_of_the_others():
     process = run_script("benchmarks/compare.py", "top_layer", check=False)
     assert process.returncode == 1
-    assert "compare one of speed, losses, top_layers, not 'top_layer'\n" in process.stderr
+    assert "specify one of speed, losses, top_layers, not 'top_layer'\n" in process.stderr
 
 
 @pytest.mark.slow

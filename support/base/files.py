@@ -114,7 +114,7 @@ def exclusive_creation(folder, flag="--data_dir", target=None):
     Args:
       folder: path.
       flag: string; the flag that the user can set to choose another folder.
-      target: string; what the message of an error says could not be written.
+      target: string; what could not be written, for the error message.
 
     Raises:
       DataError: the folder cannot be created or locked, or the block raises OSError.
@@ -140,9 +140,9 @@ def exclusive_creation(folder, flag="--data_dir", target=None):
 def atomic_folder(folder):
     """Creates `folder` with all of its files, or not at all.
 
-    Yields the path of a hidden staging folder. If the `with` block succeeds, it is renamed to
-    `folder`, or if that exists and is empty, its files are moved there. If the block fails, it is
-    deleted. Use this within `exclusive_creation`, because all processes share the staging folder.
+    Yields the path of a hidden staging folder. If the `with` block succeeds, this folder is renamed
+    to `folder`, or, if `folder` exists and is empty, its files are moved there. If the block fails,
+    it is deleted. Use this within `exclusive_creation`: all processes share the staging folder.
     """
     staging = _hidden_path(folder, "part")
     shutil.rmtree(staging, ignore_errors=True)  # left behind by a killed process
@@ -195,7 +195,7 @@ def check_new_folder(flag, folder):
 def _hidden_path(folder, suffix):
     """Returns the path of the lock file or of the staging folder for the creation of `folder`.
 
-    It is inside of `folder` if that exists: a folder may be a mount point, which cannot be renamed
+    It is inside `folder` if that exists: a folder may be a mount point, which cannot be renamed
     or replaced, or its parent may be write-protected.
     """
     parent, name = os.path.split(folder)

@@ -233,7 +233,7 @@ def local_path(path, url_schemes=()):
 def tensorflow_path(path, url_schemes=()):
     """Returns a `local_path` that names the same file for TensorFlow, which uses UTF-8, and Python.
 
-    Raises ValueError for other paths, and as `local_path`.
+    Raises ValueError for all other paths.
     """
     path = local_path(path, url_schemes)
     absolute = os.path.abspath(path)
@@ -246,7 +246,7 @@ def tensorflow_path(path, url_schemes=()):
 def checkpoint_path(path):
     r"""Returns a `tensorflow_path` in which TensorFlow may look for checkpoints and delete them.
 
-    Raises ValueError if the path has one of the characters `*?[\`, and as `tensorflow_path`.
+    Raises ValueError if the path has one of the characters `*?[\` or is no `tensorflow_path`.
     """
     path = tensorflow_path(path)
     if found := re.search(r"[*?[\\]", path):
@@ -434,7 +434,7 @@ _GROUPS = {
     ],
     "prediction": [
         (DEFINE_integer, "top", 3,
-         "Number of classes to print for each image, the most likely ones. 0 prints all classes.",
+         "Number of most likely classes to print for each image. 0 prints all classes.",
          0),
         (DEFINE_boolean, "json", False,
          "Print one JSON object per image, each on its own line."),

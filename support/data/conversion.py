@@ -64,8 +64,8 @@ class ImageFolders:
         self.class_names, self._folders = zip(*classes, strict=True)
         if len(set(self.class_names)) < len(folders):
             raise DataError(
-                f"two folders in {parent} have the same name except for leading or trailing spaces "
-                "or for the Unicode form of their letters"
+                f"the names of two folders in {parent} differ only in leading or trailing spaces "
+                "or in the Unicode form of their letters"
             )
         self._num_files = 0
         for folder in self._folders:
@@ -231,7 +231,7 @@ def _find_named(parent, folders, names):
 
 
 def _write_unsorted(sources, file, seed):
-    """Writes the records of all images to a file; returns an array of `_ENTRY` and the errors."""
+    """Writes the records of all images; returns the `_ENTRY` array and the unreadable count."""
     entries = bytearray()
     unreadable_count = skipped_count = 0
     with show_progress("Converting", sum(map(len, sources)), " images") as progress:

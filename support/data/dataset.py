@@ -46,9 +46,9 @@ def read_dataset(
 ):
     """Returns the `Dataset` in a folder.
 
-    A number other than CIFAR-10's is your choice, because you have edited a constant. An example
-    count then defines the size of an epoch, whatever the files contain. A number of classes must
-    match the class names. The files determine the other numbers.
+    An argument that differs from CIFAR-10's number is your choice, made by editing a constant. It
+    sets the size of an epoch, whatever the files contain; the number of classes must match the
+    class names. All other numbers come from the files.
 
     Args:
       folder: path. The folder and its files may be missing, because prediction does not need them.

@@ -140,7 +140,7 @@ def _download(url, archive, sha256):
 
 
 def _describe_mismatch(path, digest, sha256, size):
-    """Returns what a file with a wrong SHA-256 is."""
+    """Describes a file whose SHA-256 is wrong."""
     found = os.path.getsize(path)
     with open(path, "rb") as file:
         start = file.read(1024).lstrip().lower()
@@ -160,7 +160,7 @@ class _DownloadError(Exception):
 
 
 def _fetch_with_retries(url, part, size):
-    """Returns what `_fetch` does once it succeeds; gives up after RETRY_DELAYS without progress."""
+    """Returns the result of `_fetch`, retrying it; gives up after RETRY_DELAYS without progress."""
     delays = iter(RETRY_DELAYS)
     largest_size = _size_of(part)
     while True:
@@ -184,7 +184,7 @@ def _size_of(path):
 
 
 def _fetch(url, part, size):
-    """Downloads the rest of `url` to `part`; returns whether the bytes in it before were kept."""
+    """Downloads the rest of `url` to `part`; returns whether it kept the bytes already there."""
     offset = _size_of(part)
     response = _open_url(url, offset)
     if response is None:

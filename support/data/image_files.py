@@ -20,7 +20,7 @@ FORMATS = ("PNG", "JPEG", "GIF", "BMP", "WEBP")
 FORMATS_TEXT = "PNG, JPEG, GIF, BMP or WebP"
 SUFFIXES = (".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".gif", ".bmp", ".webp")
 MAX_PIXELS = 250_000_000
-Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # Pillow warns of larger images, and refuses twice as many
+Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # Pillow warns above it, and refuses above twice as many
 # Folders that other programs create; those whose names start with a period are hidden anyway.
 FOREIGN_FOLDERS = {"@eaDir", "__MACOSX", "lost+found"}
 
@@ -74,7 +74,7 @@ def read_found_image(path):
 
     Returns:
       uint8 [32, 32, 3]; the `ImageError` that `read_image` raised; or None if the file cannot be
-      read as an image, but does not have one of the `SUFFIXES` either.
+      read as an image and has none of the `SUFFIXES`.
     """
     try:
         return read_image(path)

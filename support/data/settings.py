@@ -19,8 +19,8 @@ class TrainingSettings(NamedTuple):
     top_layers: str = "full"  # a value of the flag
     random_flip: bool = True
     examples_per_step: int | None = None  # images that all towers or workers consumed in one step
-    # `images_seen` minus `examples_per_step` for each step: not 0 after a change of the batch size
-    # or of the number of towers or workers.
+    # `images_seen - step * examples_per_step`: not 0 after a change of the batch size or of the
+    # number of towers or workers.
     examples_offset: int = 0
 
     def images_seen(self, step):

@@ -251,7 +251,7 @@ def _crop_and_flip(image, top, left, is_mirrored):
 
 
 def _standardize(mean, contrast, deviation):
-    """Returns the mean and the contrast with which `_distort` gives mean 0 and variance 1.
+    """Returns the mean and the contrast that give an image mean 0 and variance 1 in `_distort`.
 
     Like `tf.image.per_image_standardization`, it assumes a standard deviation of at least
     1 / sqrt(number of values), so an image whose values are all equal becomes all zeros.

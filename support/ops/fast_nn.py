@@ -84,7 +84,7 @@ def lrn(input, depth_radius=5, bias=1.0, alpha=1.0, beta=0.5, name=None):
 
     Source: section 3.3 of "ImageNet Classification with Deep Convolutional Neural Networks".
 
-    Args: see `tf.nn.lrn`, which other inputs and a bias of 0 are left to.
+    Args: as for `tf.nn.lrn`, which handles other inputs and a bias of 0.
       input: float32 [batch, height, width, channels]; the number of channels is known.
 
     Returns:

@@ -85,7 +85,7 @@ def merge_collected():
 
 
 def _add(tag, operation, /, **inputs):
-    """Adds a summary unless the graph has one with the tag: it cannot merge two of them."""
+    """Adds a summary unless the graph already has one with the tag: two could not be merged."""
     if not _has(tag):
         with tf.name_scope(SCOPE):
             tf.add_to_collection(tf.GraphKeys.SUMMARIES, operation(name=tag, **inputs))

@@ -56,9 +56,9 @@ tf.disable_eager_execution()
 def can_have_gpus(root="/"):
     """Returns whether this computer may have a GPU. If not, looking for one only prints an error.
 
-    On Linux, there can be a GPU only if a driver has created a device (NVIDIA, including Jetson;
-    WSL; ROCm) or if TensorFlow has a device plug-in. NVIDIA's kernel module may create its devices
-    only when a program uses CUDA for the first time.
+    On Linux, there must be a driver's device (NVIDIA, including Jetson; WSL; ROCm), NVIDIA's kernel
+    module, which may not create its devices before a program first uses CUDA, or a TensorFlow
+    device plug-in. On other systems, the result is always true.
     """
     if sys.platform != "linux" or "TF_PLUGGABLE_DEVICE_LIBRARY_PATH" in os.environ:
         return True

@@ -130,7 +130,7 @@ def _matrices():
 
     # Multiplying polynomials is evaluating, multiplying values, and interpolating. A convolution is
     # the transpose of that in the data. Row i has the coefficients of the Lagrange polynomial of
-    # point i, without its divisor, which the filter gets. All of these products are exact.
+    # point i, without its divisor, which goes into the filter matrix. All products here are exact.
     data_matrix = np.zeros([NUM_POINTS, NUM_POINTS])
     divisors = np.ones([NUM_POINTS, 1])
     for i in range(NUM_POINTS):  # the last point is infinity

@@ -1,7 +1,7 @@
 """Draws the confusion matrix and the misclassified images of an evaluation as PNG images.
 
-A class whose name is not ASCII, which the font might lack, is shown by its number. A name that is
-too long is shown by its number and its beginning. This module does not need TensorFlow.
+A class is shown by its number if its name is not ASCII, because the font may lack characters, and
+by its number and the beginning of its name if that is too long. This module needs no TensorFlow.
 """
 
 import io

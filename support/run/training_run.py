@@ -74,7 +74,7 @@ class Options(NamedTuple):
 
         Args:
           flags: dict of the values of all flags by name.
-          data_folder: path of the record files, whose changes `check_input` detects.
+          data_folder: path of the record files; `check_input` detects changes to them.
         """
         values = {name: flags[name] for name in cls._fields if name in flags}
         values["config"] = session_config(flags["use_fp16"], flags["log_device_placement"])
@@ -115,7 +115,7 @@ class TrainingRun:
         return self
 
     def _open_train_dir(self, stack):
-        """Creates and locks the folder until `stack` is closed, and finds its checkpoint."""
+        """Creates the folder, locks it until `stack` is closed, and finds its checkpoint."""
         train_dir = self._options.train_dir
         try:
             os.makedirs(train_dir, exist_ok=True)

@@ -922,7 +922,9 @@ def test_a_resumed_run_draws_other_numbers_than_at_its_start(tmp_path):
 def test_a_worker_draws_from_its_index_and_the_step_of_the_cluster(tmp_path):
     draws = [draw(tmp_path, 5, make_worker(1, step)) for step in (0, 7, 7, 8)]
     assert draws[1] == draws[2]
-    draws += [draw(tmp_path, 5, make_worker(index)) for index in (0, 2)]  # have other numbers
+    draws += [
+        draw(tmp_path, 5, make_worker(index)) for index in (0, 2)
+    ]  # other workers draw others
     assert len({number for numbers in draws for number in numbers}) == 10
     assert draws[-2] == draw(tmp_path, 5)
 
