@@ -179,16 +179,16 @@ def export(model, export_dir):
         },
     )
     with files.new_folder("--export_dir", export_dir, f"--export_dir={export_dir}") as staging:
-        builder = tf.saved_model.Builder(staging)
-        builder.add_meta_graph_and_variables(
-            model.session,
-            [tf.saved_model.SERVING],
-            {tf.saved_model.DEFAULT_SERVING_SIGNATURE_DEF_KEY: signature},
-            clear_devices=True,
-            strip_default_attrs=True,
-            saver=tf.train.Saver(),  # by default, it would make TensorFlow look for GPUs
-        )
         try:
+            builder = tf.saved_model.Builder(staging)
+            builder.add_meta_graph_and_variables(
+                model.session,
+                [tf.saved_model.SERVING],
+                {tf.saved_model.DEFAULT_SERVING_SIGNATURE_DEF_KEY: signature},
+                clear_devices=True,
+                strip_default_attrs=True,
+                saver=tf.train.Saver(),  # by default, it would make TensorFlow look for GPUs
+            )
             builder.save()
         except (ValueError, tf.errors.OpError) as error:  # the Saver's, if the folder is gone
             raise OSError(first_line(error)) from error

@@ -374,6 +374,17 @@ def test_prediction_needs_no_dataset_even_if_there_is_a_damaged_one(
     assert found["predictions"][0]["class"] in names
 
 
+def test_an_export_to_a_full_disk_is_a_one_line_error(records, tmp_path, monkeypatch):
+    def save(*arguments, **named):
+        raise tf.errors.ResourceExhaustedError(None, None, "No space left on device")
+
+    monkeypatch.setattr(tf.train.Saver, "save", save)
+    FLAGS.export_dir = str(tmp_path / "export")
+    with pytest.raises(UserError, match="^cannot write --export_dir=.*: No space left on device"):
+        run_main()
+    assert not (tmp_path / "export").exists()
+
+
 def test_an_export_overwrites_nothing(records, tmp_path):
     umask = os.umask(0o022)
     os.umask(umask)

@@ -141,24 +141,37 @@ def atomic_folder(folder):
     """Creates `folder` with all of its files, or not at all.
 
     Yields the path of a hidden staging folder. If the `with` block succeeds, this folder is renamed
-    to `folder`, or, if `folder` exists and is empty, its files are moved there. If the block fails,
-    it is deleted. Use this within `exclusive_creation`: all processes share the staging folder.
+    to `folder`, or, if `folder` is empty and cannot be replaced, its files are moved there. If the
+    block fails, it is deleted. Use this within `exclusive_creation`: all processes share it.
     """
     staging = _hidden_path(folder, "part")
     shutil.rmtree(staging, ignore_errors=True)  # left behind by a killed process
     os.mkdir(staging)
     try:
         yield staging
-        if os.path.dirname(staging) != os.fspath(folder):
-            os.rename(staging, folder)
-        elif _has_files(folder):
-            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), folder)
-        else:
-            # In this order, batches.meta.txt or saved_model.pb comes last.
-            for name in sorted(os.listdir(staging), reverse=True):
-                os.rename(os.path.join(staging, name), os.path.join(folder, name))
+        try:
+            os.rename(staging, folder)  # also replaces an empty folder
+        except OSError:
+            if not os.path.isdir(folder) or _has_files(folder):
+                raise
+            _move_files(staging, folder)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def _move_files(source, target):
+    """Moves all files of a folder; if that fails, removes those that have been moved."""
+    moved = []
+    try:
+        # In this order, batches.meta.txt or saved_model.pb comes last.
+        for name in sorted(os.listdir(source), reverse=True):
+            moved.append(os.path.join(target, name))
+            shutil.move(os.path.join(source, name), moved[-1])
+    except BaseException:
+        for path in moved:
+            shutil.rmtree(path, ignore_errors=True)
+            _remove(path)
+        raise
 
 
 @contextlib.contextmanager
@@ -195,11 +208,17 @@ def check_new_folder(flag, folder):
 def _hidden_path(folder, suffix):
     """Returns the path of the lock file or of the staging folder for the creation of `folder`.
 
-    It is inside `folder` if that exists: a folder may be a mount point, which cannot be renamed
-    or replaced, or its parent may be write-protected.
+    It is inside `folder` if that cannot be replaced: a mount point, a folder with `lost+found`, or
+    a folder in a write-protected parent.
     """
     parent, name = os.path.split(folder)
-    return os.path.join(folder if os.path.isdir(folder) else parent, f".{name}.{suffix}")
+    as_effective_user = os.access in os.supports_effective_ids
+    is_fixed = os.path.isdir(folder) and (
+        os.path.ismount(folder)
+        or os.listdir(folder)
+        or not os.access(parent or ".", os.W_OK, effective_ids=as_effective_user)
+    )
+    return os.path.join(folder if is_fixed else parent, f".{name}.{suffix}")
 
 
 def _has_files(folder):

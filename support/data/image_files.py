@@ -210,6 +210,9 @@ def _convert_to_interpolable(image):
         return _convert_to_8_bits(image)
     if image.mode in ("LA", "RGBA"):
         return image
+    if image.format == "PNG" and image.tile[0].args == "RGB;16B" and "transparency" in image.info:
+        # Pillow keeps the upper 8 bits of the colors, but all 16 of the transparent one.
+        image.info["transparency"] = tuple(value >> 8 for value in image.info["transparency"])
     if image.has_transparency_data:
         return image.convert("RGBA")
     return image.convert("L" if image.mode in ("1", "L") else "RGB")

@@ -273,7 +273,7 @@ def is_visible(path):
     return not path.name.startswith((".", "lost+found"))
 
 
-@pytest.mark.parametrize("kind", ["missing", "empty", "link", "mount point"])
+@pytest.mark.parametrize("kind", ["missing", "empty", "link", "busy", "mount point"])
 def test_a_new_folder_may_be_missing_or_empty(tmp_path, monkeypatch, kind):
     folder = given = tmp_path / "folder"
     if kind != "missing":
@@ -283,12 +283,12 @@ def test_a_new_folder_may_be_missing_or_empty(tmp_path, monkeypatch, kind):
         given.symlink_to("folder")
     if kind == "mount point":
         (folder / "lost+found").mkdir()
-    parent = tmp_path if kind == "missing" else folder
+    parent = folder if kind == "mount point" else tmp_path
     (parent / ".folder.part" / "stale").mkdir(parents=True)  # left behind by a killed process
     rename, renamed = os.rename, []
 
     def rename_if_possible(source, target):
-        if os.path.exists(target):
+        if kind in ("busy", "mount point") and os.path.exists(target):
             raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
         rename(source, target)
         renamed.append(os.path.basename(target))
@@ -297,7 +297,7 @@ def test_a_new_folder_may_be_missing_or_empty(tmp_path, monkeypatch, kind):
     with creating(given):
         assert not any(map(is_visible, folder.glob("*")))
     assert sorted(path.name for path in folder.glob("*") if is_visible(path)) == NEW_FILES
-    assert renamed == (["folder"] if kind == "missing" else NEW_FILES[::-1])
+    assert renamed == (NEW_FILES[::-1] if kind in ("busy", "mount point") else ["folder"])
     assert not list(tmp_path.rglob(".*"))
     with pytest.raises(UserError, match="already exists"), creating(given):
         pass
@@ -308,6 +308,21 @@ def test_a_folder_whose_creation_fails_stays_empty_or_missing(tmp_path, name):
     with pytest.raises(ZeroDivisionError), creating(os.path.join(tmp_path, name)):
         1 / 0  # noqa: B018
     assert os.listdir(tmp_path) == []
+
+
+def test_an_interrupted_move_leaves_an_empty_folder(tmp_path, monkeypatch):
+    (tmp_path / "lost+found").mkdir()
+    rename = os.rename
+
+    def rename_one(source, target):
+        if os.path.basename(target) == NEW_FILES[0]:  # the last one
+            raise KeyboardInterrupt
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", rename_one)
+    with pytest.raises(KeyboardInterrupt), creating(tmp_path):
+        pass
+    assert os.listdir(tmp_path) == ["lost+found"]
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can change to another user")
@@ -327,7 +342,7 @@ def test_an_empty_folder_in_a_parent_that_cannot_be_written_is_filled():
 
 
 def test_a_file_that_appears_in_an_empty_folder_is_not_overwritten(tmp_path):
-    message = f"^cannot write the dataset to {tmp_path}: .*File exists"
+    message = f"^cannot write the dataset to {tmp_path.parent}: .*not empty"
     with pytest.raises(DataError, match=message), creating(tmp_path):
         (tmp_path / NEW_FILES[0]).write_text("mine")
     assert os.listdir(tmp_path) == NEW_FILES[:1]

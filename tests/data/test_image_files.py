@@ -104,9 +104,11 @@ def chunk(kind, data):
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", checksum)
 
 
-def write_rgb_png(path, width, height, bits, rows):
+def write_rgb_png(path, width, height, bits, rows, transparent=None):
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, bits, 2, 0, 0, 0))
     data = chunk(b"IDAT", zlib.compress(rows))
+    if transparent is not None:
+        header += chunk(b"tRNS", struct.pack(">HHH", *transparent))
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + header + data + chunk(b"IEND", b""))
 
 
@@ -116,6 +118,16 @@ def test_of_16_bit_colors_the_upper_8_bits_are_read(tmp_path):
     rows = b"".join(b"\0" + row.tobytes() for row in values)
     write_rgb_png(tmp_path / "image.png", 32, 32, 16, rows)
     np.testing.assert_array_equal(read_image(tmp_path / "image.png"), pixels)
+
+
+def test_the_transparent_color_of_16_bit_colors_becomes_white(tmp_path):
+    values = np.full([32, 32, 3], 0xC000, ">u2")
+    values[:16] = color = (0x0102, 0x0304, 0x0506)
+    rows = b"".join(b"\0" + row.tobytes() for row in values)
+    write_rgb_png(tmp_path / "image.png", 32, 32, 16, rows, color)
+    read = read_image(tmp_path / "image.png")
+    assert (read[:16] == 255).all()
+    assert (read[16:] == 0xC0).all()
 
 
 def test_transparent_areas_become_white(tmp_path):
