@@ -379,6 +379,21 @@ def test_the_previous_json_stays_until_the_new_one_is_complete(tmp_path):
     assert os.listdir(tmp_path) == ["a.json"]
 
 
+def test_a_disk_that_is_full_leaves_the_previous_json(tmp_path, monkeypatch):
+    path = tmp_path / "a.json"
+    files.write_json_atomically(path, [1])
+
+    def write_text(target, text):
+        target.write_bytes(text[:1].encode())
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(pathlib.Path, "write_text", write_text)
+    with pytest.raises(UserError, match=r"a\.json: No space left on device$"):
+        files.write_json_atomically(path, [2])
+    assert json.loads(path.read_bytes()) == [1]
+    assert os.listdir(tmp_path) == ["a.json"]
+
+
 class Unit(enum.Enum):
     STEPS = "steps"
 

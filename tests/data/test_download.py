@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import http
+import http.client
 import http.server
 import io
 import os
@@ -399,6 +400,25 @@ def test_a_lost_connection_resumes_where_it_stopped_as_long_as_there_is_progress
     with Server(body, faults=[part] * 15) as server:
         fetch(tmp_path / "data", server, sha256)
     assert server.requests == [None, *(f"bytes={n * part}-" for n in range(1, 16))]
+
+
+def test_a_connection_that_is_reset_resumes_where_it_stopped(tmp_path, archive, monkeypatch):
+    body, sha256 = archive
+    read1 = http.client.HTTPResponse.read1
+    sizes = []
+
+    def reset_once(response, size):
+        if len(sizes) == 1:
+            sizes.append(0)
+            raise ConnectionResetError("Connection reset by peer")
+        chunk = read1(response, min(size, 1000))
+        sizes.append(len(chunk))
+        return chunk
+
+    monkeypatch.setattr(http.client.HTTPResponse, "read1", reset_once)
+    with Server(body) as server:
+        fetch(tmp_path / "data", server, sha256)
+    assert server.requests == [None, f"bytes={sizes[0]}-"]
 
 
 @pytest.mark.parametrize("faults", [[1000] * 9, [3000, 2000] * 20])
