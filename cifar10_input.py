@@ -248,7 +248,7 @@ def _filename_queue(filenames, num_epochs=None, shuffle=True):
 
 
 def find_dataset(data_dir, class_names=None):
-    """Returns the `Dataset` in a folder, with edited constants; see `dataset.read_dataset`."""
+    """Returns the `Dataset` in a folder. Edited constants take precedence; see `read_dataset`."""
     return read_dataset(
         data_dir,
         options.constant("NUM_CLASSES"),
@@ -304,7 +304,7 @@ def distorted_inputs(data_dir, batch_size, shard=None):
 
 
 def _select_shard(key, label, image, data_dir, shard):
-    """Returns the labels and images in a shard, out of one record or a block: [n, 1], [n, ...]."""
+    """Returns the labels [n, 1] and images [n, ...] of the records that are in a shard."""
     index, count = shard
     files = records.record_files(data_dir, eval_data=False)
     size = max(os.path.getsize(file) // records.RECORD_BYTES for file in files)

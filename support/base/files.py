@@ -222,10 +222,10 @@ def _hidden_path(folder, suffix):
 
 
 def _has_files(folder):
-    """Returns whether a folder has files other than those that `_hidden_path` gives it."""
-    own = (_hidden_path(os.path.realpath(folder), suffix) for suffix in ("lock", "part"))
+    """Returns whether a folder has files other than those that `_hidden_path` names."""
+    name = os.path.basename(os.path.realpath(folder))
     # New file systems have a folder `lost+found`.
-    return not {"lost+found", *map(os.path.basename, own)}.issuperset(os.listdir(folder))
+    return not {"lost+found", f".{name}.lock", f".{name}.part"}.issuperset(os.listdir(folder))
 
 
 def hash_file(path):

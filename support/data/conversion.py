@@ -330,7 +330,7 @@ def convert(train, test, output, seed=0, test_fraction=None):
 
 
 def _report_repeated_images(test_hashes, train_hashes):
-    """Prints how many test images are training images as well, if there are any."""
+    """Prints how many test images are also training images, if there are any."""
     if count := np.isin(test_hashes, train_hashes).sum():
         print(
             f"Test images with the same pixels as a training image: {count}; they make the "
