@@ -10,7 +10,7 @@ import numpy as np
 from support.base import files
 from support.base.errors import DataError, UserError
 from support.base.progress import show_progress
-from support.data import dataset, records
+from support.data import dataset, matlab, records
 from support.data.image_files import (
     ImageError,
     find_files,
@@ -149,22 +149,13 @@ class SVHN:
 
 def _load_svhn(path):
     """Returns the arrays `X` and `y` of a MATLAB file, `y` as [n]."""
+    if not os.path.exists(path):
+        raise DataError(f"{path} is missing; download it from {SVHN_URL}")
     try:
-        import scipy.io
-    except ImportError as error:
-        raise UserError(
-            "--svhn needs SciPy to read MATLAB files: pip install -r requirements-svhn.txt"
-        ) from error
-    try:
-        arrays = scipy.io.loadmat(path, variable_names=["X", "y"])
-        return arrays["X"], arrays["y"].ravel()
-    except KeyError as error:
-        raise DataError(f"{path} is not an SVHN file: it has no array {error}") from error
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise DataError(f"{path} is missing; download it from {SVHN_URL}") from error
-    except Exception as error:  # SciPy raises errors of many types on damaged files
-        reason = str(error) or type(error).__name__
-        raise DataError(f"{path} is not an SVHN file: it cannot be read ({reason})") from error
+        images, labels = matlab.load_arrays(path, ["X", "y"])
+    except ValueError as error:
+        raise DataError(f"{path} is not an SVHN file: {error}") from error
+    return images, labels.ravel()
 
 
 def find_splits(folder, test_fraction=None):

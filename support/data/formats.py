@@ -5,10 +5,8 @@ the Python version of CIFAR-100. See https://www.cs.toronto.edu/~kriz/cifar.html
 """
 
 import contextlib
-import io
 import os
 import pathlib
-import pickle
 import shlex
 import tarfile
 import zlib
@@ -18,7 +16,7 @@ import numpy as np
 
 from support.base import files
 from support.base.errors import DataError
-from support.data import dataset, records
+from support.data import dataset, pickles, records
 
 
 class Version(NamedTuple):
@@ -214,12 +212,18 @@ def _errors_explained(path):
 def _parse_class_names(content, name, path, label_kind):
     """Returns the class names of one kind that a file lists; None if it lists another kind."""
     if name.endswith(".txt"):
-        listed = tuple(filter(None, map(dataset.normalize_name, _decode(content).splitlines())))
-        return listed if name == f"{NAME_LISTS[label_kind]}.txt" else None
-    listed = _unpickle(content, name, path).get(NAME_LISTS[label_kind])
-    if not isinstance(listed, list):
+        if name != f"{NAME_LISTS[label_kind]}.txt":
+            return None
+        listed = content.rstrip().splitlines()
+    else:
+        listed = _unpickle(content, name, path).get(NAME_LISTS[label_kind])
+    if not isinstance(listed, list) or not all(isinstance(each, bytes | str) for each in listed):
         raise DataError(f"{path}: {name} has no list {NAME_LISTS[label_kind]}")
-    return tuple(dataset.normalize_name(_decode(name)) for name in listed)
+    decoded = (each.decode() if isinstance(each, bytes) else each for each in listed)
+    try:
+        return tuple(map(dataset.normalize_name, decoded))
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: {name} cannot be read ({error})") from error
 
 
 def _parse_records(content, name, path, label_kind):
@@ -247,48 +251,10 @@ def _parse_records(content, name, path, label_kind):
     return np.column_stack([np.array(labels, np.uint8), images])
 
 
-# NumPy's own functions that pickles of arrays call, from protocol 5 on and before.
-_RECONSTRUCT = np.empty(0).__reduce__()[0]
-_FROM_BUFFER = np.empty(0).__reduce_ex__(5)[0]
-
-
-def _encode(text, encoding):
-    """Replaces `codecs.encode`, which Python 3's pickles of protocol 2 call to create bytes."""
-    return text.encode("latin1")
-
-
-_ADMITTED = {
-    ("numpy.core.multiarray", "_reconstruct"): _RECONSTRUCT,
-    ("numpy.core.numeric", "_frombuffer"): _FROM_BUFFER,
-    ("numpy", "ndarray"): np.ndarray,
-    ("numpy", "dtype"): np.dtype,
-    ("_codecs", "encode"): _encode,
-}
-
-
-class _ArrayUnpickler(pickle.Unpickler):
-    """Loads arrays and plain values only: any other pickle could run any code."""
-
-    def find_class(self, module, name):
-        """Returns the object of that name. Raises UnpicklingError if it is not admitted."""
-        key = (module.replace("numpy._core", "numpy.core"), name)  # NumPy 2 has renamed `core`
-        if key not in _ADMITTED:
-            raise pickle.UnpicklingError(f"it refers to {module}.{name}")
-        return _ADMITTED[key]
-
-
 def _unpickle(content, name, path):
     """Returns the dict in a pickle, with strings as keys."""
     try:
-        # Python 2 wrote the files. Its strings are bytes.
-        loaded = _ArrayUnpickler(io.BytesIO(content), encoding="bytes").load()
+        return pickles.load_dict(content)
     except Exception as error:  # loading a damaged pickle can raise any error
         reason = str(error) or type(error).__name__
         raise DataError(f"{path}: {name} cannot be read ({reason})") from error
-    if not isinstance(loaded, dict):
-        raise DataError(f"{path}: {name} is not a pickled dict")
-    return {_decode(key): value for key, value in loaded.items()}
-
-
-def _decode(text):
-    return text.decode(errors="replace") if isinstance(text, bytes) else str(text)

@@ -252,10 +252,10 @@ def run_code(path):
         lambda path: pickle.dumps({"data": Malicious(np.memmap, str(path), "u1", "w+", 0, 9)}),
         lambda path: pickle.dumps({"data": Malicious(run_code, path)}),
         # Names with dots and submodules that begin like an admitted name.
-        lambda path: b"\x80\x04\x8c\x05numpy\x8c\x0endarray.tofile\x93.",
-        lambda path: b"\x80\x04\x8c\x07_codecs\x8c\x06decode\x93.",
-        lambda path: b"cnumpy\nload\n.",
+        # A name that begins like an admitted one, and operations of other protocols.
+        lambda path: b"\x80\x04\x8c\x05numpy\x8c\x0endarray.tofile\x93C\x01a\x85R.",
         lambda path: b"cos\nsystem\n(Vtouch " + str(path).encode() + b"\ntR.",
+        lambda path: b"(S'touch " + str(path).encode() + b"'\nios\nsystem\n.",
     ],
 )
 @pytest.mark.parametrize("name", ["data_batch_2", "batches.meta"])
@@ -264,14 +264,9 @@ def test_a_pickle_that_could_run_code_is_refused(tmp_path, make_pickle, name):
     content[name] = make_pickle(tmp_path / "proof")
     folder = write_folder(tmp_path / "cifar", content)
     before = sorted(os.listdir(tmp_path))
-    with pytest.raises(DataError, match=rf"cifar: {name} cannot be read \(it refers to "):
+    with pytest.raises(DataError, match=rf"cifar: {name} cannot be read \(it (calls|uses) "):
         convert(folder, tmp_path / "out")
     assert sorted(os.listdir(tmp_path)) == before
-
-
-def test_an_array_that_is_built_from_an_admitted_function_of_codecs_has_no_other_encoding():
-    data = b"\x80\x02c_codecs\nencode\nX\x02\x00\x00\x00abX\x04\x00\x00\x00zlib\x86R."
-    assert formats._ArrayUnpickler(io.BytesIO(data)).load() == b"ab"
 
 
 def set_batch(**changes):
@@ -294,7 +289,7 @@ def set_content(**changes):
     [
         (set_batch(labels=None), "data_batch_2 has no valid labels"),
         (set_batch(labels="abc"), "data_batch_2 has no valid labels"),
-        (set_batch(labels=[0.5] * 12), "data_batch_2 has no valid labels"),
+        (set_batch(labels=[0.5] * 12), "data_batch_2 cannot be read .it uses the operation b'G'"),
         (set_batch(labels=[300] * 12), "data_batch_2 has no valid labels"),
         (set_batch(labels=[-1] * 12), "data_batch_2 has no valid labels"),
         (set_batch(labels=[[1], [2, 3]]), "data_batch_2 has no valid labels"),
@@ -302,9 +297,16 @@ def set_content(**changes):
         (set_batch(labels=[0] * 11), r"data_batch_2 has no array of data, uint8 \[11, 3072\]"),
         (set_batch(data=None), "data_batch_2 has no array of data"),
         (set_batch(data=[1, 2]), "data_batch_2 has no array of data"),
-        (set_batch(data=np.zeros([12, 3072])), "data_batch_2 has no array of data, uint8"),
+        (
+            set_batch(data=np.zeros([12, 3072])),
+            "data_batch_2 cannot be read .it has an array whose",
+        ),
+        (set_batch(data=np.zeros([12, 3072], int)), "data_batch_2 has no array of data, uint8"),
         (set_batch(data=np.zeros([0, 3072], np.uint8), labels=[]), "data_batch_2 has no images"),
-        (set_content(data_batch_2=pickle.dumps([1, 2])), "data_batch_2 is not a pickled dict"),
+        (
+            set_content(data_batch_2=pickle.dumps([1, 2])),
+            "data_batch_2 cannot be read .it is not a pickled dict",
+        ),
         (set_content(data_batch_2=b""), "data_batch_2 cannot be read"),
         (set_content(data_batch_2=b"\x80\x02}(U\x04data"), "data_batch_2 cannot be read"),
         (set_content(**{"batches.meta": pickle.dumps({})}), "batches.meta has no list label_names"),

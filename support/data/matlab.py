@@ -1,0 +1,46 @@
+"""Reads arrays of MATLAB files in a process of its own, because damaged files can crash SciPy."""
+
+import importlib.util
+import io
+import signal
+import subprocess
+import sys
+
+import numpy as np
+
+from support.base.errors import UserError
+
+# What the process runs. Its last line on stderr gives the reason if it fails.
+_PROGRAM = """
+import resource, sys
+resource.setrlimit(resource.RLIMIT_DATA, (4 << 30, 4 << 30))  # bytes
+import numpy, scipy.io
+path, *names = sys.argv[1:]
+arrays = scipy.io.loadmat(path, variable_names=names)
+for name in names:
+    if name not in arrays or arrays[name].dtype.kind not in "iuf":
+        sys.exit(f"it has no array {name} of numbers")
+    numpy.save(sys.stdout.buffer, arrays[name], allow_pickle=False)
+"""
+
+
+def load_arrays(path, names):
+    """Returns the arrays of these names in a MATLAB file, in this order.
+
+    Raises:
+      ValueError: the file cannot be read, or has no such arrays of numbers.
+      UserError: SciPy is not installed.
+    """
+    if importlib.util.find_spec("scipy") is None:
+        raise UserError(
+            "--svhn needs SciPy to read MATLAB files: pip install -r requirements-svhn.txt"
+        )
+    command = [sys.executable, "-c", _PROGRAM, path, *names]
+    process = subprocess.run(command, capture_output=True, check=False)
+    if process.returncode < 0:
+        name = signal.Signals(-process.returncode).name
+        raise ValueError(f"it is damaged: it makes SciPy crash with {name}")
+    if process.returncode:
+        raise ValueError(process.stderr.decode(errors="replace").strip().rpartition("\n")[2])
+    file = io.BytesIO(process.stdout)
+    return [np.load(file, allow_pickle=False) for _ in names]
