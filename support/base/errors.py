@@ -1,13 +1,17 @@
 """The errors that end a script with one line instead of a traceback."""
 
+import contextlib
 import re
+
+from support.base.messages import printable
 
 
 class UserError(Exception):
     """The user can fix this. The message is one line that says what is wrong and what to do."""
 
     def __init__(self, message):
-        super().__init__(" ".join(message.split()))  # quoted text may span several lines
+        # Quoted text may span several lines.
+        super().__init__(printable(" ".join(message.split())))
 
 
 class DataError(UserError):
@@ -39,3 +43,23 @@ def first_line(error):
     """
     match = re.search(r"^Node: .*\n(.+)", str(error), re.MULTILINE)
     return match[1] if match else (str(error).splitlines() or [repr(error)])[0]
+
+
+@contextlib.contextmanager
+def foreign_file(path, error_class=DataError, cure=""):
+    """Turns any error in the context into an error of one line: "PATH cannot be read (reason)".
+
+    Damaged and hostile files cause errors of any type, whichever library reads them. Only the call
+    of the library belongs into the context: a mistake in our own code should have its traceback.
+
+    Args:
+      path: path; or a description of what is read.
+      error_class: subclass of `UserError`.
+      cure: string; what to do, to append to the message.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise error_class(f"{path} cannot be read ({first_line(error)}){cure}") from error

@@ -1,10 +1,18 @@
 """Tests of the errors that end a script with one line."""
 
+import re
 import signal
 
 import pytest
 
-from support.base.errors import CheckpointError, DataError, Interrupted, UserError, first_line
+from support.base.errors import (
+    CheckpointError,
+    DataError,
+    Interrupted,
+    UserError,
+    first_line,
+    foreign_file,
+)
 
 
 def test_the_message_of_a_user_error_is_one_line():
@@ -39,3 +47,13 @@ def test_an_interruption_is_a_keyboard_interrupt_that_says_how_to_resume():
 )
 def test_the_reason_of_an_error_is_one_line_of_its_text(text, reason):
     assert first_line(ValueError(text)) == reason
+
+
+@pytest.mark.parametrize("error", [RecursionError("too deep"), MemoryError(), EOFError("end")])
+def test_any_error_of_a_foreign_file_is_one_line(error):
+    reason = str(error) or repr(error)
+    with (
+        pytest.raises(CheckpointError, match=rf"^a cannot be read \({re.escape(reason)}\); go$"),
+        foreign_file("a", CheckpointError, "; go"),
+    ):
+        raise error

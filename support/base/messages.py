@@ -1,0 +1,26 @@
+"""Messages on stderr. Text that comes from outside cannot move the cursor or look like a message.
+
+Such text is a file's name, the content of a file or the answer of a server, for example. It may
+contain control characters, which a terminal would obey.
+"""
+
+import os
+import re
+import sys
+
+
+def printable(text):
+    """Returns a string or a path as one line of printable characters; escapes all others."""
+    text = os.fspath(text)
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def report(message):
+    """Prints a message on stderr, as one printable line."""
+    print(printable(message), file=sys.stderr, flush=True)
+
+
+def mask_secrets(text):
+    """Returns a text in which the user names, passwords and queries of URLs are masked."""
+    text = re.sub(r"(?<=://)[^/?#\s]*@", "***@", text)
+    return re.sub(r"(?<=\w)(://[^?#\s]*\?)[^#\s]+", r"\1***", text)

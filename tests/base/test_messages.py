@@ -1,0 +1,36 @@
+"""Tests of messages: text from outside stays on its line."""
+
+import pathlib
+
+import pytest
+
+from support.base import messages
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("käse 猫 a b", "käse 猫 a b"),
+        ("red \x1b[31m\rforged\nline\u2028\u202e", r"red \x1b[31m\rforged\nline\u2028\u202e"),
+        ("\udcff", r"\udcff"),  # a byte of a file's name that is not UTF-8
+        (pathlib.Path("a\tb"), r"a\tb"),
+    ],
+)
+def test_a_report_is_one_printable_line(text, expected, capsys):
+    assert messages.printable(text) == expected
+    messages.report(f"read {text}")
+    assert capsys.readouterr().err == f"read {expected}\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("https://ann:secret@host/a.tar.gz", "https://***@host/a.tar.gz"),
+        ("https://token@host:80/a?sig=b&c=d#e", "https://***@host:80/a?***#e"),
+        ("cannot get ftp://a:p@ss@host/x?y: gone", "cannot get ftp://***@host/x?*** gone"),
+        ("https://host/a@b is /tmp/a?b=c", "https://host/a@b is /tmp/a?b=c"),
+        ("/tmp/a.tar.gz", "/tmp/a.tar.gz"),
+    ],
+)
+def test_secrets_in_urls_are_masked(text, expected):
+    assert messages.mask_secrets(text) == expected
