@@ -8,6 +8,8 @@ import os
 import re
 import sys
 
+MAX_LENGTH = 2000  # characters of a message; only text from outside can be longer
+
 
 def printable(text):
     """Returns a string or a path as one line of printable characters; escapes all others."""
@@ -15,9 +17,15 @@ def printable(text):
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
+def shorten(message):
+    """Returns a message without its middle if it is longer than MAX_LENGTH."""
+    half = MAX_LENGTH // 2
+    return message if len(message) <= MAX_LENGTH else f"{message[:half]} ... {message[-half:]}"
+
+
 def report(message):
     """Prints a message on stderr, as one printable line."""
-    print(printable(message), file=sys.stderr, flush=True)
+    print(shorten(printable(message)), file=sys.stderr, flush=True)
 
 
 def mask_secrets(text):

@@ -5,7 +5,7 @@ import os
 import re
 from typing import NamedTuple
 
-from support.base.errors import UserError
+from support.base.errors import UserError, foreign_file
 
 TASK_TYPES = ("ps", "chief", "worker", "evaluator")
 
@@ -74,10 +74,8 @@ def find_task():
     text = os.environ.get("TF_CONFIG", "").strip()
     if not text:
         return None
-    try:
+    with foreign_file("TF_CONFIG", UserError):
         config = json.loads(text)
-    except ValueError as error:
-        raise _malformed(error) from error
     if not isinstance(config, dict):
         raise _malformed("it is not a JSON object")
     cluster = _parse_cluster(_get_object(config, "cluster"))

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from support.base.errors import DataError
+from support.base.messages import printable
 from support.data import records
 
 CLASS_NAMES_FILE = "batches.meta.txt"
@@ -25,6 +26,7 @@ NUM_EXAMPLES_PER_EPOCH_FOR_TRAIN = 50000
 NUM_EXAMPLES_PER_EPOCH_FOR_EVAL = 10000
 
 MIN_CLASSES, MAX_CLASSES = 2, 256  # of any dataset; a label is one byte
+MAX_NAME_LENGTH = 200  # characters
 MAX_LISTED_CLASSES = 12  # in messages
 
 
@@ -109,7 +111,7 @@ def read_class_names(folder, num_classes=NUM_CLASSES):
         if num_classes == NUM_CLASSES:
             return CLASS_NAMES
         return tuple(f"class {label}" for label in range(num_classes))
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:  # includes UnicodeDecodeError
         raise DataError(f"{path} cannot be read ({error}); {cure}") from error
     if not MIN_CLASSES <= len(names) <= MAX_CLASSES:
         raise DataError(
@@ -127,14 +129,31 @@ def read_class_names(folder, num_classes=NUM_CLASSES):
 
 
 def normalize_name(name):
-    """Returns a class name without surrounding spaces, its letters in Unicode's composed form."""
-    return unicodedata.normalize("NFC", name.strip())
+    """Returns a class name in the one form that is stored, compared and printed.
+
+    It has no surrounding spaces, its letters are in Unicode's composed form, and all characters
+    that are not printable are escaped.
+
+    Raises:
+      ValueError: the name has more than MAX_NAME_LENGTH characters.
+    """
+    name = printable(unicodedata.normalize("NFC", name.strip()))
+    if len(name) > MAX_NAME_LENGTH:
+        raise ValueError(f"a class name has {len(name)} characters, {name[:20]}...")
+    return name
 
 
 def write_class_names(folder, names):
-    """Writes the file that `read_class_names` reads."""
-    with open(os.path.join(folder, CLASS_NAMES_FILE), "w", encoding="utf-8") as file:
+    """Writes the file that `read_class_names` reads.
+
+    Raises:
+      DataError: these names would be read as other ones: one is empty, for example.
+    """
+    path = os.path.join(folder, CLASS_NAMES_FILE)
+    with open(path, "w", encoding="utf-8") as file:
         file.writelines(f"{name}\n" for name in names)
+    if read_class_names(folder) != tuple(names):
+        raise DataError(f"the class names {list(names)} cannot be the lines of {CLASS_NAMES_FILE}")
 
 
 def describe_classes(names):

@@ -51,8 +51,13 @@ def count_records(folder, eval_data):
 
 
 def read_labels(path):
-    """Returns the labels of a file of whole records: uint8 [n]."""
-    return np.memmap(path, np.uint8, mode="r").reshape(-1, RECORD_BYTES)[:, 0]
+    """Returns the labels of the whole records in a file: uint8 [n]."""
+    # Not a memory map: if another process truncated the file, that would end this process.
+    labels = bytearray()
+    with open(path, "rb") as file:
+        while record := file.read(RECORD_BYTES):
+            labels.append(record[0])
+    return np.frombuffer(labels, np.uint8)
 
 
 def find_problem(path, num_classes):

@@ -36,12 +36,13 @@ def format_settings(settings):
 
 
 def parse_settings(text):
-    """Returns the `TrainingSettings` in a string. Raises ValueError or TypeError if invalid."""
+    """Returns the `TrainingSettings` in a string. Raises an exception of any type if invalid."""
     settings = TrainingSettings(**json.loads(text))
     kinds = list, int, int, str, bool, int, int
     for (name, value), kind in zip(settings._asdict().items(), kinds, strict=True):
         is_unknown = name == "examples_per_step" and value is None
-        if type(value) is not kind and not is_unknown:
+        is_valid = type(value) is kind and (kind is not int or abs(value) < 2**63)
+        if not is_valid and not is_unknown:
             raise ValueError(f"{name} is {value!r}")
     names = settings.class_names
     if not (names and all(isinstance(name, str) for name in names)):

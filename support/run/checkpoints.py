@@ -11,9 +11,8 @@ import re
 from typing import NamedTuple
 
 import numpy as np
-from google.protobuf.message import DecodeError
 
-from support.base.errors import CheckpointError, UserError, first_line
+from support.base.errors import CheckpointError, UserError, first_line, foreign_file
 from support.data.settings import (
     TrainingSettings,
     find_mismatch,
@@ -273,15 +272,15 @@ def read(path):
 
 def _read_variables(path):
     """Returns the global step of a checkpoint, and the shapes of its variables."""
-    try:
+    step = _step_in_name(path)
+    with foreign_file(path, CheckpointError):
         reader = tf.train.load_checkpoint(path)
-        step = _step_in_name(path)
         if reader.has_tensor(tf.GraphKeys.GLOBAL_STEP):
-            step = int(reader.get_tensor(tf.GraphKeys.GLOBAL_STEP))
+            value = reader.get_tensor(tf.GraphKeys.GLOBAL_STEP)
+            if value.shape or value.dtype.kind not in "iuf" or not 0 <= value < 2**63 or value % 1:
+                raise ValueError(f"its global_step is {value}, not a number of steps")
+            step = int(value)
         shapes = reader.get_variable_to_shape_map()
-    # TensorFlow's reader raises several of Python's own exceptions.
-    except (tf.errors.OpError, OSError, ValueError, IndexError, RuntimeError) as error:
-        raise CheckpointError(f"{path} cannot be read: {first_line(error)}") from error
     if step is None:
         raise CheckpointError(
             f"the step of {path} is unknown: it has no variable global_step; rename its files so "
@@ -293,7 +292,13 @@ def _read_variables(path):
 def _read_settings(checkpoint):
     """Returns the settings in the `.meta` file of a checkpoint; None if there is no such file."""
     path = f"{checkpoint}.meta"
-    try:
+    if not os.path.exists(path):
+        if not _exists(checkpoint):
+            raise CheckpointError(f"{checkpoint} has been deleted")
+        _warn_once(f"{path} is missing, so the settings of this checkpoint are not checked.")
+        return None
+    cure = "; move it away to use the checkpoint without a check of what it was trained on"
+    with foreign_file(path, CheckpointError, cure):
         with open(path, "rb") as file:
             meta_graph = tf.MetaGraphDef.FromString(file.read())
         if not meta_graph.HasField("graph_def"):
@@ -302,16 +307,6 @@ def _read_settings(checkpoint):
             return TrainingSettings()
         (text,) = meta_graph.collection_def[_SETTINGS].bytes_list.value
         return parse_settings(text)
-    except FileNotFoundError as error:
-        if not _exists(checkpoint):
-            raise CheckpointError(f"{checkpoint} has been deleted") from error
-        _warn_once(f"{path} is missing, so the settings of this checkpoint are not checked.")
-        return None
-    except (OSError, DecodeError, ValueError, TypeError) as error:
-        raise CheckpointError(
-            f"{path} cannot be read ({error}); move it away to use the checkpoint without a check "
-            "of what it was trained on"
-        ) from error
 
 
 @functools.cache

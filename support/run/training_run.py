@@ -23,7 +23,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from support.base import files, streams
-from support.base.errors import Interrupted, UserError, first_line
+from support.base.errors import Interrupted, UserError, first_line, foreign_file
 from support.base.signals import DeferredSignals
 from support.base.worker import ALONE
 from support.data import records
@@ -348,17 +348,12 @@ def _mix(seed, step):
 
 def _read_starts(path):
     """Returns the JSON list in a file; an empty one if there is no file. Raises UserError."""
-    try:
-        with open(path) as file:
-            starts = json.load(file)
-        if not (isinstance(starts, list) and all(isinstance(start, dict) for start in starts)):
-            raise ValueError("it is not a list of objects")
-    except FileNotFoundError:
+    if not os.path.exists(path):
         return []
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{path} cannot be read as a list of earlier runs ({error}); move it away"
-        ) from error
+    with foreign_file(path, UserError, "; move it away"), open(path) as file:
+        starts = json.load(file)
+    if not (isinstance(starts, list) and all(isinstance(start, dict) for start in starts)):
+        raise UserError(f"{path} is not a list of earlier runs; move it away")
     return starts
 
 

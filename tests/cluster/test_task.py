@@ -126,7 +126,7 @@ def test_an_evaluator_need_not_be_listed_in_the_cluster(set_tf_config, cluster):
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ("{", "is malformed: Expecting property name"),
+        ("{", "cannot be read .Expecting property name"),
         ("[]", "is malformed: it is not a JSON object"),
         ("null", "is malformed: it is not a JSON object"),
         ({"cluster": []}, "is malformed: `cluster` is not a JSON object"),
