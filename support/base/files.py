@@ -8,6 +8,7 @@ import os
 import pathlib
 import shutil
 import socket
+import stat
 import sys
 import time
 
@@ -18,6 +19,7 @@ from support.base.errors import DataError, UserError
 # How flock fails on file systems that have no locks: NFS without a lock daemon, Lustre mounted
 # without `flock`, FUSE and others. 524 is the Linux kernel's own ENOTSUPP, which some pass on.
 _NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EBADF, errno.EINVAL, 524}
+MAX_HOLDER_BYTES = 1000  # of what is read of a lock file
 _without_locks = set()  # (device, error number) of the warnings that this process has printed
 
 
@@ -61,7 +63,37 @@ def lock(path, on_wait=None):
         file_lock.release()
 
 
+def open_without_links(path, flags):
+    """Opens a file of ours, as an opener for `open`; creates it if the flags say so.
+
+    In a folder like `/tmp`, somebody else may have prepared a link of that name, through which we
+    would overwrite a file elsewhere.
+
+    Raises:
+      OSError: the path is a link, among others.
+    """
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
+
+
+def refuse_folder_of_others(flag, folder):
+    """Raises UserError if `folder` belongs to another user and is in a folder that all can write.
+
+    That user could read and replace what is written there.
+    """
+    parent = os.path.dirname(os.path.abspath(folder))
+    with contextlib.suppress(OSError):  # it is missing, or cannot be read: reported later
+        owners = {os.stat(folder).st_uid, os.lstat(folder).st_uid}
+        is_shared = os.stat(parent).st_mode & stat.S_IWOTH
+        if is_shared and owners - {os.geteuid(), 0}:
+            raise UserError(
+                f"{flag}={folder} belongs to another user, in a folder that everybody can write "
+                "to; choose another folder"
+            )
+
+
 def _acquire(file_lock, path, on_wait):
+    # The lock would wait forever for a file that cannot be created.
+    os.close(open_without_links(path, os.O_RDWR | os.O_CREAT))
     try:
         file_lock.acquire(blocking=False)
     except filelock.Timeout:
@@ -95,12 +127,14 @@ def _write_holder(path):
     script = os.path.basename(sys.argv[0])
     start = time.strftime("%Y-%m-%d %H:%M:%S")
     holder = f"process {os.getpid()} on {socket.gethostname()} ({script}, since {start})\n"
-    pathlib.Path(path).write_bytes(holder.encode())
+    with open(path, "w", encoding="utf-8", opener=open_without_links) as file:
+        file.write(holder)
 
 
 def _read_holder(path):
     with contextlib.suppress(FileNotFoundError):
-        if holder := pathlib.Path(path).read_text().strip():
+        content = pathlib.Path(path).read_bytes()[:MAX_HOLDER_BYTES]
+        if holder := content.decode(errors="replace").strip():
             return holder
     return "another process"
 
@@ -237,12 +271,17 @@ def hash_file(path):
 def append_json_line(path, value):
     """Appends a dict, plus the `time` in seconds since 1970, as one line to a JSON Lines file.
 
+    If the last line is incomplete, because the disk was full, it gets its end first.
+
     Raises:
       UserError: the file cannot be written.
     """
     line = json.dumps({"time": time.time(), **value}) + "\n"
-    with _writing(path), open(path, "a") as file:
-        file.write(line)
+    with _writing(path), open(path, "a+b", opener=open_without_links) as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            line = line if file.read() == b"\n" else f"\n{line}"
+        file.write(line.encode())
 
 
 def write_json_atomically(path, value):
@@ -257,7 +296,9 @@ def write_json_atomically(path, value):
     part = pathlib.Path(f"{path}.part")
     with _writing(path):
         try:
-            part.write_text(text)
+            part.unlink(missing_ok=True)
+            with open(part, "x", encoding="utf-8") as file:
+                file.write(text)
             part.replace(path)
         finally:
             part.unlink(missing_ok=True)

@@ -76,6 +76,7 @@ def check_eval_dir(eval_dir, checkpoint_dir):
             f"--eval_dir and --checkpoint_dir are both {eval_dir}; choose a separate folder for "
             "the evaluation summaries"
         )
+    files.refuse_folder_of_others("--eval_dir", eval_dir)
 
 
 def limit_examples(available, limit, is_default):

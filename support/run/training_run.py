@@ -117,6 +117,7 @@ class TrainingRun:
     def _open_train_dir(self, stack):
         """Creates the folder, locks it until `stack` is closed, and finds its checkpoint."""
         train_dir = self._options.train_dir
+        files.refuse_folder_of_others("--train_dir", train_dir)
         try:
             os.makedirs(train_dir, exist_ok=True)
             # The end of the process releases the lock, too.

@@ -8,6 +8,7 @@ import json
 import os
 import pathlib
 import re
+import resource
 import select
 import subprocess
 import sys
@@ -379,17 +380,16 @@ def test_the_previous_json_stays_until_the_new_one_is_complete(tmp_path):
     assert os.listdir(tmp_path) == ["a.json"]
 
 
-def test_a_disk_that_is_full_leaves_the_previous_json(tmp_path, monkeypatch):
+def test_a_disk_that_is_full_leaves_the_previous_json(tmp_path):
     path = tmp_path / "a.json"
     files.write_json_atomically(path, [1])
-
-    def write_text(target, text):
-        target.write_bytes(text[:1].encode())
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(pathlib.Path, "write_text", write_text)
-    with pytest.raises(UserError, match=r"a\.json: No space left on device$"):
-        files.write_json_atomically(path, [2])
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1, hard))  # bytes in a file
+    try:
+        with pytest.raises(UserError, match=r"a\.json: File too large$"):
+            files.write_json_atomically(path, [2])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert json.loads(path.read_bytes()) == [1]
     assert os.listdir(tmp_path) == ["a.json"]
 
@@ -428,3 +428,92 @@ def test_a_lock_file_that_cannot_be_removed_hides_no_error(tmp_path, monkeypatch
     monkeypatch.undo()
     with files.lock(str(tmp_path / "lock")):  # it was released
         pass
+
+
+# --- Files that somebody else has prepared.
+
+
+def append(path):
+    files.append_json_line(path, {"step": 1})
+
+
+def lock_and_release(path):
+    with files.lock(path):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("write", "name"),
+    [(append, "a"), (lambda path: files.write_json_atomically(path, []), "a.part")],
+)
+def test_nothing_is_written_through_a_link(tmp_path, write, name):
+    victim = tmp_path / "victim"
+    victim.write_text("mine")
+    (tmp_path / name).symlink_to(victim)
+    with contextlib.suppress(UserError):
+        write(tmp_path / "a")
+    assert victim.read_text() == "mine"
+
+
+def test_a_lock_file_that_is_a_link_locks_and_changes_nothing(tmp_path):
+    victim = tmp_path / "victim"
+    victim.write_text("mine")
+    (tmp_path / "a.lock").symlink_to(victim)
+    with pytest.raises(OSError, match="symbolic links"):
+        lock_and_release(tmp_path / "a.lock")
+    assert victim.read_text() == "mine"
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="needs /proc")
+def test_a_lock_file_that_cannot_be_created_is_an_error_at_once():
+    with pytest.raises(DataError, match="^cannot write the dataset to /proc/self: "):
+        lock_in_folder("/proc/self/x")
+
+
+def lock_in_folder(folder):
+    with files.exclusive_creation(folder):
+        pass
+
+
+def test_a_holder_that_is_not_text_is_described_in_one_line(tmp_path):
+    with holder(tmp_path / "a.lock") as process:
+        assert process.stdout.readline() == "held\n"
+        (tmp_path / "a.lock").write_bytes(b"\xff\x1b[31m\nforged" + b"x" * 10_000)
+        with pytest.raises(files.LockedError) as error:
+            lock_and_release(tmp_path / "a.lock")
+    assert str(error.value).isprintable()
+    assert len(str(error.value)) < 1100
+
+
+def test_a_line_after_an_incomplete_one_is_a_line_of_its_own(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"step": 0}\n{"ste')
+    append(path)
+    assert path.read_text().splitlines()[1] == '{"ste'
+    assert json.loads(path.read_text().splitlines()[2])["step"] == 1
+
+
+@pytest.mark.parametrize(
+    ("mode", "owner", "is_refused"),
+    [(0o1777, 1234, True), (0o755, 1234, False), (0o1777, os.geteuid(), False)],
+)
+def test_a_folder_of_another_user_is_refused_where_everybody_can_write(
+    tmp_path, monkeypatch, mode, owner, is_refused
+):
+    folder = tmp_path / "a"
+    folder.mkdir()
+    tmp_path.chmod(mode)
+    real = os.stat
+
+    def stat(path, *arguments, **named):
+        found = real(path, *arguments, **named)
+        if path != folder:
+            return found
+        return os.stat_result((*found[:4], owner, *found[5:10]))
+
+    monkeypatch.setattr(os, "stat", stat)
+    if is_refused:
+        with pytest.raises(UserError, match=f"^--train_dir={folder} belongs to another user, "):
+            files.refuse_folder_of_others("--train_dir", folder)
+    else:
+        files.refuse_folder_of_others("--train_dir", folder)
