@@ -1,7 +1,9 @@
 """Which checkpoints are evaluated, and what is counted."""
 
 import contextlib
+import pathlib
 import shutil
+import struct
 import types
 
 import numpy as np
@@ -39,6 +41,7 @@ def clock(monkeypatch):
 
     clock.sleep, clock.monotonic = sleep, lambda: clock.now
     monkeypatch.setattr(evaluation, "time", clock)
+    monkeypatch.setattr(checkpoints, "check_in_other_process", lambda path: None)  # takes seconds
     return clock
 
 
@@ -87,6 +90,40 @@ def test_after_a_damaged_checkpoint_evaluation_waits_for_the_next_one(tmp_path, 
     save(tmp_path, 1)
     (tmp_path / "model.ckpt-1.data-00000-of-00001").write_bytes(b"")
     assert evaluate(tmp_path, clock, {3: 2}, 8) == [2]
+
+
+def test_evaluation_survives_a_checkpoint_that_would_end_the_process(tmp_path, clock, monkeypatch):
+    monkeypatch.undo()  # the check is real
+    monkeypatch.setattr(evaluation, "time", clock)
+    give_invalid_type(save(tmp_path, 1))
+    assert evaluate(tmp_path, clock, {3: 2}, 5) == [2]
+
+
+def give_invalid_type(path):
+    """Changes the type of the variable in a checkpoint to one that does not exist.
+
+    The first block of an index file is followed by a zero byte and a checksum of both.
+    """
+    content = bytearray(pathlib.Path(f"{path}.index").read_bytes())
+    content[content.index(b"\x08\x09\x12") + 1] = 0x7F  # int64
+    for end in range(len(content) - 4):
+        (found,) = struct.unpack_from("<I", content, end)
+        before = content[:end].replace(b"\x08\x7f\x12", b"\x08\x09\x12")
+        if found == masked_checksum(before):
+            struct.pack_into("<I", content, end, masked_checksum(content[:end]))
+            break
+    pathlib.Path(f"{path}.index").write_bytes(content)
+
+
+def masked_checksum(content):
+    """Returns the CRC-32C of a content in the form that LevelDB and TensorFlow write."""
+    checksum = 0xFFFFFFFF
+    for byte in content:
+        checksum ^= byte
+        for _ in range(8):
+            checksum = (checksum >> 1) ^ (0x82F63B78 if checksum & 1 else 0)
+    checksum ^= 0xFFFFFFFF
+    return ((checksum >> 15 | checksum << 17) + 0xA282EAD8) & 0xFFFFFFFF
 
 
 def test_checkpoints_without_a_state_file_are_used_while_training_continues(tmp_path, clock):
