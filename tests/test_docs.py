@@ -108,10 +108,6 @@ def test_the_tests_that_a_page_names_exist(page):
             assert re.search(rf"def test_{name.replace('…', '[a-z0-9_]*')}\(", source), name
 
 
-def test_the_readme_has_at_most_150_lines():
-    assert len((ROOT / "README.md").read_text().splitlines()) <= 150
-
-
 # --- The commands of the pages and their output.
 
 
