@@ -82,7 +82,7 @@ def find_task():
         config = json.loads(text)
         cluster = _parse_cluster(config.get("cluster") or {})
         task = _parse_task(config.get("task") or {}, cluster)
-    except (AttributeError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"TF_CONFIG is malformed: {error}; write it like {EXAMPLE}") from error
     if not cluster and task.index == 0 and task.type in ("chief", "worker"):
         return None
@@ -118,6 +118,8 @@ def _parse_cluster(jobs):
     """Returns the cluster of a `Task`, without evaluators and without jobs that have no tasks."""
     cluster = {}
     for job, addresses in jobs.items():
+        if isinstance(addresses, dict):  # by index, as Kubeflow writes some jobs
+            addresses = [addresses[str(index)] for index in range(len(addresses))]
         if addresses and _parse_type(job) != "evaluator":
             cluster.setdefault(_parse_type(job), []).extend(addresses)
     endpoints = [split_address(address) for job in cluster.values() for address in job]
