@@ -19,6 +19,7 @@ from conftest import (
     run_script,
     running_script,
     write_dataset,
+    written_values,
 )
 
 import cifar10_eval
@@ -152,8 +153,7 @@ def test_a_restart_restores_all_variables_and_moving_averages(data_dir, train_di
     ("script", "number", "flag"),
     [
         ("cifar10_train.py", signal.SIGINT, "--save_checkpoint_secs=600"),
-        ("cifar10_train.py", signal.SIGTERM, "--save_checkpoint_steps=1"),  # likely during a save
-        ("cifar10_train.py", signal.SIGUSR1, "--save_checkpoint_secs=600"),
+        # Likely during a save.
         ("cifar10_multi_gpu_train.py", signal.SIGTERM, "--save_checkpoint_steps=1"),
     ],
 )
@@ -172,19 +172,6 @@ def test_a_signal_lets_the_step_finish_and_saves_it(data_dir, train_dir, script,
     assert "Traceback" not in "".join(errors)
     with training(data_dir, train_dir, f"--max_steps={last[0] + 2}", script=script) as process:
         assert wait_for_step(process) == last[0] + 1
-
-
-def test_a_signal_interrupts_the_filling_of_the_queue(data_dir, train_dir):
-    flags = ("--min_fraction_of_examples_in_queue=1", "--batch_size=500000")
-    with training(data_dir, train_dir, *flags) as process:
-        assert process.stdout.readline().startswith("Filling queue with 200 ")
-        wait_for_checkpoint(train_dir, 0, process)  # saved just before the queue is filled
-        process.send_signal(signal.SIGINT)
-        code, output, errors = finish(process, timeout=30)
-    assert (code, output) == (130, "")
-    (line,) = errors  # the threads of the queue print nothing
-    assert "step 0 is saved in " in line
-    assert line.endswith("model.ckpt-0; run the same command again to resume from it")
 
 
 def test_a_signal_before_training_begins_ends_the_script(data_dir, train_dir):
@@ -238,37 +225,16 @@ def test_an_interrupted_evaluation_prints_no_precision(tmp_path, data_dir, train
     assert not (tmp_path / "eval" / "results.jsonl").exists()
 
 
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (os.remove, r"data_batch_3.bin can no longer be read \(No such file"),
-        (
-            lambda path: path.write_bytes(b"\xff" * path.stat().st_size),
-            "data_batch_3.bin was modified after the script started",
-        ),
-    ],
-    ids=["removed", "overwritten"],
-)
-def test_a_record_file_that_changes_during_training_ends_it(data_dir, train_dir, damage, message):
+def test_a_record_file_that_changes_during_training_ends_it(data_dir, train_dir):
     with training(data_dir, train_dir) as process:
         wait_for_step(process, 2)
-        damage(data_dir / dataset.EXTRACTED_FOLDER / "data_batch_3.bin")
+        path = data_dir / dataset.EXTRACTED_FOLDER / "data_batch_3.bin"
+        path.write_bytes(b"\xff" * path.stat().st_size)
         code, _, errors = finish(process)
     assert code == 1
+    message = "data_batch_3.bin was modified after the script started"
     assert re.match(f"cifar10_train.py: error: .*{message}", errors[-1])
     assert "Traceback" not in "".join(errors)
-
-
-def test_touching_the_record_files_during_training_does_not_end_it(data_dir, train_dir):
-    with training(data_dir, train_dir) as process:
-        step = wait_for_step(process, 2)
-        for path in records.record_files(data_dir / dataset.EXTRACTED_FOLDER, eval_data=False):
-            os.utime(path)
-        time.sleep(2.5)  # the files are checked once a second
-        assert wait_for_step(process, step + 1) > step
-        process.send_signal(signal.SIGINT)
-        code, _, errors = finish(process)
-    assert code == 130, errors
 
 
 def test_record_files_emptied_while_the_queue_fills_do_not_block_training(data_dir, train_dir):
@@ -285,12 +251,11 @@ def test_record_files_emptied_while_the_queue_fills_do_not_block_training(data_d
 def test_a_second_trainer_is_refused_and_the_first_continues(data_dir, train_dir):
     with training(data_dir, train_dir) as first:
         step = wait_for_step(first)
-        for script in ("cifar10_train.py", "cifar10_multi_gpu_train.py"):
-            with training(data_dir, train_dir, script=script) as second:
-                code, output, errors = finish(second)
-            assert (code, output) == (1, "")
-            assert f"another process is training in --train_dir={train_dir}" in errors[-1]
-            assert f"process {first.pid} on " in errors[-1]
+        with training(data_dir, train_dir, script="cifar10_multi_gpu_train.py") as second:
+            code, output, errors = finish(second)
+        assert (code, output) == (1, "")
+        assert f"another process is training in --train_dir={train_dir}" in errors[-1]
+        assert f"process {first.pid} on " in errors[-1]
         assert wait_for_step(first, step + 1) > step
 
 
@@ -404,23 +369,6 @@ def test_a_full_disk_ends_training_and_the_last_checkpoint_stays(data_dir, train
     assert saved_step(train_dir) == 9
 
 
-def test_a_full_disk_ends_an_evaluation_with_one_line(data_dir, train_dir, tmp_path):
-    train(data_dir, train_dir, max_steps=2)
-    limit = 130_000  # the graph fits; histograms and images do not
-    with running_script(
-        "cifar10_eval.py",
-        f"--data_dir={data_dir}",
-        f"--checkpoint_dir={train_dir}",
-        f"--eval_dir={tmp_path / 'eval'}",
-        "--run_once",
-    ) as process:
-        resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (limit, limit))
-        code, _, errors = finish(process)
-    assert code == 1
-    assert f"error: cannot write to --eval_dir={tmp_path / 'eval'}: " in errors[-1]
-    assert "Traceback" not in "".join(errors)
-
-
 @pytest.mark.timeout(600)
 def test_fifty_evaluations_succeed_alongside_a_trainer_that_keeps_one_checkpoint(
     tmp_path, data_dir, train_dir, capsys
@@ -437,10 +385,8 @@ def test_fifty_evaluations_succeed_alongside_a_trainer_that_keeps_one_checkpoint
             cifar10_eval.evaluate()
         assert process.poll() is None
     assert capsys.readouterr().out.count("precision @ 1 = ") == 50
-    steps = []
-    for path in sorted(pathlib.Path(FLAGS.eval_dir).glob("events*"), key=os.path.getmtime):
-        for event in tf.train.summary_iterator(str(path)):
-            steps += [event.step for value in event.summary.value if value.tag == "precision @ 1"]
+    values = written_values(FLAGS.eval_dir)
+    steps = [step for step, tag, _ in values if tag == "precision @ 1"]
     assert len(steps) == 50
     assert len(set(steps)) > 10  # the trainer continued
     assert steps == sorted(steps)

@@ -1,6 +1,5 @@
 """The TensorFlow server of this task, and connections to the servers of other tasks."""
 
-import errno
 import socket
 import sys
 import time
@@ -84,34 +83,23 @@ def _resolve(address, timeout):
 
 
 def _check_own_address(address, found):
-    """Raises UserError unless the address is a free port of this machine that others can reach."""
+    """Raises UserError unless one of the found addresses is a free port of this machine."""
     # TensorFlow would accept an address of another machine, and would print several lines about a
-    # port in use.
-    is_own = False
+    # port in use. A name can have addresses of an IP version that this machine does not use.
     for family, kind, _, _, socket_address in found:
-        if socket_address[0] in ("0.0.0.0", "::"):
-            raise UserError(
-                f"TF_CONFIG gives this task the address {address}, which other machines cannot "
-                "connect to; use the machine's name or IP address"
-            )
         try:
             with socket.socket(family, kind) as probe:
                 # The port of a server that has just ended is free, although the system reserves
                 # it for a minute.
                 probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 probe.bind(socket_address)
+                return
         except OSError as error:
-            # A name can have addresses of an IP version that this machine does not use.
-            if error.errno in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
-                continue
-            reason = "port in use" if error.errno == errno.EADDRINUSE else error.strerror
-            raise UserError(f"cannot start a server at {address}: {reason}") from error
-        is_own = True
-    if not is_own:
-        raise UserError(
-            f"TF_CONFIG gives this task the address {address}, which does not belong to this "
-            "machine"
-        )
+            reason = error.strerror
+    raise UserError(
+        f"cannot start a server at {address}: {reason}; TF_CONFIG must give this task the address "
+        "of this machine and a free port"
+    )
 
 
 def is_reachable(address):

@@ -8,6 +8,10 @@ from typing import NamedTuple
 from support.base.errors import UserError, foreign_file
 
 TASK_TYPES = ("ps", "chief", "worker", "evaluator")
+EXAMPLE = (
+    '{"cluster": {"ps": ["host1:2222"], "chief": ["host2:2222"], "worker": ["host3:2222"]}, '
+    '"task": {"type": "worker", "index": 0}}'
+)
 
 
 class Task(NamedTuple):
@@ -74,16 +78,18 @@ def find_task():
     text = os.environ.get("TF_CONFIG", "").strip()
     if not text:
         return None
-    with foreign_file("TF_CONFIG", UserError):
+    with foreign_file("TF_CONFIG", UserError, f"; write it like {EXAMPLE}"):
         config = json.loads(text)
-    if not isinstance(config, dict):
-        raise _malformed("it is not a JSON object")
-    cluster = _parse_cluster(_get_object(config, "cluster"))
-    task = _parse_task(_get_object(config, "task"), cluster)
-    if not cluster and task.type in ("chief", "worker") and not task.index:
+        cluster = _parse_cluster(config.get("cluster") or {})
+        task = _parse_task(config.get("task") or {}, cluster)
+    if not cluster and task.index == 0 and task.type in ("chief", "worker"):
         return None
-    if task.type != "evaluator":
-        task = _check_index(task)
+    count = len(cluster.get(task.type, []))
+    if task.type != "evaluator" and not 0 <= task.index < count:
+        raise UserError(
+            f"TF_CONFIG says that this is {task.type} {task.index}, but the job `{task.type}` has "
+            f"{count} tasks; the first one has index 0"
+        )
     if (cluster and not task.workers) or len(cluster.get("chief", [])) > 1:
         raise UserError(
             "TF_CONFIG needs exactly one chief; without a job `chief`, worker 0 is the chief"
@@ -98,89 +104,36 @@ def find_task():
     return task
 
 
-def _malformed(reason):
-    return UserError(f"TF_CONFIG is malformed: {reason}")
-
-
-def _get_object(config, key):
-    """Returns the JSON object at a key, as a dict; an empty one if it is missing or null."""
-    value = config.get(key)
-    if not isinstance(value, dict | None):
-        raise _malformed(f"`{key}` is not a JSON object")
-    return value or {}
+def _parse_type(name):
+    """Returns one of TASK_TYPES from the name of a job or the type of a task."""
+    name = "chief" if name == "master" else name
+    if name not in TASK_TYPES:
+        raise ValueError(f"{name!r} is not one of {', '.join(TASK_TYPES)}")
+    return name
 
 
 def _parse_cluster(jobs):
     """Returns the cluster of a `Task`, without evaluators and without jobs that have no tasks."""
-    jobs = {job: tasks for job, tasks in jobs.items() if tasks and job != "evaluator"}
-    if "master" in jobs:
-        if "chief" in jobs:
-            raise UserError(
-                "TF_CONFIG has a job `chief` and a job `master`, which mean the same; remove one"
-            )
-        jobs["chief"] = jobs.pop("master")
-    if unknown := sorted(jobs.keys() - set(TASK_TYPES)):
-        raise UserError(
-            f"TF_CONFIG has a job {unknown[0]!r}; a job must be one of {', '.join(TASK_TYPES)}"
-        )
-    cluster = {job: _parse_addresses(job, tasks) for job, tasks in jobs.items()}
+    cluster = {}
+    for job, addresses in jobs.items():
+        if isinstance(addresses, dict):  # by index, as Kubeflow writes some jobs
+            addresses = [addresses[str(index)] for index in range(len(addresses))]
+        if addresses and _parse_type(job) != "evaluator":
+            cluster.setdefault(_parse_type(job), []).extend(addresses)
     endpoints = [split_address(address) for job in cluster.values() for address in job]
     if len(set(endpoints)) < len(endpoints):
-        raise UserError("TF_CONFIG gives two tasks the same address")
+        raise ValueError("two tasks have the same address")
     return cluster
 
 
-def _parse_addresses(job, tasks):
-    """Returns the addresses of a job: of a list, or of a dict whose keys are all indices."""
-    if isinstance(tasks, dict):
-        try:
-            tasks = [tasks[str(index)] for index in range(len(tasks))]
-        except KeyError as error:
-            raise UserError(
-                f"TF_CONFIG lists only some tasks of the job `{job}`: {error} is missing"
-            ) from error
-    if not isinstance(tasks, list):
-        raise _malformed(f"the job `{job}` is not a list of addresses")
-    try:
-        for address in tasks:
-            split_address(address)
-    except ValueError as error:
-        raise _malformed(f"{error}, in the job `{job}`") from error
-    return tasks
-
-
 def _parse_task(task, cluster):
-    """Returns the `Task` that a JSON object describes. Its index may be missing or out of range."""
-    type_, index = task.get("type"), task.get("index")
+    """Returns the `Task` that a JSON object describes. Its index may be out of range."""
+    type_ = task.get("type")
     if not type_:
         if sum(map(len, cluster.values())) > 1:
-            raise UserError(
-                "TF_CONFIG does not say which task this is: `type` is missing in `task`"
-            )
+            raise ValueError("`type` is missing in `task`")
         type_ = next(iter(cluster), "worker")  # the only one
-    type_ = "chief" if type_ == "master" else type_
-    if type_ not in TASK_TYPES:
-        types = ", ".join(TASK_TYPES)
-        raise UserError(f"TF_CONFIG sets the task type to {type_!r}; it must be one of {types}")
-    try:
-        index = None if index is None else int(str(index))
-    except ValueError as error:
-        raise _malformed(f"the `index` of the task is {index!r}, not an integer") from error
-    return Task(cluster, type_, index)
-
-
-def _check_index(task):
-    """Returns the task with its index, which may be missing if the job has no other task."""
-    count = len(task.cluster.get(task.type, []))
-    if task.index is None and count > 1:
-        raise UserError(f"TF_CONFIG does not say which {task.type} this is: `index` is missing")
-    task = task._replace(index=task.index or 0)
-    if not 0 <= task.index < count:
-        raise UserError(
-            f"TF_CONFIG says that this is {task.type} {task.index}, but the job `{task.type}` has "
-            f"{count} tasks; the first one has index 0"
-        )
-    return task
+    return Task(cluster, _parse_type(type_), int(str(task.get("index") or 0)))
 
 
 def split_address(address):
@@ -195,13 +148,7 @@ def split_address(address):
     Raises:
       ValueError: the string is not such an address.
     """
-    host, _, port = str(address).rpartition(":")
-    host = host.strip("[]")
-    try:
-        host.encode("idna")  # as the system does, to find the host: no label is empty or too long
-        is_valid = host and not re.search(r"[\s/]", host) and port.isdecimal()
-    except UnicodeError:
-        is_valid = False
-    if not is_valid or not 0 < int(port) < 65536:
+    match = re.fullmatch(r"\[?([^][\s/]+)\]?:(\d{1,5})", str(address))
+    if match is None or not 0 < int(match[2]) < 65536:
         raise ValueError(f"{address!r} is not an address of the form host:port")
-    return host, int(port)
+    return match[1], int(match[2])

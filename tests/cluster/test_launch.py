@@ -12,7 +12,6 @@ import pytest
 from conftest import (
     ROOT,
     free_addresses,
-    listen,
     messages,
     script_environment,
     write_dataset,
@@ -37,23 +36,19 @@ CLUSTER = {"ps": ["a:1", "b:1"], "chief": ["c:1"], "worker": ["d:1", "e:1"]}
 # --- A task alone.
 
 
-@pytest.mark.parametrize(("shard_data", "shard"), [(True, (0, 3)), (False, None)])
-def test_the_script_passes_on_the_timeout_and_reads_a_shard_if_the_flags_say_so(
-    tmp_path, monkeypatch, shard_data, shard
-):
+def test_the_script_passes_on_the_timeout_and_the_shard(tmp_path, monkeypatch):
     write_dataset(tmp_path / dataset.EXTRACTED_FOLDER)
     FLAGS.data_dir = str(tmp_path)
     FLAGS.train_dir = str(tmp_path / "train")
-    FLAGS.shard_data = shard_data
+    FLAGS.shard_data = True
     FLAGS.cluster_timeout_secs = 7
-    shards = []
 
     def run_worker(task, server, train, settings, timeout, shard_data=False):
         assert timeout == 7
         train(launch.Worker(task, "", [], timeout, shard_data))
 
     def distorted_inputs(batch_size=None, shard=None):
-        shards.append(shard)
+        assert shard == (0, 3)
         raise InterruptedError  # before it builds the model
 
     monkeypatch.setattr(cifar10_train.server, "start_server", lambda *arguments: None)
@@ -61,7 +56,6 @@ def test_the_script_passes_on_the_timeout_and_reads_a_shard_if_the_flags_say_so(
     monkeypatch.setattr(cifar10, "distorted_inputs", distorted_inputs)
     with pytest.raises(InterruptedError):
         cifar10_train.train_in_cluster(Task(CLUSTER, "chief", 0))
-    assert shards == [shard]
 
 
 SETTINGS_OF_CHIEF = TrainingSettings(("cat", "dog"), 100, examples_per_step=8)
@@ -105,7 +99,7 @@ def test_the_chief_stores_its_settings_and_that_it_is_done(run):
     assert statuses[1].read(STATE) == DONE
 
 
-@pytest.mark.parametrize("error", [Interrupted(signal.SIGTERM), UserError("x"), MemoryError()])
+@pytest.mark.parametrize("error", [Interrupted(signal.SIGTERM), UserError("x")])
 def test_the_chief_reports_that_an_error_or_a_signal_has_ended_it(run, error):
     statuses = [Status(), Status()]
 
@@ -117,16 +111,17 @@ def test_the_chief_reports_that_an_error_or_a_signal_has_ended_it(run, error):
     assert [status.read(STATE) for status in statuses] == [FAILED, FAILED]
 
 
-@pytest.mark.parametrize("state", [READY, DONE, FAILED])
-def test_a_chief_is_refused_if_another_one_has_used_a_parameter_server(run, state):
-    statuses = [Status(), Status(state)]  # the first one has been restarted
+def test_a_chief_is_refused_if_another_one_has_used_a_parameter_server(run):
+    statuses = [Status(), Status(READY)]  # the first one has been restarted
     with pytest.raises(UserError, match="^the parameter servers have been used by an earlier .*;"):
         run("chief", statuses, lambda worker: pytest.fail("the chief has trained"))
     assert [status.read(STATE) for status in statuses] == [FAILED, FAILED]
 
 
-@pytest.mark.parametrize("kind", [tf.errors.UnavailableError, tf.errors.AbortedError])
-@pytest.mark.parametrize("type_", ["chief", "worker"])
+@pytest.mark.parametrize(
+    ("type_", "kind"),
+    [("chief", tf.errors.UnavailableError), ("worker", tf.errors.AbortedError)],
+)
 def test_a_lost_parameter_server_ends_a_step_at_once(run, monkeypatch, type_, kind):
     ended = []
     monkeypatch.setattr(launch, "_end_at_once", ended.append)
@@ -154,7 +149,6 @@ def test_a_worker_that_starts_after_the_end_does_not_train(run):
 @pytest.mark.parametrize(
     ("name", "mine", "message"),
     [
-        ("examples_per_step", 16, "8 images per step, but this task with 16"),
         ("examples_per_step", 4, "8 images per step, but this task with 4"),
         ("top_layers", "local", "--top_layers=full, but this task with --top_layers=local"),
     ],
@@ -253,13 +247,13 @@ class Cluster:
         """Adds another task of a type, for example "ps 1" in addition to "ps"."""
         self.cluster[type_] += free_addresses(1)
 
-    def start(self, *names, more_flags=()):
+    def start(self, *names):
         for name in names:
             type_, _, index = name.partition(" ")
             task = {"cluster": self.cluster, "task": {"type": type_, "index": int(index or 0)}}
             with open(self._folder / f"{name}.log", "a") as log:
                 self.processes[name] = subprocess.Popen(
-                    [sys.executable, "cifar10_train.py", *self._flags, *more_flags],
+                    [sys.executable, "cifar10_train.py", *self._flags],
                     cwd=ROOT,
                     env={**script_environment(), "TF_CONFIG": json.dumps(task)},
                     stdin=subprocess.DEVNULL,
@@ -438,31 +432,19 @@ def test_a_lost_parameter_server_ends_all_tasks(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_parameter_server_that_is_lost_before_training_ends_tasks_that_wait(tmp_path):
-    with Cluster(tmp_path, "--max_steps=5", "--cluster_timeout_secs=15") as cluster:
-        with listen(cluster.cluster["chief"][0]):  # a chief that responds and does nothing
-            cluster.start("ps", "worker", "evaluator")
-            cluster.wait_for_server("ps")
-            cluster.wait_for_server("worker")
-            time.sleep(3.0)  # the worker has found the server and waits for the chief to be ready
-            cluster.kill("ps")
-            assert cluster.wait("worker", timeout=30) == [1]
-        assert_ended(cluster, "worker", "lost the connection to ps 0 .*")
-        assert cluster.wait("evaluator", timeout=40) == [1]
-        assert_ended(cluster, "evaluator", "no response from chief 0 .* for 15 s .*")
-
-
-@pytest.mark.slow
 def test_tasks_end_when_another_one_is_missing_for_too_long(tmp_path):
     with Cluster(tmp_path, "--max_steps=5", "--cluster_timeout_secs=6") as cluster:
         cluster.start("ps", "chief")  # and no worker
         assert cluster.wait("chief", "ps", timeout=40) == [1, 1]
+        cluster.start("evaluator")
         assert_ended(cluster, "chief", "no response from worker 0 .* for 6 s .*")
         assert_ended(cluster, "ps", CHIEF_HAS_STOPPED)
         cluster.add("ps")
         cluster.start("ps 1")
         assert cluster.wait("ps 1", timeout=40) == [1]
         assert_ended(cluster, "ps 1", "no response from ps 0 .* for 6 s .*")
+        assert cluster.wait("evaluator", timeout=40) == [1]
+        assert_ended(cluster, "evaluator", "no response from chief 0 .* for 6 s .*")
 
 
 @pytest.mark.slow
@@ -477,11 +459,10 @@ def test_an_error_of_the_chief_ends_all_tasks(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("type_", ["ps", "chief", "worker", "evaluator"])
-def test_a_signal_ends_a_task_that_waits_for_the_others(tmp_path, type_):
+def test_a_signal_ends_tasks_that_wait_for_the_others(tmp_path):
     with Cluster(tmp_path) as cluster:
-        cluster.start(type_)
-        missing = {"ps": "chief 0", "evaluator": "a checkpoint"}.get(type_, "ps 0")
-        cluster.wait_for_output(type_, f"Waiting for {missing}")
-        assert cluster.kill(type_, signal.SIGTERM) == 143
-        assert "SIGTERM" in cluster.lines(type_)[-1]
+        cluster.start("ps", "worker")
+        for type_ in ("worker", "ps"):
+            cluster.wait_for_output(type_, "Waiting for chief 0")
+            assert cluster.kill(type_, signal.SIGTERM) == 143
+            assert "SIGTERM" in cluster.lines(type_)[-1]

@@ -53,15 +53,14 @@ def statuses(servers):
     return {type_: ChiefStatus(task, target, 0) for type_, (task, target) in servers.items()}
 
 
-@pytest.mark.parametrize("end", [DONE, FAILED])
-def test_all_tasks_see_the_state_that_the_chief_sets(statuses, end):
+def test_all_tasks_see_the_state_that_the_chief_sets(statuses):
     assert [status.read(STATE) for status in statuses.values()] == [""] * 3
     statuses["chief"].write(SETTINGS, '{"class_names": ["ä", "日本"]}')
     statuses["chief"].write(STATE, READY)
     assert statuses["worker"].read(SETTINGS) == '{"class_names": ["ä", "日本"]}'
     assert [status.read(STATE) for status in statuses.values()] == [READY] * 3
-    statuses["chief"].end(end)
-    assert [status.read(STATE, timeout=60) for status in statuses.values()] == [end] * 3
+    statuses["chief"].end(DONE)
+    assert [status.read(STATE, timeout=60) for status in statuses.values()] == [DONE] * 3
 
 
 # --- The synchronized step.
@@ -174,7 +173,9 @@ def workers(servers):
 
 @pytest.mark.parametrize("start", [0, 100])  # a new run, or one that is resumed
 def test_a_step_applies_the_mean_of_all_gradients_once(workers, start):
+    assert workers.status.read(STATE) == ""
     workers.start(global_step=start)
+    assert workers.status.read(STATE) == READY
     x = average = 0.0
     for step in range(start + 1, start + 6):
         workers.run_steps(0, 1)
@@ -182,12 +183,6 @@ def test_a_step_applies_the_mean_of_all_gradients_once(workers, start):
         average = (average + x) / 2
         # The moving average is already up to date when the workers continue.
         assert workers.read() == pytest.approx((x, average, step), abs=1e-6)
-
-
-def test_the_chief_is_ready_once_its_session_has_started(workers):
-    assert workers.status.read(STATE) == ""
-    workers.start()
-    assert workers.status.read(STATE) == READY
 
 
 @pytest.mark.parametrize(("first", "second"), [(0, 1), (1, 0)])
@@ -205,20 +200,10 @@ def test_each_worker_waits_for_the_gradients_of_the_other(workers, first, second
     assert workers.read()[2] == step + 1
 
 
-def test_surplus_tokens_cost_one_gradient_each_and_block_nobody(workers):
-    workers.start()
-    workers.sessions[0].run(workers.steps[0].add_tokens_op)  # two
-    for _ in range(6):
-        workers.run_steps(0, 1)
-    x, _, step = workers.read()
-    assert 4 <= step <= 6
-    # The mean gradient of a step is between the two workers' gradients.
-    assert -0.3 * step <= x <= -0.1 * step
-
-
 def test_a_gradient_of_an_earlier_step_is_dropped(workers):
     workers.start(global_step=100)
-    workers.sessions[0].run(workers.steps[0].add_tokens_op)  # two: the chief need not wait
+    # A killed worker can leave surplus tokens. With two, the chief need not wait for the worker.
+    workers.sessions[0].run(workers.steps[0].add_tokens_op)
     workers.read_step(1)
     workers.run_step(0)
     workers.run_step(0)
@@ -229,21 +214,16 @@ def test_a_gradient_of_an_earlier_step_is_dropped(workers):
     assert workers.read()[0] == pytest.approx(-LEARNING_RATE * (1.0 + 2.0), abs=1e-6)
 
 
-@pytest.mark.parametrize("end", [DONE, FAILED])
-def test_the_end_of_the_chief_ends_steps_that_wait_for_its_updates(workers, end):
+def test_the_end_of_the_chief_ends_steps_that_wait_for_its_updates(workers):
     workers.start()
-    errors = []
 
     def run_step():
-        try:
+        with pytest.raises(tf.errors.OutOfRangeError):
             workers.run_step(1)
-        except tf.errors.OutOfRangeError as error:
-            errors.append(error)
 
     waiting = threading.Thread(target=run_step, daemon=True)
     waiting.start()
     assert waits(waiting)
-    workers.status.end(end)
+    workers.status.end(FAILED)
     assert ends(waiting)
     run_step()  # a later step ends as well
-    assert len(errors) == 2
