@@ -1,10 +1,12 @@
 """The TensorFlow server of this task, and connections to the servers of other tasks."""
 
+import ipaddress
 import socket
 import sys
 import time
 
 from support.base.errors import UserError, first_line
+from support.base.messages import report
 from support.cluster.task import split_address
 from support.ops.tensorflow_v1 import tf
 
@@ -59,7 +61,14 @@ def start_server(task, config, timeout=0):
             "the workers cannot share; remove the flag"
         )
     address = task.address_of((task.type, task.index))
-    _check_own_address(address, _resolve(address, timeout))
+    found = _resolve(address, timeout)
+    _check_own_address(address, found)
+    if any(ipaddress.ip_address(each[4][0].partition("%")[0]).is_private for each in found):
+        report(
+            f"Warning: {address} is a private address, but TensorFlow's server accepts connections "
+            "at all addresses of this machine, without authentication; protect its port with a "
+            "firewall"
+        )
     cluster = tf.train.ClusterSpec(task.cluster)
     try:
         return tf.train.Server(cluster, task.type, task.index, config=config)

@@ -1,5 +1,6 @@
 """Servers start at the address in TF_CONFIG and wait for the servers of other tasks."""
 
+import re
 import socket
 
 import pytest
@@ -26,11 +27,14 @@ def single(address, type_="ps"):
 
 
 @pytest.mark.parametrize(("host", "address"), [("localhost", "127.0.0.1"), ("[::1]", "::1")])
-def test_a_server_starts_at_a_host_name_and_at_an_ipv6_address(host, address):
+def test_a_server_starts_at_a_host_name_and_at_an_ipv6_address(host, address, capsys):
     port = free_addresses(1)[0].rpartition(":")[2]
     start_server(single(f"{host}:{port}"), session_config())
     socket.create_connection((address, int(port)), timeout=2.0).close()
     assert is_reachable(f"{host}:{port}")
+    # It listens at all addresses, and nothing in TensorFlow limits that.
+    warning = capsys.readouterr().err
+    assert re.match(rf"Warning: .*:{port} is a private address, but .* firewall$", warning)
 
 
 @pytest.mark.parametrize(("type_", "gpus"), [("ps", {"GPU": 0}), ("chief", {})])
@@ -78,7 +82,7 @@ def test_a_task_waits_until_its_own_host_name_is_known(capsys, set_time, monkeyp
     start_server(single(address), session_config(), timeout=60)
     assert is_reachable(address)
     notice = f"Waiting until the host name of {address} can be resolved\n"
-    assert capsys.readouterr().err == notice
+    assert capsys.readouterr().err.startswith(f"{notice}Warning: ")
     failures = 1000
     assert not is_reachable(address)
     with pytest.raises(UserError, match=f"^cannot resolve {address} from TF_CONFIG: .*; correct"):
