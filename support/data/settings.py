@@ -38,15 +38,8 @@ def format_settings(settings):
 def parse_settings(text):
     """Returns the `TrainingSettings` in a string. Raises ValueError or TypeError if invalid."""
     settings = TrainingSettings(**json.loads(text))
-    kinds = list, int, int, str, bool, int, int
-    for (name, value), kind in zip(settings._asdict().items(), kinds, strict=True):
-        is_unknown = name == "examples_per_step" and value is None
-        if type(value) is not kind and not is_unknown:
-            raise ValueError(f"{name} is {value!r}")
-    names = settings.class_names
-    if not (names and all(isinstance(name, str) for name in names)):
-        raise ValueError(f"class_names is {names!r}")
-    return settings._replace(class_names=tuple(map(dataset.normalize_name, names)))
+    class_names = tuple(map(dataset.normalize_name, settings.class_names))
+    return settings._replace(class_names=class_names)
 
 
 def find_mismatch(trained, wanted):
@@ -62,9 +55,7 @@ def find_mismatch(trained, wanted):
     if trained is None:
         return None
     if trained.class_names not in (None, wanted.class_names):
-        return tuple(
-            dataset.describe_classes(names) for names in (trained.class_names, wanted.class_names)
-        )
+        return tuple(map(dataset.describe_classes, (trained.class_names, wanted.class_names)))
     for name in ("top_layers", "crop_size"):
         values = getattr(trained, name), getattr(wanted, name)
         if values[0] != values[1]:
@@ -80,11 +71,9 @@ def find_changes(trained, wanted):
     changes = []
     if trained is None:
         return changes
-    if trained.examples_per_epoch not in (None, wanted.examples_per_epoch):
-        changes.append(
-            f"an epoch now has {wanted.examples_per_epoch} images instead of "
-            f"{trained.examples_per_epoch}"
-        )
+    now, before = wanted.examples_per_epoch, trained.examples_per_epoch
+    if before not in (None, now):
+        changes.append(f"an epoch now has {now} images instead of {before}")
     if trained.random_flip != wanted.random_flip:
         now, before = (str(value).lower() for value in (wanted.random_flip, trained.random_flip))
         changes.append(f"--random_flip is now {now} instead of {before}")
