@@ -169,13 +169,8 @@ def check_dataset(folder, num_classes=NUM_CLASSES):
         if not eval_data and len(paths) < len(records.TRAIN_FILES):
             count = f"{len(paths)} of {len(records.TRAIN_FILES)}"
             print(f"Training files in {folder}: {count}", file=sys.stderr)
-        if missing := _find_missing_classes(paths, class_names):
-            description = describe_classes(missing)
+        labels = np.concatenate([records.read_labels(path) for path in paths])
+        missing = np.setdiff1d(range(len(class_names)), labels)
+        if missing.size:
+            description = describe_classes([class_names[label] for label in missing])
             print(f"The dataset has no {kind} images of {description}", file=sys.stderr)
-
-
-def _find_missing_classes(paths, class_names):
-    """Returns the names of the classes that have no images in valid record files."""
-    labels = map(records.read_labels, paths)
-    counts = sum(np.bincount(each, minlength=len(class_names)) for each in labels)
-    return [name for name, count in zip(class_names, counts, strict=True) if not count]

@@ -72,7 +72,7 @@ DEFAULT_NAMES = {
     "coarse": tuple(f"class {label}" for label in range(20)),
 }
 CIFAR_100_LABELS = ("coarse", "fine")  # the first two bytes of a record
-IMAGE_SHAPE = (32, 32, 3)  # height, width, depth
+IMAGE_SHAPE = [32, 32, 3]  # height, width, depth
 
 
 def find_version(path, versions=VERSIONS):
@@ -132,11 +132,10 @@ def convert(path, flag, output, label_kind=""):
         written.
       UserError: the folder exists and is not empty.
     """
-    layout = tuple(records.image_shape())
-    if layout != IMAGE_SHAPE:
+    if records.image_shape() != IMAGE_SHAPE:
         raise DataError(
             f"the images of --{flag} are {IMAGE_SHAPE}, but the constants in "
-            f"support/data/records.py are {layout} (height, width, depth)"
+            f"support/data/records.py are {records.image_shape()} (height, width, depth)"
         )
     version, path = _require_version(path, flag)
     class_names = DEFAULT_NAMES[label_kind]

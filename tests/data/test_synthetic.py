@@ -62,15 +62,3 @@ def test_color_alone_does_not_identify_the_class(synthetic_data_dir):
     )
     distances = np.linalg.norm(mean_colors(test)[:, np.newaxis] - class_colors, axis=2)
     assert (distances.argmin(axis=1) == test[:, 0]).mean() < 0.4
-
-
-def test_a_depth_of_1_gives_the_same_images_in_gray(monkeypatch):
-    monkeypatch.setattr(synthetic, "NOISE_STDDEV", 0.0)
-    color = synthetic._generate_records(60, np.random.default_rng(0))
-    monkeypatch.setattr(records, "DEPTH", 1)
-    monkeypatch.setattr(records, "RECORD_BYTES", 1 + 32 * 32)
-    gray = synthetic._generate_records(60, np.random.default_rng(0))
-    assert gray.shape == (60, 1025)
-    np.testing.assert_array_equal(gray[:, 0], color[:, 0])
-    brightness = color[:, 1:].reshape(60, 3, 1024).mean(axis=1)
-    np.testing.assert_allclose(gray[:, 1:], brightness, atol=1)
