@@ -209,12 +209,12 @@ def _errors_explained(path):
 def _parse_class_names(content, name, path, label_kind):
     """Returns the class names of one kind that a file lists; None if it lists another kind."""
     if name.endswith(".txt"):
-        listed = tuple(filter(None, map(dataset.normalize_name, _decode(content).splitlines())))
+        listed = tuple(filter(None, map(str.strip, _decode(content).splitlines())))
         return listed if name == f"{NAME_LISTS[label_kind]}.txt" else None
     listed = _unpickle(content, name, path).get(NAME_LISTS[label_kind])
     if not isinstance(listed, list):
         raise DataError(f"{path}: {name} has no list {NAME_LISTS[label_kind]}")
-    return tuple(dataset.normalize_name(_decode(name)) for name in listed)
+    return tuple(map(_decode, listed))
 
 
 def _parse_records(content, name, path, label_kind):
@@ -229,8 +229,6 @@ def _parse_records(content, name, path, label_kind):
         return np.column_stack([labels, images])
     batch = _unpickle(content, name, path)
     images, labels = batch.get("data"), batch.get(LABEL_KINDS[label_kind])
-    if isinstance(labels, np.ndarray):
-        labels = labels.tolist()
     if not isinstance(labels, list) or not all(label in range(256) for label in labels):
         raise DataError(f"{path}: {name} has no valid {LABEL_KINDS[label_kind]}")
     shape = (len(labels), records.IMAGE_BYTES)

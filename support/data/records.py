@@ -116,10 +116,7 @@ class ChangeDetector:
                         raise DataError(f"{path} was modified after the script started")
                     self._before[path] = now
             except OSError as error:
-                raise DataError(
-                    f"{path} can no longer be read ({error.strerror}); it existed when the script "
-                    "started"
-                ) from error
+                raise DataError(f"{path} can no longer be read ({error.strerror})") from error
 
     @contextlib.contextmanager
     def explain_errors(self):

@@ -32,15 +32,12 @@ def retries_are_immediate(monkeypatch):
     monkeypatch.setattr(download, "RETRY_DELAYS", (0.0, 0.0, 0.0))
 
 
-def make_archive(path, count=2, special=()):
-    """Writes a .tar.gz like CIFAR-10's, with `count` records in each file; returns its SHA-256.
+def make_archive(path, special=()):
+    """Writes a .tar.gz like CIFAR-10's; returns its SHA-256.
 
-    Args:
-      path: path.
-      count: int.
-      special: `tarfile.TarInfo`s of other members. They replace files of the same name.
+    `special` are `tarfile.TarInfo`s of other members. They replace files of the same name.
     """
-    contents = {name: make_records(count, seed).tobytes() for seed, name in enumerate(FILES)}
+    contents = {name: make_records(20, seed).tobytes() for seed, name in enumerate(FILES)}
     contents["batches.meta.txt"] = "\n".join(dataset.CLASS_NAMES).encode()
     contents["readme.html"] = b"<html>"
     with tarfile.open(path, "w:gz") as archive:
@@ -58,12 +55,6 @@ def make_archive(path, count=2, special=()):
 def archive(tmp_path):
     """The content of an archive outside of the data_dir, and its SHA-256."""
     sha256 = make_archive(tmp_path / "mirror.tar.gz")
-    return (tmp_path / "mirror.tar.gz").read_bytes(), sha256
-
-
-@pytest.fixture
-def large_archive(tmp_path):
-    sha256 = make_archive(tmp_path / "mirror.tar.gz", count=20)
     return (tmp_path / "mirror.tar.gz").read_bytes(), sha256
 
 
@@ -111,7 +102,7 @@ class Server:
                 handler.wfile.write(body[start : start + 1000])
                 time.sleep(self.pause)
         if fault == "stalled":
-            time.sleep(1)
+            time.sleep(600)
 
     def __enter__(self):
         server = self
@@ -175,10 +166,8 @@ def start_fetch(data_dir, server, sha256, before=""):
 def test_an_existing_dataset_is_used_without_a_download(tmp_path):
     folder = tmp_path / dataset.EXTRACTED_FOLDER
     write_dataset(folder)
-    before = {path: path.read_bytes() for path in folder.iterdir()}
     assert download.maybe_download_and_extract(tmp_path, UNREACHABLE) == str(folder)
     assert download.maybe_download_and_extract(folder, UNREACHABLE) == str(folder)
-    assert {path: path.read_bytes() for path in folder.iterdir()} == before
 
 
 @pytest.mark.parametrize("version", formats.VERSIONS)
@@ -253,7 +242,7 @@ def test_the_progress_is_shown_on_stderr(tmp_path, archive, capsys, monkeypatch)
     with Server(body) as server:
         fetch(tmp_path / "data", server, sha256)
     output = capsys.readouterr()
-    assert re.search(r"Downloading cifar-10-binary.tar.gz:.* 0.00/\d+\.\d*k \[", output.err)
+    assert re.search(r"Downloading cifar-10-binary.tar.gz:.* 0.00/\d+k \[", output.err)
     assert output.out == ""
 
 
@@ -355,8 +344,8 @@ def wait_for_file(path, process, min_size=0):
 
 
 @pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGINT])
-def test_a_killed_download_is_resumed_by_the_next_process(tmp_path, large_archive, stop):
-    body, sha256 = large_archive
+def test_a_killed_download_is_resumed_by_the_next_process(tmp_path, archive, stop):
+    body, sha256 = archive
     data_dir = tmp_path / "data"
     with Server(body, pause=0.004) as server:
         with start_fetch(data_dir, server, sha256) as process:
@@ -374,8 +363,8 @@ def test_a_killed_download_is_resumed_by_the_next_process(tmp_path, large_archiv
     fetch(data_dir, server, sha256)
 
 
-def test_only_one_of_two_simultaneous_processes_downloads(tmp_path, large_archive):
-    body, sha256 = large_archive
+def test_only_one_of_two_simultaneous_processes_downloads(tmp_path, archive):
+    body, sha256 = archive
     with Server(body, pause=0.004) as server:
         processes = [start_fetch(tmp_path / "data", server, sha256) for _ in range(2)]
         errors = [process.communicate(timeout=60)[1] for process in processes]
@@ -385,8 +374,8 @@ def test_only_one_of_two_simultaneous_processes_downloads(tmp_path, large_archiv
     fetch(tmp_path / "data", server, sha256)
 
 
-def test_a_killed_extraction_is_repeated_by_the_next_process(tmp_path, large_archive):
-    body, sha256 = large_archive
+def test_a_killed_extraction_is_repeated_by_the_next_process(tmp_path, archive):
+    body, sha256 = archive
     data_dir = tmp_path / "data"
     slow_copies = """
 import shutil, time
@@ -407,8 +396,8 @@ shutil.copyfileobj = copy_slowly
     assert len(server.requests) == 1
 
 
-def test_a_full_disk_is_reported_and_the_next_process_resumes(tmp_path, large_archive):
-    body, sha256 = large_archive
+def test_a_full_disk_is_reported_and_the_next_process_resumes(tmp_path, archive):
+    body, sha256 = archive
     data_dir = tmp_path / "data"
     small_disk = """
 import resource, signal

@@ -201,14 +201,6 @@ def test_missing_names_of_classes_are_replaced(tmp_path):
     assert names == tuple(f"class {label}" for label in range(20))
 
 
-@pytest.mark.parametrize("kind", ["binary", "python"])
-def test_class_names_get_the_composed_form_of_unicode(tmp_path, kind, monkeypatch):
-    monkeypatch.setattr(f"{__name__}.FINE_NAMES", ["a\u0308", *FINE_NAMES[1:]])
-    content, _ = make_100(kind)
-    names = convert(write_folder(tmp_path / "a", content), tmp_path / "out", "cifar100", "fine")[2]
-    assert names == ("\xe4", *FINE_NAMES[1:])
-
-
 def test_fewer_training_files_are_converted_if_none_is_left_out(tmp_path, capsys):
     content, records = make_python_10()
     del content["data_batch_4"], content["data_batch_5"]

@@ -36,15 +36,6 @@ def test_a_change_to_a_file_in_use_is_detected(folder):
         detector.check()
 
 
-def test_evaluation_of_test_images_watches_the_test_file_only(folder):
-    detector = records.ChangeDetector(folder, eval_data=True)
-    (folder / FILES[2]).write_bytes(b"")
-    detector.check()
-    (folder / "test_batch.bin").write_bytes(b"")
-    with pytest.raises(DataError, match=r"test_batch\.bin was modified after"):
-        detector.check()
-
-
 def set_other_time(path):
     """Changes the time of modification, regardless of the resolution of the clock."""
     os.utime(path, (0, 0))
