@@ -130,7 +130,7 @@ def _network_errors():
     try:
         yield
     except (OSError, ValueError, http.client.HTTPException) as error:  # ValueError: a wrong URL
-        raise _DownloadError(error) from error
+        raise _DownloadError(getattr(error, "reason", error)) from error
 
 
 def _fetch_with_retries(url, part):
@@ -169,7 +169,7 @@ def _fetch(url, part):
             error.close()  # it is also the response, and keeps the connection open
             if offset and error.code == http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
                 return  # there are no more bytes
-            raise
+            raise _DownloadError(error) from error
     with response:
         if response.status != http.HTTPStatus.PARTIAL_CONTENT:
             offset = 0  # the server sends the whole file
