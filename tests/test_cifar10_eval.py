@@ -427,8 +427,7 @@ def test_without_run_once_each_new_checkpoint_is_evaluated(records, capsys, monk
 def test_test_data_that_is_truncated_during_an_evaluation_is_an_error(checkpoint, monkeypatch):
     test_file = pathlib.Path(cifar10.find_dataset().folder) / "test_batch.bin"
     call_before_restoring(monkeypatch, lambda: os.truncate(test_file, 3073))
-    message = r"test_batch.bin has 3073 bytes, but had \d+ when the script started"
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(DataError, match="test_batch.bin was modified after the script started"):
         cifar10_eval.evaluate()
     assert evaluated_steps() == []
 

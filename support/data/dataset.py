@@ -113,13 +113,10 @@ def read_class_names(folder, num_classes=NUM_CLASSES):
         return tuple(f"class {label}" for label in range(num_classes))
     except (OSError, ValueError) as error:  # includes UnicodeDecodeError
         raise DataError(f"{path} cannot be read ({error}); {cure}") from error
-    if not MIN_CLASSES <= len(names) <= MAX_CLASSES:
+    if not MIN_CLASSES <= len(set(names)) == len(names) <= MAX_CLASSES:
         raise DataError(
-            f"{path} lists {len(names)} classes instead of {MIN_CLASSES} to {MAX_CLASSES}; {cure}"
+            f"{path} must list {MIN_CLASSES} to {MAX_CLASSES} different classes; {cure}"
         )
-    for number, name in enumerate(names):
-        if name in names[:number]:
-            raise DataError(f"{path} lists {name!r} twice; {cure}")
     if num_classes not in (NUM_CLASSES, len(names)):
         raise DataError(
             f"{path} lists {len(names)} classes, but NUM_CLASSES is {num_classes}; set "
@@ -177,39 +174,22 @@ def check_dataset(folder, num_classes=NUM_CLASSES):
     Raises:
       DataError: a file fails the check. The message names the record and says how to fix it.
     """
-    cure = _suggest_cure(folder)
+    cure = "replace the file"
+    if os.path.basename(folder) in (EXTRACTED_FOLDER, SYNTHETIC_FOLDER):
+        cure += f", or move {folder} away and run the same command again to create the dataset"
     if num_classes != NUM_CLASSES:
         cure += f", or correct NUM_CLASSES, which is {num_classes}"
     class_names = read_class_names(folder, num_classes)
-    train, test = (records.record_files(folder, eval_data) for eval_data in (False, True))
-    for path in train + test:
-        if problem := records.find_problem(path, len(class_names)):
-            raise DataError(f"{path} {problem}; {cure}")
-    if len(train) < len(records.TRAIN_FILES):
-        count = f"{len(train)} of {len(records.TRAIN_FILES)}"
-        print(f"Training files in {folder}: {count}", file=sys.stderr)
-    absences = [
-        f"no {kind} images of {describe_classes(missing)}"
-        for kind, paths in (("training", train), ("test", test))
-        if (missing := _find_missing_classes(paths, class_names))
-    ]
-    if absences:
-        print(f"The dataset has {' and '.join(absences)}", file=sys.stderr)
-
-
-def _find_missing_classes(paths, class_names):
-    """Returns the names of the classes that have no images in valid record files."""
-    labels = map(records.read_labels, paths)
-    counts = sum(np.bincount(each, minlength=len(class_names)) for each in labels)
-    return [name for name, count in zip(class_names, counts, strict=True) if not count]
-
-
-def _suggest_cure(folder):
-    actions = {
-        EXTRACTED_FOLDER: "download CIFAR-10",
-        SYNTHETIC_FOLDER: "generate the synthetic dataset",
-    }
-    cure = "replace the file"
-    if action := actions.get(os.path.basename(folder)):
-        cure += f", or move {folder} away and run the same command again to {action}"
-    return cure
+    for kind, eval_data in (("training", False), ("test", True)):
+        paths = records.record_files(folder, eval_data)
+        for path in paths:
+            if problem := records.find_problem(path, len(class_names)):
+                raise DataError(f"{path} {problem}; {cure}")
+        if not eval_data and len(paths) < len(records.TRAIN_FILES):
+            count = f"{len(paths)} of {len(records.TRAIN_FILES)}"
+            print(f"Training files in {folder}: {count}", file=sys.stderr)
+        labels = np.concatenate([records.read_labels(path) for path in paths])
+        missing = np.setdiff1d(range(len(class_names)), labels)
+        if missing.size:
+            description = describe_classes([class_names[label] for label in missing])
+            print(f"The dataset has no {kind} images of {description}", file=sys.stderr)

@@ -63,9 +63,7 @@ def find_mismatch(trained, wanted):
     if trained is None:
         return None
     if trained.class_names not in (None, wanted.class_names):
-        return tuple(
-            dataset.describe_classes(names) for names in (trained.class_names, wanted.class_names)
-        )
+        return tuple(map(dataset.describe_classes, (trained.class_names, wanted.class_names)))
     for name in ("top_layers", "crop_size"):
         values = getattr(trained, name), getattr(wanted, name)
         if values[0] != values[1]:
@@ -81,11 +79,9 @@ def find_changes(trained, wanted):
     changes = []
     if trained is None:
         return changes
-    if trained.examples_per_epoch not in (None, wanted.examples_per_epoch):
-        changes.append(
-            f"an epoch now has {wanted.examples_per_epoch} images instead of "
-            f"{trained.examples_per_epoch}"
-        )
+    now, before = wanted.examples_per_epoch, trained.examples_per_epoch
+    if before not in (None, now):
+        changes.append(f"an epoch now has {now} images instead of {before}")
     if trained.random_flip != wanted.random_flip:
         now, before = (str(value).lower() for value in (wanted.random_flip, trained.random_flip))
         changes.append(f"--random_flip is now {now} instead of {before}")

@@ -16,13 +16,8 @@ def folder(tmp_path):
     return tmp_path / dataset.EXTRACTED_FOLDER
 
 
-def test_files_of_any_number_of_whole_records_are_accepted_and_counted(folder):
+def test_a_valid_dataset_is_described(folder):
     dataset.check_dataset(folder)
-    assert records.count_records(folder, eval_data=False) == 3 + 4 + 5 + 6 + 7
-    assert records.count_records(folder, eval_data=True) == 11
-
-
-def test_an_epoch_has_as_many_examples_as_the_files(folder):
     found = dataset.read_dataset(folder)
     assert found == dataset.Dataset(str(folder), dataset.CLASS_NAMES, 3 + 4 + 5 + 6 + 7, 11)
 
@@ -34,10 +29,8 @@ def test_numbers_other_than_those_of_cifar_10_win_over_the_files(folder):
     assert len(dataset.read_dataset(folder, 7).class_names) == 7
 
 
-@pytest.mark.parametrize("name", ["missing", "file/missing"])
-def test_without_files_an_epoch_has_as_many_examples_as_in_cifar_10(tmp_path, name):
-    (tmp_path / "file").write_text("")
-    found = dataset.read_dataset(tmp_path / name)
+def test_without_files_an_epoch_has_as_many_examples_as_in_cifar_10(tmp_path):
+    found = dataset.read_dataset(tmp_path / "missing")
     assert found[1:] == (dataset.CLASS_NAMES, 50000, 10000)
 
 
@@ -51,7 +44,6 @@ def test_a_data_dir_that_holds_records_itself_is_the_folder(folder):
 @pytest.mark.parametrize(
     ("content", "names"),
     [
-        ("\n".join("abcdefghij") + "\n\n", tuple("abcdefghij")),
         ("\n hot dog \n\nno hot dog\nÄpfel", ("hot dog", "no hot dog", "Äpfel")),
         ("\ufeffcat\r\ndog\r\n", ("cat", "dog")),  # as Windows editors write it
         ("Ka\u0308se\ndog", ("K\xe4se", "dog")),  # as macOS writes it
@@ -62,16 +54,8 @@ def test_class_names_are_the_nonempty_lines_of_the_file(folder, content, names):
     assert dataset.read_class_names(folder) == names
 
 
-@pytest.mark.parametrize(
-    ("num_classes", "names"),
-    [
-        (10, dataset.CLASS_NAMES),  # the default
-        (3, ("class 0", "class 1", "class 2")),
-        (12, tuple(f"class {label}" for label in range(12))),
-    ],
-)
-def test_class_names_follow_an_edited_number_of_classes_without_a_file(folder, num_classes, names):
-    assert dataset.read_class_names(folder, num_classes) == names
+def test_class_names_follow_an_edited_number_of_classes_without_a_file(folder):
+    assert dataset.read_class_names(folder, 3) == ("class 0", "class 1", "class 2")
 
 
 def test_an_edited_number_of_classes_must_match_the_file(folder):
@@ -83,33 +67,24 @@ def test_an_edited_number_of_classes_must_match_the_file(folder):
     )
     with pytest.raises(DataError, match=message):
         dataset.read_class_names(folder, 20)
-    with pytest.raises(DataError, match=message):
-        dataset.check_dataset(folder, 20)
 
 
 @pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"", "lists 0 classes instead of 2 to 256; write one name per line, or delete the file"),
-        (b"one\n", "lists 1 classes"),
-        (b"".join(b"class %d\n" % n for n in range(257)), "lists 257 classes"),
-        (b"a\nb\n a\n", "lists 'a' twice"),
-        ("K\xe4se\nKa\u0308se\n".encode(), "lists 'K\xe4se' twice"),
-        (b"a\n\xff\n", "cannot be read"),
-    ],
+    "content",
+    [b"one\n", b"".join(b"class %d\n" % n for n in range(257)), "K\xe4se\nKa\u0308se\n".encode()],
+    ids=["one", "257", "twice"],
 )
-def test_invalid_class_names_are_refused(folder, content, message):
+def test_invalid_class_names_are_refused(folder, content):
     (folder / "batches.meta.txt").write_bytes(content)
-    with pytest.raises(DataError, match=f"batches.meta.txt {message}"):
+    message = "batches.meta.txt must list 2 to 256 different classes; write one name per line, or "
+    with pytest.raises(DataError, match=message):
         dataset.check_dataset(folder)
 
 
-@pytest.mark.parametrize("count", [2, 256])
-def test_every_class_in_the_file_has_a_valid_label(folder, count):
-    names = [f"class {number}" for number in range(count)]
-    write_dataset(folder, train_counts=[300] * 5, class_names=names)
-    assert dataset.read_class_names(folder) == tuple(names)
-    dataset.check_dataset(folder)
+def test_class_names_in_another_encoding_are_refused(folder):
+    (folder / "batches.meta.txt").write_bytes("K\xe4se\ndog\n".encode("latin1"))
+    with pytest.raises(DataError, match="batches.meta.txt cannot be read .*; write one name per"):
+        dataset.check_dataset(folder)
 
 
 def write_labels(folder, train, test):
@@ -119,29 +94,19 @@ def write_labels(folder, train, test):
         np.column_stack([labels, np.zeros([len(labels), 3072], np.uint8)]).tofile(folder / name)
 
 
-@pytest.mark.parametrize(
-    ("train", "test", "line"),
-    [
-        (range(4), range(4), None),
-        (range(4), [3, 1, 1, 3], "no test images of 2 classes (a, c)"),
-        ([0], range(4), "no training images of 3 classes (b, c, d)"),
-        (
-            [0, 1, 3],
-            [0],
-            "no training images of 1 class (c) and no test images of 3 classes (b, c, d)",
-        ),
-    ],
-)
-def test_classes_without_images_are_reported_in_one_line(folder, capsys, train, test, line):
+def test_classes_without_images_are_reported(folder, capsys):
     dataset.write_class_names(folder, "abcd")
-    write_labels(folder, train, test)
+    write_labels(folder, [0, 1, 3], [0])
     dataset.check_dataset(folder)
     output = capsys.readouterr()
-    assert output.err == (f"The dataset has {line}\n" if line else "")
+    assert output.err == (
+        "The dataset has no training images of 1 class (c)\n"
+        "The dataset has no test images of 3 classes (b, c, d)\n"
+    )
     assert output.out == ""
 
 
-@pytest.mark.parametrize(("num_names", "label"), [(10, 10), (10, 255), (2, 2), (255, 255)])
+@pytest.mark.parametrize(("num_names", "label"), [(10, 10), (255, 255)])
 def test_a_label_without_a_class_is_refused(folder, num_names, label):
     names = [f"class {number}" for number in range(num_names)]
     write_dataset(folder, class_names=names)
@@ -162,28 +127,25 @@ def test_an_edited_number_of_classes_decides_which_labels_are_valid(folder):
         dataset.check_dataset(folder, 3)
 
 
-@pytest.mark.parametrize("count", [1, 2, 4])
-def test_the_last_training_files_may_be_missing(folder, capsys, count):
+def test_the_last_training_files_may_be_missing(folder, capsys):
     write_labels(folder, range(10), range(10))
-    for name in records.TRAIN_FILES[count:]:
+    for name in records.TRAIN_FILES[2:]:
         (folder / name).unlink()
     dataset.check_dataset(folder)
-    assert capsys.readouterr().err == f"Training files in {folder}: {count} of 5\n"
+    assert capsys.readouterr().err == f"Training files in {folder}: 2 of 5\n"
     paths = records.record_files(folder, eval_data=False)
-    assert paths == [str(folder / name) for name in records.TRAIN_FILES[:count]]
-    assert records.count_records(folder, eval_data=False) == 10 * count
+    assert paths == [str(folder / name) for name in records.TRAIN_FILES[:2]]
+    assert dataset.read_dataset(folder).num_examples_per_epoch_for_train == 20
     records.ChangeDetector(folder, eval_data=False).check()
-    assert dataset.find_folder(folder) == str(folder)
 
 
 @pytest.mark.parametrize(
     ("number", "content", "problem"),
     [
-        *((number, None, "is missing") for number in (0, 1, 2, 3, 5)),
+        (1, None, "is missing"),
+        (5, None, "is missing"),
         (0, b"", "is empty"),
-        (5, bytes(3072), r"ends within record 0 \(counted from 0\), after 3072 of 3073 bytes"),
         (5, bytes(2 * 3073 + 1), r"ends within record 2 \(counted from 0\), after 1 of 3073 bytes"),
-        (1, bytes(7 * 3074), "has records of 3074 bytes, .* cifar10_convert.py --cifar100=.*"),
     ],
 )
 def test_an_invalid_file_is_refused(folder, number, content, problem):
@@ -191,7 +153,7 @@ def test_an_invalid_file_is_refused(folder, number, content, problem):
     if content is not None:
         (folder / FILES[number]).write_bytes(content)
     cure = (
-        "replace the file, or move .*bin away and run the same command again to download CIFAR-10"
+        "replace the file, or move .*bin away and run the same command again to create the dataset"
     )
     with pytest.raises(DataError, match=f"^{folder}/{FILES[number]} {problem}; {cure}$"):
         dataset.check_dataset(folder)
@@ -206,23 +168,11 @@ def test_a_file_that_cannot_be_read_is_refused(folder, monkeypatch):
         dataset.check_dataset(folder)
 
 
-@pytest.mark.parametrize(
-    ("name", "cure"),
-    [
-        (
-            dataset.SYNTHETIC_FOLDER,
-            ", or move .*/cifar-10-synthetic-bin away and run the same command again to generate "
-            "the synthetic dataset",
-        ),
-        ("own", ""),
-    ],
-)
-def test_the_cure_fits_the_origin_of_the_dataset(tmp_path, name, cure):
-    write_dataset(tmp_path / name)
-    (tmp_path / name / FILES[1]).unlink()
-    (tmp_path / name / FILES[1]).mkdir()
-    with pytest.raises(DataError, match=f"data_batch_2.bin is not a file; replace the file{cure}$"):
-        dataset.check_dataset(tmp_path / name)
+def test_the_cure_fits_the_origin_of_the_dataset(tmp_path):
+    write_dataset(tmp_path / "own")
+    (tmp_path / "own" / FILES[1]).unlink()
+    with pytest.raises(DataError, match="data_batch_2.bin is missing; replace the file$"):
+        dataset.check_dataset(tmp_path / "own")
 
 
 def test_without_any_training_file_the_first_one_is_missing(folder):
@@ -230,17 +180,9 @@ def test_without_any_training_file_the_first_one_is_missing(folder):
         (folder / name).unlink()
     with pytest.raises(DataError, match=r"data_batch_1.bin is missing"):
         dataset.check_dataset(folder)
-    assert len(records.record_files(folder, eval_data=False)) == 5
 
 
-@pytest.mark.parametrize(
-    ("count", "description"),
-    [
-        (1, "1 class (0)"),
-        (2, "2 classes (0, 1)"),
-        (12, "12 classes (0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11)"),
-        (13, "13 classes (0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, ...)"),
-    ],
-)
-def test_a_description_of_the_classes_lists_at_most_a_dozen(count, description):
-    assert dataset.describe_classes([str(number) for number in range(count)]) == description
+def test_a_description_of_the_classes_lists_at_most_a_dozen():
+    listed = "a, b, c, d, e, f, g, h, i, j, k, l"
+    assert dataset.describe_classes("abcdefghijkl") == f"12 classes ({listed})"
+    assert dataset.describe_classes("abcdefghijklm") == f"13 classes ({listed}, ...)"

@@ -28,22 +28,11 @@ def test_a_change_to_a_file_in_use_is_detected(folder):
     set_other_time(folder / FILES[2])
     with pytest.raises(DataError, match="data_batch_3.bin was modified after the script started"):
         detector.check()
-    size = (folder / FILES[1]).stat().st_size
-    os.truncate(folder / FILES[1], size - 3073)
-    message = f"data_batch_2.bin has {size - 3073} bytes, but had {size} when the script started"
-    with pytest.raises(DataError, match=message):
+    os.truncate(folder / FILES[1], (folder / FILES[1]).stat().st_size - 3073)
+    with pytest.raises(DataError, match="data_batch_2.bin was modified after the script started"):
         detector.check()
     (folder / FILES[1]).unlink()
     with pytest.raises(DataError, match="data_batch_2.bin can no longer be read .No such file"):
-        detector.check()
-
-
-def test_evaluation_of_test_images_watches_the_test_file_only(folder):
-    detector = records.ChangeDetector(folder, eval_data=True)
-    (folder / FILES[2]).write_bytes(b"")
-    detector.check()
-    (folder / "test_batch.bin").write_bytes(b"")
-    with pytest.raises(DataError, match=r"test_batch\.bin has 0 bytes, but had"):
         detector.check()
 
 
@@ -73,21 +62,3 @@ def test_a_file_that_was_touched_or_copied_without_a_change_of_its_content_is_ac
     (folder / FILES[2]).write_bytes(bytes((folder / FILES[2]).stat().st_size))
     with pytest.raises(DataError, match="data_batch_3.bin was modified after the script started"):
         detector.check()
-
-
-def test_a_touched_file_that_cannot_be_read_is_reported(folder, monkeypatch):
-    detector = records.ChangeDetector(folder, eval_data=False)
-    set_other_time(folder / FILES[2])
-
-    def forbid(path, *_):
-        raise PermissionError(13, "Permission denied", path)
-
-    monkeypatch.setattr("builtins.open", forbid)
-    with pytest.raises(DataError, match="data_batch_3.bin can no longer be read .Permission den"):
-        detector.check()
-
-
-def test_a_file_that_vanishes_before_it_can_be_watched_is_an_error(folder):
-    (folder / "data_batch_2.bin").unlink()
-    with pytest.raises(DataError, match=r"data_batch_2.bin cannot be read \(No such file or dir"):
-        records.ChangeDetector(folder, eval_data=False)
