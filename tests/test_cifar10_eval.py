@@ -29,7 +29,7 @@ import cifar10_eval
 from support.base.errors import CheckpointError, DataError, UserError
 from support.data import dataset
 from support.data.settings import TrainingSettings
-from support.ops.tensorflow_v1 import session_config, tf
+from support.ops.tensorflow_v1 import tf
 from support.run import checkpoints, evaluation
 
 FLAGS = cifar10_eval.FLAGS
@@ -307,17 +307,6 @@ def test_a_checkpoint_of_the_tutorial_of_2015_is_evaluated(records, capsys):
     output = capsys.readouterr().out
     assert output.count(f"= {expected_correct(test, AVERAGED).mean():.3f}\n") == 2
     assert [result["step"] for result in written_results()] == [100, 100]
-
-
-def test_the_flags_configure_the_session(checkpoint, monkeypatch):
-    FLAGS.use_fp16 = True
-    configs = []
-    session = tf.Session
-    monkeypatch.setattr(
-        tf, "Session", lambda config: (configs.append(config), session(config=config))[1]
-    )
-    cifar10_eval.evaluate()
-    assert configs == [session_config(use_fp16=True)]
 
 
 def test_a_checkpoint_without_the_variables_is_an_error_that_names_them(records):
