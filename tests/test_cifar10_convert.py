@@ -321,10 +321,7 @@ def test_a_class_may_have_the_name_of_a_split_or_one_that_cannot_be_printed(tmp_
 
 
 def test_an_existing_dataset_is_not_overwritten(images, tmp_path):
-    (tmp_path / "somewhere").mkdir()  # an empty output folder is accepted
-    os.symlink("somewhere", tmp_path / "out")
     cifar10_convert.main()
-    assert (tmp_path / "out").is_symlink()
     before = digests(tmp_path / "out")
     with pytest.raises(
         UserError, match=f"--output={tmp_path}/out already exists; choose a new folder"
