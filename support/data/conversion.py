@@ -158,9 +158,12 @@ def find_splits(folder, test_fraction=None):
       DataError: the folder does not have that layout.
     """
     folders, _ = _list_folders(folder)
-    parents = [name for name in folders if _list_folders(os.path.join(folder, name))[0]]
     train, test, validation = (
-        [name for name in parents if name.lower() in names]
+        [
+            name
+            for name in folders
+            if name.lower() in names and _list_folders(os.path.join(folder, name))[0]
+        ]
         for names in (TRAIN_NAMES, TEST_NAMES, VALIDATION_NAMES)
     )
     if test_fraction is not None:
