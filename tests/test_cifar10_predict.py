@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import re
+import types
 
 import numpy as np
 import numpy_model
@@ -236,6 +237,16 @@ def test_predict_takes_arrays_and_lists_of_images_only(records):
         for wrong in (images / 255, images / 127.5 - 1, images.astype(np.int64), images[0]):
             with pytest.raises(UserError, match="^images must be uint8"):
                 cifar10_predict.predict(model, wrong)
+
+
+def test_running_out_of_memory_is_a_one_line_error(records):
+    def fail(*_):
+        raise tf.errors.ResourceExhaustedError(None, None, "OOM when allocating tensor")
+
+    with cifar10_predict.open_model() as model:
+        failing = model._replace(session=types.SimpleNamespace(run=fail))
+        with pytest.raises(UserError, match="^out of memory .OOM.*; use a smaller --batch_size"):
+            cifar10_predict.predict(failing, pixels(records))
 
 
 LOAD = """
