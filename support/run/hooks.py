@@ -80,19 +80,18 @@ class ProgressHook(tf.train.SessionRunHook):
     def _print_line(self, loss):
         now = time.monotonic()
         sec_per_batch = (now - self._start_time) / (self.step + 1 - self._first_step_since_line)
-        examples_per_sec = self.examples_per_step / sec_per_batch
+        metrics = {
+            "step": self.step,
+            "loss": float(loss),
+            "examples_per_sec": self.examples_per_step / sec_per_batch,
+            "sec_per_batch": sec_per_batch,
+        }
         print(
-            f"{timestamp()}: step {self.step}, loss = {loss:.2f} ({examples_per_sec:.1f} "
-            f"examples/sec; {sec_per_batch:.3f} sec/batch)",
+            "{}: step {step}, loss = {loss:.2f} ({examples_per_sec:.1f} examples/sec; "
+            "{sec_per_batch:.3f} sec/batch)".format(timestamp(), **metrics),
             flush=True,
         )
         if self._metrics_path is not None:
-            metrics = {
-                "step": self.step,
-                "loss": float(loss),
-                "examples_per_sec": examples_per_sec,
-                "sec_per_batch": sec_per_batch,
-            }
             for rate in self._last_learning_rate:
                 metrics["learning_rate"] = float(rate)
             files.append_json_line(self._metrics_path, metrics)

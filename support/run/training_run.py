@@ -347,13 +347,13 @@ def _read_starts(path):
             starts = json.load(file)
         if not isinstance(starts, list):
             raise ValueError("it is not a list")
+        return starts
     except FileNotFoundError:
         return []
     except (OSError, ValueError) as error:
         raise UserError(
             f"{path} cannot be read as a list of earlier runs ({error}); move it away"
         ) from error
-    return starts
 
 
 def _find_commit(folder):

@@ -90,16 +90,10 @@ def test_the_caption_of_a_mistake_has_the_true_class_above_the_predicted_class_i
         mistakes = [(np.zeros([24, 24, 3]), 3, 5)]
         return decode(charts.draw_mistakes(mistakes, {3: true, 5: predicted}))[76:110]
 
-    def is_drawn(image):
-        return (image != 255).any(axis=2)
-
     both, without_true = draw_caption("trueclass", "guess"), draw_caption("", "guess")
-    true_name = is_drawn(both) & ~is_drawn(without_true)
-    assert true_name[:17].any()
-    assert not true_name[17:].any()
-    reddish = (both[..., 0] > both[..., 1] + 50) & is_drawn(both)
-    assert reddish[17:].any()
-    assert not reddish[:14].any()
+    assert (both != without_true).any(axis=(1, 2))[:17].any()
+    np.testing.assert_array_equal(both[17:], without_true[17:])
+    assert (both[17:, :, 0] > both[17:, :, 1] + 50).any()
 
 
 @pytest.mark.parametrize("count", [1, 7])

@@ -1,7 +1,6 @@
 """Which checkpoints are evaluated, and what is counted."""
 
 import contextlib
-import shutil
 import types
 
 import numpy as np
@@ -42,7 +41,7 @@ def clock(monkeypatch):
     return clock
 
 
-def evaluate(folder, clock, steps, wait_to_stop, on_use=lambda checkpoint: None, **arguments):
+def evaluate(folder, clock, steps, wait_to_stop):
     """Returns the steps evaluated before `wait_to_stop`. `steps`: the step to save, by wait."""
     used = []
 
@@ -52,14 +51,10 @@ def evaluate(folder, clock, steps, wait_to_stop, on_use=lambda checkpoint: None,
         if wait == wait_to_stop:
             raise Stop
 
-    def use(checkpoint):
-        on_use(checkpoint)
-        used.append(checkpoint.step)
-
     clock.trainer = trainer
     with pytest.raises(Stop):
-        evaluation.use_new_checkpoints(str(folder), use, 0, **arguments)
-    return used
+        evaluation.use_new_checkpoints(str(folder), used.append, 0)
+    return [checkpoint.step for checkpoint in used]
 
 
 def test_every_new_checkpoint_is_used_once(tmp_path, clock, capsys):
@@ -70,17 +65,6 @@ def test_every_new_checkpoint_is_used_once(tmp_path, clock, capsys):
 def test_checkpoints_of_earlier_steps_are_skipped(tmp_path, clock):
     steps = dict(enumerate((20, 10, 15, 30, 25, 40)))
     assert evaluate(tmp_path, clock, steps, 12) == [20, 30, 40]
-
-
-def test_after_all_checkpoints_have_disappeared_evaluation_waits_for_a_new_one(tmp_path, clock):
-    save(tmp_path / "train", 1)
-
-    def delete(checkpoint):
-        if checkpoint.step == 1:
-            shutil.rmtree(tmp_path / "train")
-            raise CheckpointError("it has gone")
-
-    assert evaluate(tmp_path / "train", clock, {2: 2}, 5, delete) == [2]
 
 
 def test_after_a_damaged_checkpoint_evaluation_waits_for_the_next_one(tmp_path, clock):

@@ -166,20 +166,15 @@ def test_checkpoints_are_saved_and_kept_as_the_options_say(tmp_path):
     assert saved_steps(tmp_path) == {5, 6}
 
 
-@pytest.mark.parametrize(("seconds", "is_saved_between"), [(1, True), (600, False)])
-def test_checkpoints_are_saved_in_time_although_the_clock_goes_back(
-    tmp_path, monkeypatch, seconds, is_saved_between
-):
+def test_checkpoints_are_saved_in_time_although_the_clock_goes_back(tmp_path, monkeypatch):
     now = time.time()
 
     def set_back(step):
         time.sleep(0.3)
         monkeypatch.setattr(time, "time", lambda: now - 3600.0)
 
-    train(tmp_path, max_steps=8, before_step=set_back, save_checkpoint_secs=seconds)
-    steps = saved_steps(tmp_path)
-    assert {0, 8} <= steps
-    assert bool(steps - {0, 8}) is is_saved_between
+    train(tmp_path, max_steps=8, before_step=set_back, save_checkpoint_secs=1)
+    assert {0, 8} < saved_steps(tmp_path)
 
 
 def test_a_step_from_which_training_resumes_is_not_saved_again(tmp_path):
@@ -244,16 +239,10 @@ def test_a_train_dir_can_be_moved(tmp_path):
 
 
 def test_a_session_uses_the_given_configuration(tmp_path):
-    devices = []
     config = tf.ConfigProto(device_count={"CPU": 3})
-    count = count_step()
-    with (
-        make_run(tmp_path, 1, config=config) as training,
-        training.session(tf.constant(1.0)) as sess,
-    ):
-        devices += sess.raw_session().list_devices()
-        sess.run(count)
-    assert len(devices) == 3
+    loss = tf.constant(1.0)
+    with make_run(tmp_path, 1, config=config) as training, training.session(loss) as sess:
+        assert len(sess.raw_session().list_devices()) == 3
 
 
 # --- Checkpoints that cannot be resumed.
@@ -302,8 +291,6 @@ def test_training_does_not_resume_with_other_settings(tmp_path):
 
 def test_training_that_resumes_with_other_examples_or_flips_warns(tmp_path, warnings):
     train(tmp_path, max_steps=3)
-    assert has_steps_left(tmp_path, 5)
-    assert warnings == []
     assert has_steps_left(tmp_path, 5, SETTINGS._replace(examples_per_epoch=45, random_flip=False))
     newest = tmp_path / "model.ckpt-3"
     assert warnings == [
@@ -366,21 +353,25 @@ def test_each_start_of_training_is_recorded_after_the_earlier_ones(tmp_path):
         with make_run(tmp_path, max_steps, flags=flags) as training, training.graph(seed):
             run_loop(training, count_step())
     first, second, third = json.loads((tmp_path / "run.json").read_text())
-    assert [start["flags"]["seed"] for start in (first, second, third)] == [7, None, 7]
-    assert (first["seed"], third["seed"]) == (7, 7)
-    assert 0 <= second["seed"] < 2**31
-    assert first["script"] == os.path.basename(sys.argv[0])
-    assert (first["class_names"], first["examples_per_epoch"]) == (["cat", "dog"], 100)
-    assert abs(first["time"] - time.time()) < 60
-    assert first["tensorflow"] == tf.version.VERSION
-    assert first["python"] == platform.python_version()
-    assert first["processors"] == os.cpu_count()
-    assert isinstance(first["processor"], str)
-    assert len(first["gpus"]) == len(GPUS)
+    assert [start["seed"] for start in (first, third)] == [7, 7]
+    assert 0 <= second.pop("seed") < 2**31
+    assert abs(second.pop("time") - time.time()) < 60
+    assert isinstance(second.pop("processor"), str)
+    commit = second.pop("commit") or ""
+    assert second == {
+        "script": os.path.basename(sys.argv[0]),
+        "flags": {"batch_size": 4, "seed": None},
+        "class_names": ["cat", "dog"],
+        "examples_per_epoch": 100,
+        "python": platform.python_version(),
+        "tensorflow": tf.version.VERSION,
+        "processors": os.cpu_count(),
+        "gpus": [None] * len(GPUS),
+    }
     process = subprocess.run(
         ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
     )
-    assert (first["commit"] or "").removesuffix("-dirty") == process.stdout.strip()
+    assert commit.removesuffix("-dirty") == process.stdout.strip()
 
 
 def test_the_commit_is_not_that_of_a_repository_around_the_project(tmp_path):
@@ -408,38 +399,13 @@ def test_a_run_file_that_is_not_a_list_of_starts_is_not_overwritten(tmp_path, co
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_a_loss_that_is_not_finite_stops_training_before_it_is_saved(tmp_path, value):
-    with pytest.raises(UserError, match=f"^PyFunc is {value} at step 3; the step is not saved"):
-        train(tmp_path, max_steps=9, losses={3: value}, save_checkpoint_steps=1)
-    assert saved_step(tmp_path) == 3  # after the steps 0, 1 and 2
-
-
-@pytest.mark.parametrize("bad", [[math.nan, 0], [math.inf, -math.inf]])
-def test_a_gradient_that_is_not_finite_stops_training_before_it_is_saved(tmp_path, bad):
-    global_step = tf.train.get_or_create_global_step()
-    weights = tf.get_variable("layer/weights", initializer=[1.0, 2.0])
-    gradient = tf.py_func(
-        lambda step: np.float32(bad if step == 3 else [1, 1]),
-        [global_step.read_value()],
-        tf.float32,
-    )
-    gradient.set_shape([2])
-    graph_notes.check_finite(gradient, "gradients/layer/weights")
-    graph_notes.record_learning_rate(tf.constant(0.1))
-    update = tf.train.GradientDescentOptimizer(0.1).apply_gradients(
-        [(gradient, weights)], global_step
-    )
-    with tf.control_dependencies([update]):
-        train_op = tf.train.ExponentialMovingAverage(0.9).apply([weights])
     with pytest.raises(
         UserError,
-        match="^gradients/layer/weights is .* at step 3, where the learning rate is 0.1; the step "
-        "is not saved: run the same command again .* a smaller --initial_learning_rate$",
+        match=f"^PyFunc is {value} at step 3; the step is not saved: run the same command again "
+        ".*; if it happens again, use a smaller --initial_learning_rate$",
     ):
-        run(train_op, tmp_path, max_steps=9, save_checkpoint_steps=1)
-    assert saved_step(tmp_path) == 3
-    newest = tf.train.load_checkpoint(tf.train.latest_checkpoint(str(tmp_path)))
-    for name in ("layer/weights", "layer/weights/ExponentialMovingAverage"):
-        assert np.isfinite(newest.get_tensor(name)).all()
+        train(tmp_path, max_steps=9, losses={3: value}, save_checkpoint_steps=1)
+    assert saved_step(tmp_path) == 3  # after the steps 0, 1 and 2
 
 
 def test_a_variable_that_is_not_finite_is_not_saved(tmp_path):
@@ -551,9 +517,9 @@ def test_the_error_of_an_input_thread_is_raised(tmp_path):
         run(count_step(queue.dequeue()), tmp_path, max_steps=100)
 
 
-def make_slow_queue(min_after_dequeue=0):
+def make_slow_queue():
     """Returns a queue that receives ten examples per second."""
-    queue = tf.RandomShuffleQueue(2000, min_after_dequeue, tf.float32, shapes=[[]])
+    queue = tf.FIFOQueue(2000, tf.float32, shapes=[[]])
     slow = tf.py_func(lambda: time.sleep(0.1) or np.float32(1), [], tf.float32)
     tf.train.add_queue_runner(tf.train.QueueRunner(queue, [queue.enqueue(slow)]))
     return queue
@@ -566,22 +532,6 @@ def test_an_input_that_becomes_unusable_stops_a_step_that_waits_for_it(tmp_path)
     train_op = count_step(make_slow_queue().dequeue_many(1000))
     with pytest.raises(DataError, match="^the records have gone$"):
         run(train_op, tmp_path, max_steps=100, check_input=check_input)
-
-
-def test_an_unusable_input_explains_an_error_of_the_step(tmp_path):
-    failed = threading.Event()
-
-    def fail():
-        failed.set()
-        raise ValueError("a record makes no sense")
-
-    def check_input():
-        if failed.is_set():
-            raise DataError("the records have gone")
-
-    failure = tf.py_func(fail, [], tf.float32)
-    with pytest.raises(DataError, match="^the records have gone$"):
-        run(count_step(failure), tmp_path, max_steps=100, check_input=check_input)
 
 
 def test_running_out_of_memory_is_a_one_line_error(tmp_path):
@@ -743,10 +693,9 @@ def test_a_signal_stops_a_later_step_that_waits_for_its_input_within_half_a_minu
 
 def draw(folder, seed=None, worker=ALONE):
     """Returns random numbers from the graph of a run."""
-    with make_run(folder, 5, worker=worker) as training, training.graph(seed) as graph:
-        assert tf.get_default_graph() is graph
-        with tf.Session() as sess:
-            return tuple(sess.run([tf.random.uniform([]), tf.random.normal([])]))
+    run = make_run(folder, 5, worker=worker)
+    with run, run.graph(seed), tf.Session() as sess:
+        return tuple(sess.run([tf.random.uniform([]), tf.random.normal([])]))
 
 
 def make_worker(index, step=0, **attributes):
@@ -808,14 +757,6 @@ def test_a_worker_trains_with_the_variables_of_the_chief_and_leaves_train_dir_al
     assert not train_dir.exists()
 
 
-@contextlib.contextmanager
-def without_delay():
-    """Fails if the block takes as long as a worker waits for a step that does not end."""
-    start = time.monotonic()
-    yield
-    assert time.monotonic() - start < 4
-
-
 @pytest.mark.parametrize("is_over", [True, False])
 def test_a_worker_explains_why_training_ends_unless_the_chief_has_finished(
     tmp_path, server, is_over
@@ -826,29 +767,13 @@ def test_a_worker_explains_why_training_ends_unless_the_chief_has_finished(
         sess.run(tf.local_variables_initializer())
     message = "^training ended at step 3 of --max_steps=50: the chief has stopped training$"
     end = contextlib.nullcontext() if is_over else pytest.raises(UserError, match=message)
-    with without_delay(), end:
+    start = time.monotonic()
+    with end:
         assert run(count_step(files.dequeue()), tmp_path, max_steps=50, worker=worker) == 1
+    assert time.monotonic() - start < 4  # it does not wait as for a step that does not end
 
 
 def test_a_signal_tells_a_worker_how_to_rejoin(tmp_path, server, signals):
     worker, send = make_worker(1, target=server.target), send_at_step(signals, 3)
     with pytest.raises(Interrupted, match="^run the same command again to rejoin$"):
         train(tmp_path, max_steps=100, before_step=send, worker=worker)
-
-
-def test_a_worker_without_its_chief_stops_a_step_that_waits(tmp_path, server):
-    def check_peers():
-        raise UserError("no response from the chief")
-
-    released = []
-
-    def release(session):
-        released.append(session)
-        session.close()
-
-    worker = make_worker(1, target=server.target, check_peers=check_peers, release=release)
-    # A step that waits for an update by the chief: no thread of this process fills the queue.
-    tokens = tf.FIFOQueue(1, tf.float32, shapes=[[]])
-    with without_delay(), pytest.raises(UserError, match="^no response from the chief$"):
-        run(count_step(tokens.dequeue()), tmp_path, max_steps=100, worker=worker)
-    assert released
