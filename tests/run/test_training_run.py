@@ -1,6 +1,7 @@
 """Tests of the training session, with small graphs whose losses and gradients are given."""
 
 import contextlib
+import io
 import json
 import math
 import os
@@ -517,9 +518,9 @@ def test_the_error_of_an_input_thread_is_raised(tmp_path):
         run(count_step(queue.dequeue()), tmp_path, max_steps=100)
 
 
-def make_slow_queue():
+def make_slow_queue(min_after_dequeue=0):
     """Returns a queue that receives ten examples per second."""
-    queue = tf.FIFOQueue(2000, tf.float32, shapes=[[]])
+    queue = tf.RandomShuffleQueue(2000, min_after_dequeue, tf.float32, shapes=[[]])
     slow = tf.py_func(lambda: time.sleep(0.1) or np.float32(1), [], tf.float32)
     tf.train.add_queue_runner(tf.train.QueueRunner(queue, [queue.enqueue(slow)]))
     return queue
@@ -534,6 +535,22 @@ def test_an_input_that_becomes_unusable_stops_a_step_that_waits_for_it(tmp_path)
         run(train_op, tmp_path, max_steps=100, check_input=check_input)
 
 
+def test_an_unusable_input_explains_an_error_of_the_step(tmp_path):
+    failed = threading.Event()
+
+    def fail():
+        failed.set()
+        raise ValueError("a record makes no sense")
+
+    def check_input():
+        if failed.is_set():
+            raise DataError("the records have gone")
+
+    failure = tf.py_func(fail, [], tf.float32)
+    with pytest.raises(DataError, match="^the records have gone$"):
+        run(count_step(failure), tmp_path, max_steps=100, check_input=check_input)
+
+
 def test_running_out_of_memory_is_a_one_line_error(tmp_path):
     def fail():
         raise MemoryError("OOM when allocating tensor with shape[1024]")
@@ -541,6 +558,22 @@ def test_running_out_of_memory_is_a_one_line_error(tmp_path):
     with pytest.raises(UserError, match="^out of memory .*; use a smaller --batch_size") as caught:
         run(count_step(tf.py_func(fail, [], tf.float32)), tmp_path, max_steps=100)
     assert "\n" not in str(caught.value)
+
+
+def test_the_filling_queue_is_shown_until_the_first_step_has_its_batch(
+    tmp_path, capsys, monkeypatch
+):
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr(sys, "stderr", terminal)
+    queue = make_slow_queue(min_after_dequeue=16)
+    graph_notes.watch_queue(queue.size(), min_size=17)
+    run(count_step(queue.dequeue()), tmp_path, max_steps=1)
+    levels = [int(n) for n in re.findall(r"Filling queue: .*? (\d+)/17 ", terminal.getvalue())]
+    assert levels == sorted(levels)
+    assert 8 < levels[-1] <= 17
+    assert re.search(r"\r +\r$", terminal.getvalue())  # the bar is erased
+    assert [step for step, *_ in printed(capsys)] == [0]
 
 
 # --- Summaries.
@@ -610,6 +643,22 @@ def test_the_graph_is_written_for_tensorboard(tmp_path):
     assert {name for name in scopes if name.islower()} == {"this_one", "layer", "global_step"}
 
 
+def test_summaries_that_cannot_be_written_end_training_with_one_line(tmp_path, monkeypatch):
+    write = tf.io.TFRecordWriter.write
+    written = []
+
+    def fail_later(writer, record):
+        written.append(record)
+        if len(written) > 4:  # the session would take this error for the end of the input
+            raise tf.errors.OutOfRangeError(None, None, "events; File too large")
+        write(writer, record)
+
+    monkeypatch.setattr(tf.io.TFRecordWriter, "write", fail_later)
+    with pytest.raises(UserError, match="^cannot write to --train_dir=.*: events; File too large"):
+        train(tmp_path, max_steps=9, save_summaries_steps=1)
+    assert len(written) == 5
+
+
 # --- Signals.
 
 
@@ -620,7 +669,7 @@ def signals():
     def fail(number, frame):
         raise AssertionError(f"signal {number} was not deferred")
 
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    numbers = (signal.SIGINT, signal.SIGUSR1)
     previous = {number: signal.signal(number, fail) for number in numbers}
     yield lambda number: os.kill(os.getpid(), number)
     assert all(signal.getsignal(number) is fail for number in numbers)
@@ -633,7 +682,7 @@ def send_at_step(signals, step):
 
     def send(current):
         if current == step:
-            signals(signal.SIGHUP)
+            signals(signal.SIGUSR1)
             time.sleep(0.5)
 
     return send
@@ -643,7 +692,7 @@ def test_a_signal_lets_the_step_finish_and_saves_it(tmp_path, signals):
     with pytest.raises(Interrupted) as caught:
         train(tmp_path, max_steps=100, before_step=send_at_step(signals, 3))
     assert saved_step(tmp_path) == 4
-    assert caught.value.signal_number == signal.SIGHUP
+    assert caught.value.signal_number == signal.SIGUSR1
     assert caught.value.message == (
         f"step 4 is saved in {tmp_path}/model.ckpt-4; run the same command again to resume from it"
     )
