@@ -55,11 +55,7 @@ DATA_URL = download.DATA_URL
 options.register_constants(globals())  # as defaults of flags
 options.DEFINE_path("data_dir", "/tmp/cifar10_data", "Folder for the dataset.")
 options.DEFINE_integer(
-    "batch_size",
-    128,
-    "Number of images in a batch (in training, per tower or worker).",
-    lower_bound=1,
-    upper_bound=2**20,
+    "batch_size", 128, "Number of images in a batch (in training, per tower or worker).", 1
 )
 options.DEFINE_boolean(
     "use_fp16",
@@ -71,10 +67,7 @@ options.define("model")  # --weight_decay and others; see the table in support/b
 
 
 def maybe_download_and_extract():
-    """Downloads or generates the dataset if it is missing, and checks all of its records.
-
-    Returns:
-      The path of the folder with the record files.
+    """Downloads or generates the dataset if it is missing, checks it, and returns its folder.
 
     Raises:
       DataError: the dataset cannot be downloaded or generated, or a record is invalid.
@@ -87,14 +80,10 @@ def maybe_download_and_extract():
     return folder
 
 
-def find_data_folder():
-    """Returns the path of the folder with the record files, according to the flags."""
-    return dataset.find_folder(FLAGS.data_dir, FLAGS.synthetic_data)
-
-
 def find_dataset(class_names=None):
     """Returns the `Dataset` that the flags name; see `cifar10_input.find_dataset`."""
-    return cifar10_input.find_dataset(find_data_folder(), class_names)
+    folder = dataset.find_folder(FLAGS.data_dir, FLAGS.synthetic_data)
+    return cifar10_input.find_dataset(folder, class_names)
 
 
 def training_settings(class_names=None, examples_per_step=None):
@@ -102,8 +91,7 @@ def training_settings(class_names=None, examples_per_step=None):
 
     Args:
       class_names: tuple of strings; those of the dataset if None.
-      examples_per_step: int; images that one step consumes, over all towers or workers. None if
-        there is no training.
+      examples_per_step: int; images per step, over all towers or workers. None without training.
     """
     found = find_dataset(class_names)
     return TrainingSettings(
@@ -117,24 +105,14 @@ def training_settings(class_names=None, examples_per_step=None):
 
 
 def distorted_inputs(batch_size=None, shard=None):
-    """Returns the training input that the flags describe; see `cifar10_input.distorted_inputs`.
-
-    Args:
-      batch_size: int; --batch_size if None.
-      shard: (index, count); the part of the records to read. All records if None.
-    """
+    """Returns the training input that the flags describe; see `cifar10_input.distorted_inputs`."""
     batch_size = batch_size or FLAGS.batch_size
-    return cifar10_input.distorted_inputs(find_data_folder(), batch_size, shard)
+    return cifar10_input.distorted_inputs(find_dataset().folder, batch_size, shard)
 
 
 def inputs(eval_data, num_epochs=None):
-    """Returns the evaluation input that the flags describe; see `cifar10_input.inputs`.
-
-    Args:
-      eval_data: bool; True for the test file, False for the training files.
-      num_epochs: int; the number of times to read each record, or None to repeat forever.
-    """
-    return cifar10_input.inputs(eval_data, find_data_folder(), FLAGS.batch_size, num_epochs)
+    """Returns the evaluation input that the flags describe; see `cifar10_input.inputs`."""
+    return cifar10_input.inputs(eval_data, find_dataset().folder, FLAGS.batch_size, num_epochs)
 
 
 def _variable_on_cpu(name, shape, initializer):
@@ -146,16 +124,7 @@ def _variable_on_cpu(name, shape, initializer):
 def _variable_with_weight_decay(name, shape, stddev, wd, read=False):
     """Creates a variable with truncated normal values, and adds its weight decay to the losses.
 
-    Args:
-      name: string.
-      shape: list of ints.
-      stddev: float; the standard deviation before truncation at two standard deviations.
-      wd: float or None; adds `wd * tf.nn.l2_loss(variable)` to the collection `losses`.
-      read: bool; return the value instead of the variable. In a cluster, the value then crosses the
-        network only once a step.
-
-    Returns:
-      The variable, or its value.
+    Returns the variable; or its value if `read`, which then crosses a network only once a step.
     """
     variable = _variable_on_cpu(name, shape, tf.truncated_normal_initializer(stddev=stddev))
     value = tf.convert_to_tensor(variable)
@@ -165,25 +134,17 @@ def _variable_with_weight_decay(name, shape, stddev, wd, read=False):
     return value if read else variable
 
 
-def _tag(operation):
-    """Returns a TensorBoard tag for an operation: `weights/conv1` for `tower_0/conv1/weights`.
-
-    The kind comes first, so TensorBoard groups the layers by kind. The tower is left out, so the
-    tags do not depend on the number of towers.
-    """
-    return "/".join(reversed(_name_without_tower(operation).split("/")))
-
-
 def _name_without_tower(operation):
     return re.sub(f"^{TOWER_NAME}_[0-9]+/", "", operation.name)
 
 
-def _activation_summary(x):
-    """Adds a histogram and the sparsity of a layer's output to the summaries.
+def _tag(operation):
+    """Returns `weights/conv1` for `conv1/weights`: TensorBoard then groups the layers by kind."""
+    return "/".join(reversed(_name_without_tower(operation).split("/")))
 
-    Args:
-      x: float32 of any shape; named `LAYER/LAYER` or `LAYER`.
-    """
+
+def _activation_summary(x):
+    """Shows a histogram and the sparsity of a layer's output, `LAYER/LAYER`, in TensorBoard."""
     if tf.get_variable_scope().reuse:  # another tower: only the first one is summarized
         return
     layer = re.sub(r"^(.*)/\1$", r"\1", _name_without_tower(x.op))
@@ -319,20 +280,12 @@ def loss(logits, labels, scope=None):
 
 
 def _add_loss_summaries(total_loss, tower_losses=None):
-    """Shows each loss in TensorBoard, averaged over the towers, with its moving average.
+    """Shows the losses and their moving averages; returns the operation that updates these.
 
     The loss of a single batch is noisy. TensorBoard shows the moving average under the name of the
-    loss, and the value of the batch with `_raw` appended.
-
-    Args:
-      total_loss: float32 [] from `loss`, or its mean over the towers.
-      tower_losses: list with the losses of each tower, float32 [], all in the same order. If None,
-        there is one tower, with the losses in the collection `losses`.
-
-    Returns:
-      The operation that updates the moving averages of the losses.
+    loss, and the value of the batch, averaged over the towers, with `_raw` appended.
     """
-    if tower_losses is None:
+    if tower_losses is None:  # there are no towers
         tower_losses = [tf.get_collection("losses")]
     with tf.device("/cpu:0"), tf.name_scope("loss_averages"):
         means = {}
@@ -361,7 +314,7 @@ def decayed_learning_rate(global_step, examples_per_step):
     the images that the run has seen instead of its steps.
 
     Args:
-      global_step: int []; the number of updates so far.
+      global_step: int64 []; the number of updates so far.
       examples_per_step: int; images that one update consumes, over all towers or workers.
 
     Returns:
@@ -371,7 +324,7 @@ def decayed_learning_rate(global_step, examples_per_step):
     num_batches_per_epoch = examples_per_epoch / examples_per_step
     decay_steps = max(1, int(num_batches_per_epoch * FLAGS.num_epochs_per_decay))
     if offset := graph_notes.images_offset():  # count images instead of steps
-        global_step = tf.cast(global_step, tf.int64) * examples_per_step + offset
+        global_step = global_step * examples_per_step + offset
         decay_steps = max(examples_per_step, examples_per_epoch * FLAGS.num_epochs_per_decay)
     learning_rate = tf.train.exponential_decay(
         FLAGS.initial_learning_rate,
@@ -394,14 +347,12 @@ def make_optimizer(learning_rate):
     return optimizer
 
 
-def train(total_loss, global_step, examples_per_step=None, worker=ALONE):
+def train(total_loss, global_step, worker=ALONE):
     """Builds one training step: gradients, update and moving averages.
 
     Args:
       total_loss: float32 [] from `loss`.
       global_step: int64 [] variable; counts the updates.
-      examples_per_step: int; images that one step consumes, over all workers. --batch_size for each
-        worker if None.
       worker: `support.base.worker.Worker`; the one that this process runs in a cluster.
 
     Returns:
@@ -410,9 +361,7 @@ def train(total_loss, global_step, examples_per_step=None, worker=ALONE):
     Raises:
       UserError: no variable has a gradient.
     """
-    if examples_per_step is None:
-        examples_per_step = FLAGS.batch_size * worker.count
-    learning_rate = decayed_learning_rate(global_step, examples_per_step)
+    learning_rate = decayed_learning_rate(global_step, FLAGS.batch_size * worker.count)
     loss_averages_op = _add_loss_summaries(total_loss)
 
     optimizer = make_optimizer(learning_rate)
@@ -426,20 +375,17 @@ def train(total_loss, global_step, examples_per_step=None, worker=ALONE):
 def update_variables(optimizer, gradients, global_step, worker=ALONE):
     """Applies gradients, counts the step, and then updates the moving averages.
 
-    A variable whose gradient is None keeps its value. Operations in the collection
-    `tf.GraphKeys.UPDATE_OPS` run as well, for example those of batch normalization.
+    Operations in the collection `tf.GraphKeys.UPDATE_OPS` run as well, for example those of batch
+    normalization.
 
     Args:
       optimizer: from `make_optimizer`.
-      gradients: list of (gradient, variable).
+      gradients: list of (gradient, variable). Without a gradient, a variable keeps its value.
       global_step: int64 [] variable.
-      worker: `support.base.worker.Worker`; in a cluster, the gradients of all workers are averaged.
+      worker: as for `train`; the gradients of all workers are averaged.
 
     Returns:
       The operation that does all of this.
-
-    Raises:
-      UserError: no variable has a gradient.
     """
     gradients = updates.drop_missing(gradients)
     updates.summarize_gradients(optimizer, gradients)

@@ -32,7 +32,7 @@ CIFAR-100 are converted from the folder or the archive. The records keep their o
 
 from absl import app, flags
 
-from support.base import command_line, files, options, streams
+from support.base import command_line, options, streams
 from support.data import conversion, dataset, formats
 
 FLAGS = flags.FLAGS
@@ -51,18 +51,17 @@ def main(argv=None):
         raise app.UsageError("specify the folder to create: --output=FOLDER")
     if given != ["images"] and FLAGS.test_fraction is not None:
         raise app.UsageError(f"--{given[0]} has its own test images; omit --test_fraction")
-    files.check_new_folder("--output", FLAGS.output)  # fail before reading the images
-    if FLAGS.images:
-        conversion.check_output_is_outside(FLAGS.output, FLAGS.images)
     if FLAGS.cifar10_python:
         result = formats.convert(FLAGS.cifar10_python, "cifar10_python", FLAGS.output)
     elif FLAGS.cifar100:
         result = formats.convert(FLAGS.cifar100, "cifar100", FLAGS.output, FLAGS.cifar100_labels)
     elif FLAGS.svhn:
-        result = conversion.convert_svhn(FLAGS.svhn, FLAGS.output, FLAGS.shuffle_seed)
+        train, test = (conversion.SVHN(FLAGS.svhn, name) for name in ("train", "test"))
+        result = conversion.convert(train, test, FLAGS.output, FLAGS.shuffle_seed)
     else:
-        result = conversion.convert_folders(
-            FLAGS.images, FLAGS.output, FLAGS.shuffle_seed, FLAGS.test_fraction
+        train, test = conversion.find_splits(FLAGS.images, FLAGS.test_fraction)
+        result = conversion.convert(
+            train, test, FLAGS.output, FLAGS.shuffle_seed, FLAGS.test_fraction
         )
     train_count, test_count, class_names, *unreadable = result
     print(

@@ -28,7 +28,6 @@ options.DEFINE_integer(
     options.Constant("NUM_EXAMPLES_PER_EPOCH_FOR_EVAL"),
     "Maximum number of images to evaluate.",
     1,
-    2**31 - 1,
 )
 options.DEFINE_enum(
     "eval_data",
@@ -41,7 +40,6 @@ options.DEFINE_integer(
     300,
     "Minimum number of seconds between the starts of two evaluations.",
     0,
-    2**31 - 1,
 )
 options.define("checkpoint")
 
@@ -113,7 +111,7 @@ def evaluate(last_step=None, check_trainer=lambda: None):
     run_once = FLAGS.run_once or checkpoints.find_single_checkpoint(checkpoint_dir) is not None
     if run_once:  # before spending time on the graph
         checkpoints.use_newest(checkpoint_dir, lambda newest: newest.check_settings(settings))
-    folder = cifar10.find_data_folder()
+    folder = cifar10.find_dataset().folder
     detector = records.ChangeDetector(folder, eval_test)
     num_examples = evaluation.limit_examples(
         records.count_records(folder, eval_test),

@@ -13,7 +13,6 @@ import cifar10
 from support.base import command_line, options
 from support.base.errors import UserError
 from support.cluster import task
-from support.ops import updates
 from support.ops.tensorflow_v1 import (
     tf,
     warn_of_shared_devices,
@@ -29,15 +28,12 @@ options.define("run")
 
 
 def tower_loss(scope, images, labels):
-    """Builds a tower up to its total loss.
+    """Builds a tower, and returns the total loss of its batch, float32 [].
 
     Args:
       scope: string; the name scope of the tower, for example `tower_0/`.
       images: float32 [batch, 24, 24, 3].
       labels: int32 [batch].
-
-    Returns:
-      float32 []; the total loss of the tower's batch.
     """
     return cifar10.loss(cifar10.inference(images), labels, scope)
 
@@ -52,27 +48,27 @@ def average_gradients(tower_grads):
       list of (average gradient, variable). If a variable has no gradient, its average is None.
 
     Raises:
-      UserError: only some of the towers have a gradient for a variable.
+      ValueError: the towers do not have gradients for the same variables.
     """
-    updates.check_towers_agree(tower_grads)
     average_grads = []
-    for grads_and_vars in zip(*tower_grads, strict=False):  # a later tower may have more variables
-        grads = [grad for grad, _ in grads_and_vars if grad is not None]
-        variable = grads_and_vars[0][1]  # the towers share it
-        average_grads.append((tf.add_n(grads) / len(grads) if grads else None, variable))
+    # `strict`: towers share the variables that `tf.get_variable` creates, and have no others.
+    for grads_and_vars in zip(*tower_grads, strict=True):
+        grads = [grad for grad, _ in grads_and_vars]
+        variable = grads_and_vars[0][1]
+        is_unused = all(grad is None for grad in grads)
+        average_grads.append((None if is_unused else tf.add_n(grads) / len(grads), variable))
     return average_grads
 
 
 def build_training(num_gpus, batch_size):
-    """Builds the towers in the default graph, and the update with their averaged gradients.
+    """Builds the towers, and the update with their averaged gradients.
 
     Args:
       num_gpus: int; the number of towers.
       batch_size: int; images per tower and step.
 
     Returns:
-      train_op: the operation that trains one step.
-      loss: float32 []; the mean of the total losses of the towers.
+      The operation that trains one step, and the mean loss of the towers, float32 [].
     """
     with tf.device("/cpu:0"):
         global_step = tf.train.get_or_create_global_step()
@@ -107,7 +103,7 @@ def build_training(num_gpus, batch_size):
 def train():
     """Trains up to --max_steps, resuming from the newest checkpoint in --train_dir if any."""
     num_gpus = FLAGS.num_gpus
-    run_options = Options.select(options.values(), cifar10.find_data_folder())
+    run_options = Options.select(options.values(), cifar10.find_dataset().folder)
     settings = cifar10.training_settings(examples_per_step=FLAGS.batch_size * num_gpus)
     with TrainingRun(run_options, settings) as run:
         if run.has_steps_left():

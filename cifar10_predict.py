@@ -92,9 +92,9 @@ def predict(model, images):
       CheckpointError: the model produces non-finite probabilities.
       UserError: the images have another type or shape, or do not fit into memory.
     """
-    images = image_files.stack_images(images)
     if not len(images):  # some operations refuse empty batches
         return []
+    images = image_files.stack_images(images)
     with out_of_memory_explained():
         probabilities = model.session.run(model.probabilities, {model.images: images})
     if not np.isfinite(probabilities).all():
@@ -106,42 +106,35 @@ def predict(model, images):
     ]
 
 
-def predict_files(model, paths, batch_size, as_json):
-    """Predicts the classes of image files, and prints a line for each of them.
-
-    Args:
-      model: `Model`.
-      paths: iterable of paths of images and folders.
-      batch_size: int; the number of images to read and classify at a time.
-      as_json: bool; print JSON objects.
+def predict_files(model, paths):
+    """Predicts the classes of images in files and folders, and prints a line for each of them.
 
     Raises:
       UserError: some images could not be read. The lines of the others have been printed.
     """
-    count = skipped = unreadable = 0
+    read = skipped = unreadable = 0
     found = image_files.read_images(paths)
-    while batch := list(itertools.islice(found, batch_size)):
+    while batch := list(itertools.islice(found, FLAGS.batch_size)):
         images = [image for _, image in batch if isinstance(image, np.ndarray)]
         predictions = iter(predict(model, images))
         for path, image in batch:
             if image is None:
                 skipped += 1
-                continue
-            count += 1
-            if isinstance(image, np.ndarray):
-                _print_predictions(model, path, next(predictions), as_json)
+            elif isinstance(image, np.ndarray):
+                read += 1
+                _print_predictions(model, path, next(predictions))
             else:
                 unreadable += 1
                 print(image, file=sys.stderr, flush=True)
-                if as_json:
+                if FLAGS.json:
                     print(json.dumps({"picture": path, "error": str(image)}), flush=True)
     image_files.report_skipped_files(skipped)
     if unreadable:
-        raise UserError(f"{unreadable} of {count} images could not be read")
+        raise UserError(f"{unreadable} of {unreadable + read} images could not be read")
 
 
-def _print_predictions(model, path, predictions, as_json):
-    if as_json:
+def _print_predictions(model, path, predictions):
+    if FLAGS.json:
         line = {
             "picture": path,
             "predictions": [{"class": name, "probability": p} for name, p in predictions],
@@ -162,12 +155,8 @@ def export(model, export_dir):
     `class_names`, string [n, classes], the names in the order of the probabilities. The names are
     repeated for each image because servers expect each output to have a row per image.
 
-    Args:
-      model: `Model`.
-      export_dir: path; the folder must be new or empty.
-
     Raises:
-      UserError: the folder is not empty or cannot be written.
+      UserError: the folder is neither new nor empty, or cannot be written.
     """
     names = tf.constant([model.class_names])
     signature = tf.saved_model.predict_signature_def(
@@ -198,15 +187,13 @@ def main(argv):
     paths = argv[1:]
     if not paths and FLAGS.export_dir is None:
         raise app.UsageError("specify images or folders of images, or --export_dir")
-    if FLAGS.export_dir is not None:  # before spending time on the model
-        files.check_new_folder("--export_dir", FLAGS.export_dir)
     warn_of_unusable_gpus()
     with open_model() as model:
         if FLAGS.export_dir is not None:
             export(model, FLAGS.export_dir)
             path, step = model.checkpoint.path, model.checkpoint.step
             print(f"Exported {path} (step {step}) to {FLAGS.export_dir}", file=sys.stderr)
-        predict_files(model, paths, FLAGS.batch_size, FLAGS.json)
+        predict_files(model, paths)
 
 
 if __name__ == "__main__":

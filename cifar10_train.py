@@ -36,7 +36,7 @@ def train(worker=ALONE):
     Args:
       worker: `support.base.worker.Worker`; the one that this process runs in a cluster.
     """
-    run_options = Options.select(options.values(), cifar10.find_data_folder())
+    run_options = Options.select(options.values(), cifar10.find_dataset().folder)
     settings = cifar10.training_settings(examples_per_step=FLAGS.batch_size * worker.count)
     with TrainingRun(run_options, settings, worker) as run:
         if run.has_steps_left():

@@ -103,19 +103,23 @@ def undivided(tmp_path):
 
 
 def test_images_become_the_records_that_cifar10_predict_would_read(images, tmp_path, capsys):
+    path = tmp_path / "images" / "train" / "dog" / "16_bits.png"
+    Image.fromarray(np.arange(1024, dtype=np.uint16).reshape(32, 32)).save(path)
+    images[0][path] = read_image(path)
+    capsys.readouterr()  # once, a line says that such images are scaled
     cifar10_convert.main()
     folder = tmp_path / "out"
     assert dataset.read_class_names(folder) == tuple(NAMES)
     dataset.check_dataset(folder)
     check_records(images, folder)
     counts = map(len, read_records(folder, eval_data=False))
-    assert sorted(counts) == [5, 5, 5, 6, 6]  # as equal as possible
+    assert sorted(counts) == [5, 5, 6, 6, 6]  # as equal as possible
     assert sorted(os.listdir(folder)) == sorted(
         [*records.TRAIN_FILES, *records.TEST_FILES, "batches.meta.txt"]
     )
     output = capsys.readouterr()
     assert output.out == (
-        "Wrote 27 training images and 6 test images of 3 classes (a cat, dog, Ähre) to "
+        "Wrote 28 training images and 6 test images of 3 classes (a cat, dog, Ähre) to "
         f"{folder}; unreadable files: 0\n"
     )
     assert output.err == ""
@@ -156,19 +160,6 @@ class Source:
                 yield b"%d/%d" % (label, number), label, image
 
 
-def test_the_records_of_the_classes_are_well_mixed(tmp_path):
-    source = Source({"a": 600, "b": 600})
-    conversion.convert(source, Source({"a": 5, "b": 5}), str(tmp_path / "out"))
-    files = read_records(tmp_path / "out", eval_data=False)
-    labels = np.concatenate([part[:, 0] for part in files])
-    # The label changes as often as in coin tosses: 600 times in 1200, within 6 standard deviations
-    # of 17.
-    assert abs((labels[1:] != labels[:-1]).sum() - 600) < 104
-    for part in files:
-        # Half of 240 records, within 6 standard deviations of 7.7.
-        assert abs((part[:, 0] == 1).sum() - 120) < 47
-
-
 def test_images_of_another_type_do_not_become_records(tmp_path):
     source = Source({"a": 5, "b": 5}, float)
     with pytest.raises(UserError, match="^images must be uint8"):
@@ -180,8 +171,8 @@ def test_images_of_another_type_do_not_become_records(tmp_path):
     ("counts", "fraction", "test_counts"),
     [
         ((40, 3), 0.2, (8, 1)),
-        ((40, 3), 0.01, (1, 1)),
         ((40, 3), 0.5, (20, 2)),
+        ((3, 2), 0.01, (1, 1)),  # fewer training images than files
         ((2,) * 256, 0.5, (1,) * 256),
     ],
 )
@@ -195,16 +186,9 @@ def test_test_fraction_applies_to_each_class(tmp_path, undivided, counts, fracti
     assert sorted_bytes(train + test) == expected_records(images, names)
 
 
-@pytest.mark.parametrize(
-    ("counts", "fraction", "message"),
-    [
-        ({"a": 40, "b": 3}, 0.99, "there are 2 training images; at least 5 are required"),
-        ({"a": 9, "b": 1}, 0.2, "the class b has only one image; --test_fraction requires two"),
-    ],
-)
-def test_too_few_images_are_refused(tmp_path, undivided, counts, fraction, message):
-    undivided(counts, fraction)
-    with pytest.raises(DataError, match=message):
+def test_with_test_fraction_a_class_needs_two_images(tmp_path, undivided):
+    undivided({"a": 9, "b": 1})
+    with pytest.raises(DataError, match="the class b has no readable test image; each class "):
         cifar10_convert.main()
     assert os.listdir(tmp_path) == ["images"]
 
@@ -214,7 +198,7 @@ def test_unreadable_images_are_listed_and_other_files_are_counted(images, tmp_pa
         FLAGS.images,
         """
         head -c 50 train/dog/1.jpg > train/dog/cut.jpg
-        touch test/dog/empty.png {train,test}/lost.png train/dog/{notes.txt,README}
+        touch test/dog/empty.png train/lost.png train/dog/{notes.txt,README}
         mkdir train/{.hidden,@eaDir} train/dog/{.hidden,@eaDir}
         touch train/dog/{.hidden,@eaDir}/thumbnail.png
         """,
@@ -223,7 +207,7 @@ def test_unreadable_images_are_listed_and_other_files_are_counted(images, tmp_pa
     output = capsys.readouterr()
     assert output.out.endswith("; unreadable files: 2\n")
     assert re.fullmatch(
-        r"Skipping files that are not in a class folder: 2\n"
+        r"Skipping files in \S+/train that are not in a class folder: 1\n"
         r"\S+/train/dog/cut.jpg: it .*\n\S+/test/dog/empty.png: it .*\n"
         r"Skipped files that are not readable PNG, JPEG, GIF, BMP or WebP images: 2\n",
         output.err,
@@ -246,54 +230,31 @@ def test_subfolders_links_and_spaces_around_a_name_do_not_change_the_classes(ima
     check_records(images, tmp_path / "out")
 
 
-@pytest.mark.parametrize("test_fraction", [None, 0.5])
-def test_test_images_that_are_also_training_images_are_counted(
-    images, tmp_path, capsys, test_fraction
-):
-    if test_fraction is None:
-        run_in_shell(
-            FLAGS.images, "for c in dog 'a cat'; do cp train/dog/0.png \"test/$c/a.png\"; done"
-        )
-        count = "2"  # of one training image
-    else:
-        run_in_shell(FLAGS.images, "mv train ..; rm -r *; mv ../train/* .; cp -r dog same")
-        count = r"[1-9]\d*"
-        FLAGS.test_fraction = test_fraction
+def test_test_images_that_are_also_training_images_are_counted(images, tmp_path, capsys):
+    run_in_shell(
+        FLAGS.images, "for c in dog 'a cat'; do cp train/dog/0.png \"test/$c/a.png\"; done"
+    )
     cifar10_convert.main()
     output = capsys.readouterr()
-    line = f"Test images with the same pixels as a training image: {count}; they make the precision"
-    assert re.fullmatch(f"{line} look better than it is\n", output.err)
-    total = {None: 27 + 8, 0.5: 27 + 9}[test_fraction]  # nothing is removed
-    assert sum(map(int, re.findall(r"(\d+) \w+ images", output.out))) == total
-
-
-def test_16_bit_images_are_scaled_by_their_largest_value(images, tmp_path):
-    values = np.arange(1024).reshape(32, 32)
-    for split in ("train", "test"):
-        image = Image.fromarray(values.astype(np.uint16))
-        image.save(tmp_path / "images" / split / "dog" / "deep.png")
-    cifar10_convert.main()
-    scaled = (values * 255 // 1023).astype(np.uint8)
-    expected = make_record(1, np.repeat(scaled[..., np.newaxis], 3, 2))
-    assert expected in sorted_bytes(read_records(tmp_path / "out", eval_data=False))
-    assert expected in sorted_bytes(read_records(tmp_path / "out", eval_data=True))
+    assert output.err == (
+        "Test images with the same pixels as a training image: 2; they make the precision look "
+        "better than it is\n"
+    )
+    assert output.out.startswith("Wrote 27 training images and 8 test images ")  # all are kept
 
 
 @pytest.mark.parametrize(
     ("commands", "message"),
     [
-        ("mkdir train/empty", r"the class empty is empty: \S+/train/empty has no files"),
-        (
-            "mkdir {train,test}/zebra; touch {train,test}/zebra/a.png",
-            "the class zebra is empty: it has no readable image",
-        ),
+        ("mkdir {train,test}/empty", "the class empty has no readable training image; each"),
+        ("touch x; rm test/dog/*; mv x test/dog/a.png", "dog has no readable test image; each"),
         ("mkdir train/zebra; touch train/zebra/a", r"zebra must be in both \S+/train and \S+/test"),
         ("rm -r train/dog train/Ä*", "train must have 2 to 256 folders, .* each class; it has 1$"),
         ("mkdir train/{1..254}", "train must have 2 to 256 folders, one for .* it has 257$"),
-        ("mv test other", "no folder test with a folder for each class; .* --test_fraction=0.2"),
-        ("rm -r test/*; touch test/1.png", "no folder test with a folder for each class; it must"),
-        ("cp -r train Training", "has two folders for the train images, Training and train; ren"),
-        ("cp -r test val; mv test dev", "two folders for the test images, dev and val; rename or"),
+        ("mv test other", "one folder test with a .* it has none. .* --test_fraction=0.2"),
+        ("rm -r test/*; touch test/1.png", "one folder test with a folder for each class; it has "),
+        ("cp -r train Training", "one folder train with a .* it has Training and train"),
+        ("cp -r test val; mv test dev", "one folder test with a .* it has dev and val"),
         ("mkdir 'train/dog '", "two folders in .*train differ only in leading or trailing spaces "),
         ("rm -r ../images", r"images cannot be read \(No such file or directory\)"),
     ],
@@ -341,8 +302,8 @@ def test_the_usual_names_of_splits_are_recognized(
 @pytest.mark.parametrize(
     ("commands", "name"),
     [
-        ("true", "test"),
-        ("mv train training; mv test dev", "dev"),
+        ("true", "train"),
+        ("rm -r train; mv test dev", "dev"),
         ("mv train Train; rm -r test", "Train"),
     ],
 )
@@ -353,27 +314,14 @@ def test_test_fraction_refuses_folders_that_are_splits(images, commands, name):
         cifar10_convert.main()
 
 
-@pytest.mark.parametrize(
-    ("folder", "name"), [(b"train", "train"), (b"b\xff\nc", r"b\udcff\nc")], ids=["split", "bytes"]
-)
-def test_a_class_may_have_the_name_of_a_split_and_bytes_that_are_not_text(
-    tmp_path, undivided, folder, name
-):
-    undivided({"a": 9, "b": 9})
-    images = os.fsencode(FLAGS.images)
-    try:
-        os.rename(images + b"/b", images + b"/" + folder)
-    except OSError:
-        pytest.skip("this file system has no such names")
+def test_a_class_may_have_the_name_of_a_split_or_one_that_cannot_be_printed(tmp_path, undivided):
+    undivided({"b\nc": 9, "train": 9})
     cifar10_convert.main()
-    assert dataset.read_class_names(tmp_path / "out") == ("a", name)
+    assert dataset.read_class_names(tmp_path / "out") == (r"b\nc", "train")
 
 
 def test_an_existing_dataset_is_not_overwritten(images, tmp_path):
-    (tmp_path / "somewhere").mkdir()  # an empty output folder is accepted
-    os.symlink("somewhere", tmp_path / "out")
     cifar10_convert.main()
-    assert (tmp_path / "out").is_symlink()
     before = digests(tmp_path / "out")
     with pytest.raises(
         UserError, match=f"--output={tmp_path}/out already exists; choose a new folder"
@@ -382,39 +330,11 @@ def test_an_existing_dataset_is_not_overwritten(images, tmp_path):
     assert digests(tmp_path / "out") == before
 
 
-def test_the_second_of_two_processes_does_not_replace_the_dataset_of_the_first(tmp_path):
-    train, test = Source({"a": 5, "b": 5}), Source({"a": 5, "b": 5})
-    output = str(tmp_path / "out")
-    conversion.convert(train, test, output)
-    # The second process has waited for the first and finds its dataset.
-    with pytest.raises(UserError, match="already exists"):
-        conversion.convert(train, test, output)
-
-
-@pytest.mark.parametrize(
-    ("output", "error", "message"),
-    [
-        ("images/records", UserError, "is inside --images=.*; choose another folder"),
-        ("file/out", DataError, "cannot write the dataset to .*; choose .* with --output"),
-    ],
-)
-def test_an_unsuitable_output_folder_is_refused(images, tmp_path, output, error, message):
-    (tmp_path / "file").touch()
-    FLAGS.output = tmp_path / output
-    with pytest.raises(error, match=message):
-        cifar10_convert.main()
-
-
-def write_svhn(folder, count, seed, **changes):
+def write_svhn(path, count, **changes):
     """Writes a file in the format of SVHN and returns its arrays `X` and `y`."""
-    name = "train" if seed == 0 else "test"
-    generator = np.random.default_rng(seed)
-    arrays = {
-        "X": generator.integers(0, 256, [32, 32, 3, count]).astype(np.uint8),
-        "y": generator.permutation(np.arange(count) % 10 + 1).astype(np.uint8)[:, np.newaxis],
-    }
-    arrays = {key: value for key, value in (arrays | changes).items() if value is not None}
-    scipy.io.savemat(folder / f"{name}_32x32.mat", arrays, do_compression=True)
+    images = make_records(count, seed=count)[:, 1:].reshape(32, 32, 3, count)
+    arrays = {"X": images, "y": np.arange(count)[:, np.newaxis] % 10 + 1, **changes}
+    scipy.io.savemat(path, arrays, do_compression=True)
     return arrays
 
 
@@ -422,13 +342,11 @@ def write_svhn(folder, count, seed, **changes):
 def svhn(tmp_path):
     FLAGS.svhn = tmp_path
     FLAGS.output = tmp_path / "out"
-    return [write_svhn(tmp_path, count, seed) for seed, count in enumerate((43, 20))]
+    files = {"train_32x32.mat": 43, "test_32x32.mat": 20}
+    return [write_svhn(tmp_path / name, count) for name, count in files.items()]
 
 
-@pytest.mark.parametrize("label_type", [np.uint8, float])
-def test_svhn_becomes_records_and_its_label_10_becomes_0(svhn, tmp_path, capsys, label_type):
-    for seed, arrays in enumerate(svhn):
-        write_svhn(tmp_path, arrays["y"].size, seed, y=arrays["y"].astype(label_type))
+def test_svhn_becomes_records_and_its_label_10_becomes_0(svhn, tmp_path, capsys):
     cifar10_convert.main()
     folder = tmp_path / "out"
     assert dataset.read_class_names(folder) == tuple("0123456789")
@@ -451,22 +369,18 @@ def test_svhn_becomes_records_and_its_label_10_becomes_0(svhn, tmp_path, capsys,
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"X": None}, "is not an SVHN file: it has no array X of numbers"),
-        ({"y": None}, "is not an SVHN file: it has no array y of numbers"),
-        ({"X": np.zeros([32, 32, 3, 42], np.uint8)}, r"X is uint8 \[32, 32, 3, 42\], not uint8"),
-        ({"X": np.zeros([32, 32, 3, 43])}, r"X is float64 \[32, 32, 3, 43\], not uint8"),
-        ({"y": np.full([43, 1], 11)}, "y contains 11, but labels are 1 to 10"),
-        ({"y": np.full([43, 1], 2.5)}, r"y contains 2\.5, but"),
-        ({"y": np.array([["a"], [1.5]], object)}, "is not an SVHN file: it has no array y of n"),
-        (b"no matrix" * 99, "is not an SVHN file: ValueError: Unknown mat file type.*"),
-        (b"\x89HDF\r\n\x1a\n" + bytes(999), "is not an SVHN file: [A-Za-z]+: .*"),
+        ({"X": np.zeros([32, 32, 3, 42], np.uint8)}, r"X must .*X is uint8 \[32, 32, 3, 42\] and"),
+        ({"X": np.zeros([32, 32, 3, 43])}, r"X must .*X is float64 \[32, 32, 3, 43\] and y is "),
+        ({"y": np.full([43, 1], 11)}, r"X must .* y must be 1 to 10, .* and y is \[11\]"),
+        ({"y": np.array([["a"], [1.5]], object)}, "is not an SVHN file: it has no array y of "),
+        (b"\x89HDF\r\n\x1a\n" + bytes(999), "is not an SVHN file: [A-Za-z]+: "),
         (None, "is missing; download it from http://ufldl.s"),
     ],
 )
 def test_unusable_matlab_files_are_refused(svhn, tmp_path, content, message):
     path = tmp_path / "train_32x32.mat"
     if isinstance(content, dict):
-        write_svhn(tmp_path, 43, 0, **content)
+        write_svhn(path, 43, **content)
     elif content is None:
         path.unlink()
     else:
@@ -474,12 +388,6 @@ def test_unusable_matlab_files_are_refused(svhn, tmp_path, content, message):
     with pytest.raises(DataError, match=f"train_32x32.mat:? {message}"):
         cifar10_convert.main()
     assert not (tmp_path / "out").exists()
-
-
-def test_an_svhn_file_instead_of_its_folder_is_refused(svhn, tmp_path):
-    FLAGS.svhn = tmp_path / "train_32x32.mat"
-    with pytest.raises(DataError, match="train_32x32.mat/train_32x32.mat is missing; "):
-        cifar10_convert.main()
 
 
 def test_the_error_without_scipy_says_how_to_install_it(svhn, monkeypatch):
@@ -490,41 +398,35 @@ def test_the_error_without_scipy_says_how_to_install_it(svhn, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("flag", "column", "classes"),
+    ("flag", "kind", "classes"),
     [
-        ("cifar10_python", "labels", "10 classes (airplane, automobile, "),
-        ("cifar100", "fine_labels", "100 classes (class 0, class 1, "),
-        ("cifar100", "coarse_labels", "20 classes (class 0, class 1, "),
+        ("cifar10_python", "", "10 classes (airplane, automobile, "),
+        ("cifar100", "fine", "100 classes (class 0, class 1, "),
+        ("cifar100", "coarse", "20 classes (class 0, class 1, "),
     ],
 )
-def test_other_versions_of_cifar_are_converted(tmp_path, capsys, flag, column, classes):
-    names = [name.removesuffix(".bin") for name in (*records.TRAIN_FILES, *records.TEST_FILES)]
-    columns = {"labels": [1] * 10, "fine_labels": [1] * 10, "coarse_labels": [1] * 10}
-    columns[column] = [9, *range(9)]
+def test_other_versions_of_cifar_are_converted(tmp_path, capsys, flag, kind, classes):
+    columns = {"labels": [1] * 10, "fine_labels": [2] * 10, "coarse_labels": [3] * 10}
     (tmp_path / "cifar").mkdir()
-    for seed, name in enumerate(names if flag == "cifar10_python" else ["train", "test"]):
-        content = {"data": make_records(10, seed)[:, 1:], **columns}
+    for name in ("data_batch_1", "test_batch", "train", "test"):
+        content = {"data": make_records(10)[:, 1:], **columns}
         (tmp_path / "cifar" / name).write_bytes(pickle.dumps(content))
     FLAGS[flag].value = tmp_path / "cifar"
-    FLAGS.cifar100_labels = column.removesuffix("_labels") if flag == "cifar100" else "fine"
+    FLAGS.cifar100_labels = kind or "fine"
     FLAGS.output = tmp_path / "out"
     cifar10_convert.main()
     (found,) = read_records(tmp_path / "out", eval_data=True)
-    assert found[:, 0].tolist() == columns[column]
-    output = capsys.readouterr()
-    count = 50 if flag == "cifar10_python" else 10
-    assert output.out.startswith(f"Wrote {count} training images and 10 test images of {classes}")
-    assert output.out.endswith(f") to {tmp_path}/out\n")
-    assert ("no training images of " in output.err) == (flag == "cifar100")
+    assert found[:, 0].tolist() == columns[f"{kind}_labels".strip("_")]
+    output = capsys.readouterr().out
+    assert output.startswith(f"Wrote 10 training images and 10 test images of {classes}")
+    assert output.endswith(f") to {tmp_path}/out\n")
 
 
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"images": "", "output": "b"}, "specify exactly one of --images, --svhn"),
         ({"images": "a", "svhn": "b", "output": "c"}, "specify exactly one of --images, --svhn"),
         ({"images": "a"}, "specify the folder to create: --output=FOLDER"),
-        ({"svhn": "a", "output": "b", "test_fraction": 0.1}, "omit --test_fraction"),
         ({"cifar100": "a", "output": "b", "test_fraction": 0.1}, "omit --test_fraction"),
     ],
 )
@@ -558,29 +460,6 @@ def test_a_conversion_succeeds_when_its_result_cannot_be_printed(images, monkeyp
         monkeypatch.setattr(sys, "stdout", stream)
         cifar10_convert.main()
     assert len(os.listdir(FLAGS.output)) == 7
-
-
-@pytest.mark.parametrize(
-    "environment",
-    [
-        {"PYTHONIOENCODING": "ascii"},
-        {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},  # file names are ASCII
-    ],
-    ids=lambda environment: next(iter(environment)),
-)
-def test_class_names_are_stored_in_utf_8_whatever_the_locale(
-    images, tmp_path, monkeypatch, environment
-):
-    draw(tmp_path / "images" / "train", {"猫": 2}, seed=2)
-    draw(tmp_path / "images" / "test", {"猫": 2}, seed=3)
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    flags = (f"--images={FLAGS.images}", f"--output={FLAGS.output}")
-    process = run_script("cifar10_convert.py", *flags)
-    assert process.stdout.startswith("Wrote 29 training images and 8 test images of 4 classes (")
-    assert "\\u732b)" in process.stdout
-    assert process.stderr == ""
-    assert dataset.read_class_names(FLAGS.output) == (*NAMES, "猫")
 
 
 MEASURE_MEMORY = """

@@ -1,17 +1,13 @@
 """Tests of training on one device in this process. test_end_to_end.py runs the scripts."""
 
 import json
-import math
 import os
 import platform
-import re
 
 import pytest
-from absl import flags
 from conftest import read_events, write_dataset, written_scopes
 
 import cifar10
-import cifar10_input
 import cifar10_multi_gpu_train
 import cifar10_train
 from support.base.worker import ALONE
@@ -50,57 +46,6 @@ def small_run(tmp_path):
 
 
 # Flags.
-
-
-@pytest.mark.parametrize(
-    ("name", "default"),
-    [
-        ("save_checkpoint_secs", 600),
-        ("save_checkpoint_steps", None),
-        ("max_checkpoints_to_keep", 5),
-        ("save_summaries_steps", 100),
-        ("save_histograms_steps", 1000),
-        ("seed", None),
-        ("shard_data", False),
-    ],
-)
-def test_flags_that_the_tutorial_lacks_have_their_defaults(name, default):
-    assert FLAGS[name].default == default
-
-
-@pytest.mark.parametrize(
-    ("name", "values"),
-    [
-        ("train_dir", [""]),
-        ("log_frequency", [0, 2**31]),
-        ("save_checkpoint_secs", [0, 2**31]),
-        ("save_checkpoint_steps", [0, 10**23]),
-        ("max_checkpoints_to_keep", [0, 10**20]),
-        ("save_summaries_steps", [-1, 2**31]),
-        ("save_histograms_steps", [-1, 2**31]),
-        ("max_steps", [0, 2**31]),
-        ("seed", [-1, 2**31]),
-        ("num_gpus", [0, 1025]),
-        ("cluster_timeout_secs", [0]),
-    ],
-)
-def test_invalid_values_of_flags_are_refused(name, values):
-    for value in values:
-        with pytest.raises(flags.IllegalFlagValueError):
-            setattr(FLAGS, name, value)
-
-
-@pytest.mark.parametrize(
-    ("name", "value", "message"),
-    [
-        ("min_fraction_of_examples_in_queue", math.nan, "a finite number"),
-        ("train_dir", "", "must name a folder"),
-        ("moving_average_decay", 1.0, "at least 0 and less than 1"),
-    ],
-)
-def test_the_reason_why_a_value_is_refused_is_given(name, value, message):
-    with pytest.raises(flags.IllegalFlagValueError, match=message):
-        setattr(FLAGS, name, value)
 
 
 @pytest.fixture
@@ -161,40 +106,24 @@ def test_the_training_session_gets_the_flags(stopped_run, trainer, examples_per_
 
 
 @pytest.mark.parametrize(
-    ("trainer", "line"),
+    ("trainer", "num_found", "beginning"),
     [
-        (cifar10_train, "1 of 4 GPUs is used; "),
-        (cifar10_multi_gpu_train, "3 of 4 GPUs are used; "),
+        (cifar10_train, 4, "1 of 4 GPUs is used; "),
+        (cifar10_multi_gpu_train, 4, "3 of 4 GPUs are used; "),
+        (cifar10_multi_gpu_train, 2, "--num_gpus=3, but TensorFlow finds 2 GPU(s): "),
     ],
 )
-def test_gpus_that_stay_unused_are_reported(stopped_run, monkeypatch, warnings, trainer, line):
-    monkeypatch.setattr(tensorflow_v1, "GPUS", ["a GPU"] * 4)
+def test_gpus_that_stay_unused_or_are_shared_are_reported(
+    stopped_run, monkeypatch, warnings, trainer, num_found, beginning
+):
+    monkeypatch.setattr(tensorflow_v1, "GPUS", ["a GPU"] * num_found)
     with pytest.raises(KeyboardInterrupt):
         trainer.main()
     (warning,) = warnings
-    assert warning.startswith(line)
-
-
-def test_towers_that_share_the_cpu_are_reported(stopped_run, monkeypatch, warnings):
-    FLAGS.num_gpus = 2
-    with pytest.raises(KeyboardInterrupt):
-        cifar10_multi_gpu_train.main()
-    assert [line.split(",")[0] for line in warnings] == ["--num_gpus=2"]
+    assert warning.startswith(beginning)
 
 
 # Training.
-
-
-def test_training_follows_the_flags_and_then_has_nothing_to_do(small_run, capsys):
-    FLAGS.log_frequency = 2
-    small_run("run", 1, max_steps=5)
-    output = capsys.readouterr()
-    assert re.findall(r"step (\d+), loss = \d+\.\d\d ", output.out) == ["0", "2", "4"]
-    assert tf.train.latest_checkpoint(FLAGS.train_dir).endswith("model.ckpt-5")
-    small_run("run", 1, max_steps=5)
-    output = capsys.readouterr()
-    assert output.out == ""
-    assert "nothing to do" in output.err
 
 
 @pytest.mark.parametrize("fast_ops", [True, False])
@@ -208,18 +137,6 @@ def test_the_seed_determines_every_loss_if_one_thread_reads(small_run, fast_ops)
     assert first == again
     assert not set(first) & set(other)
     assert not set(first) & set(drawn)
-
-
-def test_the_seed_determines_every_loss_of_a_distortion_of_single_images(small_run, monkeypatch):
-    monkeypatch.setattr(
-        cifar10_input,
-        "distort",
-        lambda image, image_ops: tf.image.random_hue(
-            image_ops.random_crop(image, [24, 24, 3]), 0.1
-        ),
-    )
-    first, again = ([line["loss"] for line in small_run(name, 5)] for name in ("first", "again"))
-    assert first == again
 
 
 @pytest.fixture
@@ -303,14 +220,7 @@ def train_one_step(use_fp16):
     return loss, set(dtypes)
 
 
-def test_use_fp16_changes_the_loss_no_more_than_rounding_on_any_processor():
-    expected_loss, dtypes = train_one_step(use_fp16=False)
-    assert dtypes == {tf.float32}
-    loss, dtypes = train_one_step(use_fp16=True)
-    assert loss == pytest.approx(expected_loss, rel=0.01)
-    assert dtypes <= {tf.float32, tf.bfloat16, tf.float16}
-
-
+# TensorFlow computes in bfloat16 on some processors only.
 rewrites_to_bfloat16 = (
     platform.system() == "Linux"
     and platform.machine() == "x86_64"
@@ -320,12 +230,14 @@ rewrites_to_bfloat16 = (
 )
 
 
-@pytest.mark.skipif(
-    not rewrites_to_bfloat16, reason="TensorFlow computes in bfloat16 on some processors only"
-)
-def test_use_fp16_computes_convolutions_in_16_bits_on_a_processor_that_can():
-    _, dtypes = train_one_step(use_fp16=True)
-    assert tf.bfloat16 in dtypes
+def test_use_fp16_computes_in_16_bits_and_changes_the_loss_no_more_than_rounding():
+    expected_loss, dtypes = train_one_step(use_fp16=False)
+    assert dtypes == {tf.float32}
+    loss, dtypes = train_one_step(use_fp16=True)
+    assert loss == pytest.approx(expected_loss, rel=0.01)
+    assert dtypes <= {tf.float32, tf.bfloat16, tf.float16}
+    if rewrites_to_bfloat16:
+        assert tf.bfloat16 in dtypes
 
 
 # Summaries.
@@ -354,7 +266,7 @@ HISTOGRAMS = {
 
 
 @pytest.mark.parametrize("fast_ops", [True, False])
-@pytest.mark.parametrize("num_gpus", [None, 1, 2])
+@pytest.mark.parametrize("num_gpus", [None, 2])
 def test_tensorboard_gets_exactly_these_tags(small_run, tmp_path, num_gpus, fast_ops):
     FLAGS.save_summaries_steps = 1
     FLAGS.fast_ops = fast_ops
@@ -370,22 +282,11 @@ def test_tensorboard_gets_exactly_these_tags(small_run, tmp_path, num_gpus, fast
     assert found == {"simple_value": SCALARS, "histo": HISTOGRAMS, "tensor": {"input"}}
     # TensorBoard's picture of the graph shows the layers, and few other scopes.
     scopes = written_scopes(tmp_path / "run")
-    assert {"distorted_inputs", *LAYERS} <= scopes
+    of_script = {"tower_0", "tower_1"} if num_gpus else {"pool1", "norm1", "norm2", "pool2"}
+    assert {"distorted_inputs", "total_loss", "update", *LAYERS, *of_script} <= scopes
     if not num_gpus:
-        assert {"pool1", "norm1", "norm2", "pool2", "total_loss", "update"} <= scopes
         assert len(scopes) < 30  # the session's operations would add dozens
-
-
-def test_most_summaries_of_a_run_are_small(small_run, tmp_path):
-    FLAGS.save_summaries_steps = 1
-    FLAGS.batch_size = 64
-    small_run("run", seed=1, max_steps=3)
-    sizes = {
-        event.step: event.ByteSize()
-        for event in read_events(tmp_path / "run")
-        if event.summary.value
-    }
-    # A million steps have 10,000 summaries of scalars, and 1,000 with histograms and images.
-    assert sizes[0] < 100_000
-    assert set(sizes) == {0, 1, 2}
-    assert max(sizes[1], sizes[2]) < 2_000
+    # Functions would make TensorFlow look for GPUs, which prints an error where there is none.
+    meta_graph = tf.MetaGraphDef.FromString((tmp_path / "run" / "model.ckpt-0.meta").read_bytes())
+    functions = meta_graph.graph_def.library.function
+    assert [function.signature.name for function in functions] == []

@@ -112,7 +112,8 @@ def read_image(path):
 
 
 def read_matlab(path):
-    conversion.SVHN(path)
+    path.rename(path.with_name("train_32x32.mat"))
+    conversion.SVHN(path.parent, "train")
 
 
 def read_http_response(path):

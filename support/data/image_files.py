@@ -6,7 +6,7 @@ This module needs NumPy and Pillow, but not TensorFlow.
 import contextlib
 import functools
 import os
-import stat
+import pathlib
 import sys
 import warnings
 
@@ -35,51 +35,31 @@ class ImageError(Exception):
 def make_printable(path):
     """Returns a path as one printable line, with all other characters and bytes escaped."""
     text = os.fspath(path)
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text) or repr(text)
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
-def list_folder(folder):
-    """Returns the sorted names in a folder, without hidden ones and those of other programs."""
-    names = os.listdir(folder)
+def sort_visible(names):
+    """Returns the names in a folder in order, without hidden ones and those of other programs."""
     return sorted(n for n in names if not n.startswith(".") and n not in FOREIGN_FOLDERS)
 
 
-def find_files(folder, ancestors=()):
+def find_files(folder):
     """Yields the paths of the files in a folder in alphabetical order, then those in subfolders.
 
-    Files and folders that `list_folder` leaves out are skipped. Links to folders are followed
-    unless they form a cycle; `ancestors` identifies the folders that contain this one. A folder
-    that cannot be read is itself yielded; `read_image` raises the error for it.
+    Files and folders that `sort_visible` leaves out are skipped. Links to folders are followed
+    unless they form a cycle. At the end, the paths of folders that cannot be read are yielded;
+    `read_image` raises the error for them.
     """
-    try:
-        status = os.stat(folder)
-        identity = (status.st_dev, status.st_ino)
-        names = [] if identity in ancestors else list_folder(folder)
-    except OSError:
-        yield os.fspath(folder)
-        return
-    subfolders = []
-    for name in names:
-        path = os.path.join(folder, name)
-        if os.path.isdir(path):
-            subfolders.append(path)
-        else:
-            yield path
-    for path in subfolders:
-        yield from find_files(path, (*ancestors, identity))
-
-
-def read_found_image(path):
-    """Reads a file that was found in a folder; see `read_image`.
-
-    Returns:
-      uint8 [32, 32, 3]; the `ImageError` that `read_image` raised; or None if the file cannot be
-      read as an image and has none of the `SUFFIXES`.
-    """
-    try:
-        return read_image(path)
-    except ImageError as error:
-        return error if path.lower().endswith(SUFFIXES) or os.path.isdir(path) else None
+    errors = []
+    for parent, folders, names in os.walk(folder, onerror=errors.append, followlinks=True):
+        path = pathlib.Path(os.path.abspath(parent))
+        ancestors = {each.resolve() for each in (path, *path.parents)}
+        visible = sort_visible(folders)
+        folders[:] = [name for name in visible if (path / name).resolve() not in ancestors]
+        for name in sort_visible(names):
+            yield os.path.join(parent, name)
+    for error in errors:
+        yield error.filename
 
 
 def read_images(paths):
@@ -89,19 +69,19 @@ def read_images(paths):
       paths: iterable of paths of files and folders.
 
     Yields:
-      (path, image), where image is that of `read_found_image` for files in folders. For a file in
-      `paths` that cannot be read, and for a folder without images, it is an `ImageError`.
+      (path, image), where image is uint8 [32, 32, 3]; the `ImageError` that `read_image` raised, or
+      that says that a folder has no images; or None if a file in a folder cannot be read as an
+      image and has none of the `SUFFIXES`.
     """
     for path in paths:
-        if not os.path.isdir(path):
+        is_folder = os.path.isdir(path)
+        is_empty = is_folder
+        for file in find_files(path) if is_folder else [path]:
             try:
-                yield path, read_image(path)
+                image = read_image(file)
             except ImageError as error:
-                yield path, error
-            continue
-        is_empty = True
-        for file in find_files(path):
-            image = read_found_image(file)
+                is_other_file = is_folder and not file.lower().endswith(SUFFIXES)
+                image = None if is_other_file and not os.path.isdir(file) else error
             is_empty = is_empty and image is None
             yield file, image
         if is_empty:
@@ -109,7 +89,7 @@ def read_images(paths):
 
 
 def report_skipped_files(count):
-    """Prints the number of files for which `read_found_image` returned None, unless it is 0."""
+    """Prints the number of files for which `read_images` yielded None, unless it is 0."""
     if count:
         print(
             f"Skipped files that are not readable {FORMATS_TEXT} images: {count}", file=sys.stderr
@@ -123,16 +103,14 @@ def read_image(path):
     first frame of an animation is read. An image of 32 x 32 pixels keeps its pixel values. Those of
     16-bit grayscale are scaled so that the largest becomes 255.
 
-    Args:
-      path: path of a PNG, JPEG, GIF, BMP or WebP file.
-
     Returns:
       uint8 [32, 32, 3].
 
     Raises:
       ImageError: the file is missing, damaged, in another format, or larger than MAX_PIXELS.
     """
-    _check_is_file(path)
+    if os.path.exists(path) and not os.path.isfile(path):  # reading a pipe could block forever
+        raise ImageError(path, "it is not a regular file, or a folder that cannot be read")
     try:
         # Pillow warns of very large images and of damaged metadata. Both are harmless here.
         with warnings.catch_warnings(action="ignore"), Image.open(path, formats=FORMATS) as image:
@@ -142,49 +120,29 @@ def read_image(path):
     except Image.DecompressionBombError as error:
         raise ImageError(path, f"it has more than {MAX_PIXELS:,} pixels") from error
     except Exception as error:  # Pillow's decoders raise errors of any type on damaged files
-        reason = str(error) or type(error).__name__
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise ImageError(path, f"it cannot be read ({reason})") from error
 
 
 def stack_images(images):
-    """Returns images as one array.
+    """Returns images as one array, uint8 [n, 32, 32, 3].
 
     TensorFlow and NumPy convert other types to uint8 without an error: values from 0 to 1 would
     become black images.
 
     Args:
-      images: uint8 [n, 32, 32, 3], or a list of n images, which may be empty.
-
-    Returns:
-      uint8 [n, 32, 32, 3].
+      images: uint8 [n, 32, 32, 3], or a list of n images.
 
     Raises:
       UserError: the images have another type or shape.
     """
-    shape = records.image_shape()
-    rule = f"images must be uint8 {records.describe_shape('n')} with values from 0 to 255"
-    try:
-        stacked = np.asarray(images)
-    except ValueError as error:
-        raise UserError(f"{rule}, not different shapes") from error
-    if stacked.shape == (0,):  # an empty list
-        return np.zeros([0, *shape], np.uint8)
-    if stacked.dtype != np.uint8 or list(stacked.shape[1:]) != shape:
-        raise UserError(f"{rule}, not {stacked.dtype} {list(stacked.shape)}")
+    stacked = np.asarray(images)
+    if stacked.dtype != np.uint8 or list(stacked.shape[1:]) != records.image_shape():
+        raise UserError(
+            f"images must be uint8 {records.describe_shape('n')} with values from 0 to 255, not "
+            f"{stacked.dtype} {list(stacked.shape)}"
+        )
     return stacked
-
-
-def _check_is_file(path):
-    try:
-        mode = os.stat(path).st_mode
-    except FileNotFoundError as error:
-        raise ImageError(path, "there is no such file") from error
-    except OSError as error:
-        raise ImageError(path, error.strerror) from error
-    if stat.S_ISDIR(mode):
-        raise ImageError(path, "this folder cannot be read")
-    if not stat.S_ISREG(mode):  # reading from a pipe could block forever
-        raise ImageError(path, "it is not a regular file")
 
 
 def _scale_and_crop(image):

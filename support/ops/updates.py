@@ -26,23 +26,6 @@ def drop_missing(gradients):
     return [pair for pair in gradients if pair[0] is not None]
 
 
-def check_towers_agree(tower_grads):
-    """Raises UserError unless all towers have gradients for the same variables.
-
-    Args:
-      tower_grads: a list of (gradient, variable) for each tower.
-    """
-    towers = [{v.op.name for grad, v in grads if grad is not None} for grads in tower_grads]
-    for name in sorted(set.union(*towers)):
-        has_gradient = [name in names for names in towers]
-        if not all(has_gradient):
-            raise UserError(
-                f"{name} has a gradient in tower {has_gradient.index(True)}, but not in tower "
-                f"{has_gradient.index(False)}; build all towers alike, and create their variables "
-                "with tf.get_variable, so that they share them"
-            )
-
-
 def summarize_gradients(optimizer, gradients):
     """Shows gradients in TensorBoard, and makes the session check that they are finite."""
     scales_loss = isinstance(optimizer, tf.mixed_precision.MixedPrecisionLossScaleOptimizer)

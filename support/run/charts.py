@@ -64,7 +64,9 @@ def _draw_names(image, names, cell_size, font):
 
 
 def _draw_cells(draw, matrix, cell_size):
-    font = _find_largest_font(str(np.max(matrix)), cell_size)
+    largest = str(np.max(matrix))
+    fonts = map(ImageFont.load_default, COUNT_FONT_SIZES)
+    font = next((font for font in fonts if font.getlength(largest) < cell_size), None)
     outline = GRAY if cell_size >= LINE_HEIGHT else None
     for row, counts in enumerate(matrix):
         total = max(1, int(np.sum(counts)))
@@ -79,29 +81,27 @@ def _draw_cells(draw, matrix, cell_size):
                 draw.text(center, str(count), color, font, anchor="mm")
 
 
-def draw_mistakes(images, labels, predictions, names):
+def draw_mistakes(mistakes, names):
     """Draws misclassified images, each with its true and its predicted class.
 
     Args:
-      images: float [n, height, width, 3]; each image is scaled from its own minimum and maximum.
-      labels: int [n]; the true classes.
-      predictions: int [n]; the predicted classes.
+      mistakes: list of (image, true class, predicted class). An image is float [height, width, 3]
+        and is scaled from its own minimum and maximum.
       names: names of the classes.
 
     Returns:
       bytes; a PNG image. Without any images it shows the text "no mistakes".
     """
     font = ImageFont.load_default(size=12)
-    if not len(images):
+    if not mistakes:
         sheet = Image.new("RGB", (200, 40), WHITE)
         ImageDraw.Draw(sheet).text((100, 20), "no mistakes", BLACK, font, anchor="mm")
         return _encode_png(sheet)
-    height, width = images.shape[1] * ZOOM, images.shape[2] * ZOOM
+    height, width = (side * ZOOM for side in mistakes[0][0].shape[:2])
     cell_width, cell_height = max(width, 96) + 8, height + CAPTION_HEIGHT + 8
-    rows = -(-len(images) // COLUMNS)
+    rows = -(-len(mistakes) // COLUMNS)
     sheet = Image.new("RGB", (COLUMNS * cell_width, rows * cell_height), WHITE)
     draw = ImageDraw.Draw(sheet)
-    mistakes = zip(images, labels, predictions, strict=True)
     for index, (image, label, prediction) in enumerate(mistakes):
         row, column = divmod(index, COLUMNS)
         left, top = column * cell_width + 4, row * cell_height + 4
@@ -131,15 +131,6 @@ def _fit_name(names, label, width, font, prefix=""):
     while font.getlength(f"{text}...") > width:
         text = text[:-1]
     return f"{text}..."
-
-
-def _find_largest_font(text, width):
-    """Returns the largest font in which `text` fits into `width` pixels, or None."""
-    for size in COUNT_FONT_SIZES:
-        font = ImageFont.load_default(size=size)
-        if font.getlength(text) < width:
-            return font
-    return None
 
 
 def _encode_png(image):

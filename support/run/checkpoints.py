@@ -114,12 +114,10 @@ def find_latest_checkpoint(path):
     """
     if (single := find_single_checkpoint(path)) is not None:
         return single
-    if (named := _find_named(path)) is not None:
-        return named
-    readable = _find_readable(path)
-    if readable is not None and (reason := _explain_missing_checkpoint(path)):
-        _warn_once(f"{reason}: using {readable}, which has the highest step.")
-    return readable
+    newest, problem = _find_newest(path)
+    if problem is not None:
+        _warn_once(f"{problem}: using {newest}, which has the highest step.")
+    return newest
 
 
 def find_single_checkpoint(path):
@@ -155,14 +153,24 @@ def use_newest(path, use=lambda checkpoint: checkpoint):
 def find_checkpoint_to_resume(train_dir):
     """Returns the newest `Checkpoint` in a training folder, or None if the folder has none.
 
-    If there is no state file, the function writes one, so that every script finds the checkpoint.
-
     Raises:
       UserError: there are checkpoints, but the newest one is unknown or cannot be read.
     """
-    newest = _find_named(train_dir) or _find_unnamed(train_dir)
+    newest, problem = _find_newest(train_dir)
+    if problem is not None:
+        raise UserError(
+            f"{problem}; remove that file to resume from {newest}, or choose another folder with "
+            "--train_dir"
+        )
     if newest is None:
+        if _list_checkpoints(train_dir):  # training would start again on top of them
+            raise UserError(
+                f"none of the checkpoints in {train_dir} can be read; move them away to start "
+                "again, or choose another folder with --train_dir"
+            )
         return None
+    if _read_state(train_dir) is None:  # left by a kill during the first save
+        _write_state(train_dir, [os.path.basename(newest)])  # `save` then deletes it in its turn
     try:
         return read(newest)
     except CheckpointError as error:
@@ -174,44 +182,24 @@ def find_checkpoint_to_resume(train_dir):
         ) from error
 
 
-def _find_unnamed(train_dir):
-    """Returns the readable checkpoint with the highest step, named in a new state file; or None.
-
-    Raises:
-      UserError: there are checkpoints, but it is unknown which of them is the newest.
-    """
-    if not _list_checkpoints(train_dir):
-        return None
-    # From here on, returning None would start training again, on top of existing checkpoints.
-    readable = _find_readable(train_dir)
-    if readable is None:
-        raise UserError(
-            f"none of the checkpoints in {train_dir} can be read; move them away to start again, "
-            "or choose another folder with --train_dir"
-        )
-    if reason := _explain_missing_checkpoint(train_dir):
-        raise UserError(
-            f"{reason}; remove that file to resume from {readable}, or choose another folder with "
-            "--train_dir"
-        )
-    # A process that was killed during its first save leaves a checkpoint without a state file.
-    _write_state(train_dir, [os.path.basename(readable)])
-    return readable
-
-
-def _find_named(folder):
-    """Returns the existing checkpoint that the state file of a folder names, or None."""
+def _find_newest(folder):
+    """Returns the newest checkpoint's path, and why it may be the wrong one; either may be None."""
     missing = None
     while (state := _read_state(folder)) is not None:
         path = state.model_checkpoint_path
         # If the folder was copied, an absolute path still names the original.
         for checkpoint in (os.path.join(folder, os.path.basename(path)), path):
             if _exists(checkpoint):
-                return checkpoint
+                return checkpoint, None
         if path == missing:
             break
         missing = path  # a trainer may have deleted it since, after writing a newer one
-    return None
+    readable = _find_readable(folder)
+    if readable is None or not os.path.exists(os.path.join(folder, _STATE_FILE)):
+        return readable, None
+    return readable, (
+        f"the file `{_STATE_FILE}` in {folder} is unreadable or names a missing checkpoint"
+    )
 
 
 def _find_readable(folder):
@@ -237,13 +225,6 @@ def _read_state(folder):
         return None
 
 
-def _explain_missing_checkpoint(folder):
-    """Returns why the newest checkpoint is unknown, or None if there is no state file at all."""
-    if os.path.exists(os.path.join(folder, _STATE_FILE)):
-        return f"the file `{_STATE_FILE}` in {folder} is unreadable or names a missing checkpoint"
-    return None
-
-
 def _list_checkpoints(folder):
     """Returns the paths of all checkpoints in a folder, complete or not, highest step first."""
     try:
@@ -255,7 +236,7 @@ def _list_checkpoints(folder):
     found = {
         name.removesuffix(".index")
         for name in names
-        if re.fullmatch(r".*\.index|model\.ckpt-[0-9]+", name, re.DOTALL)
+        if re.fullmatch(r".*\.index|model\.ckpt-[0-9]+", name)
     }
     paths = [os.path.join(folder, name) for name in sorted(found)]
     return sorted(paths, key=lambda path: _step_in_name(path) or 0, reverse=True)
@@ -396,8 +377,7 @@ def save(session, saver, folder, step, max_to_keep):
     """
     name = f"model.ckpt-{step}"
     path = os.path.join(folder, name)
-    previous = [saved for saved in _list_saved(folder) if saved != name]
-    saved = [*previous, name]
+    saved = [*(old for old in _list_saved(folder) if old != name), name]
     try:
         _remove_unfinished(folder)
         _remove(path)  # left from before training resumed from an earlier step
@@ -406,8 +386,8 @@ def save(session, saver, folder, step, max_to_keep):
         saver.save(session, path, write_meta_graph=False, write_state=False)
         _write_state(folder, saved)
         for old in saved[:-max_to_keep]:
-            _remove_old(os.path.join(folder, old))
-        # Old checkpoints that could not be deleted stay listed, so that the next save deletes them.
+            with contextlib.suppress(OSError):  # it stays listed: the next save tries again
+                _remove(os.path.join(folder, old))
         _write_state(folder, _list_saved(folder))
     # The Saver raises ValueError if the folder is gone.
     except (tf.errors.OpError, OSError, ValueError) as error:
@@ -415,10 +395,9 @@ def save(session, saver, folder, step, max_to_keep):
             _remove_unfinished(folder)
             if not _exists(path):
                 _remove(path)
-        cure = " to resume from the previous checkpoint" if previous else ""
         raise UserError(
             f"cannot save a checkpoint in {folder}: {first_line(error)}; free some space and run "
-            f"the same command again{cure}"
+            "the same command again"
         ) from error
 
 
@@ -439,17 +418,9 @@ def _remove(checkpoint):
     """Deletes the files of a checkpoint. The one by which it is found comes first."""
     folder, name = os.path.split(checkpoint)
     pattern = re.compile(re.escape(name) + r"(\.index|\.meta|\.data-[0-9]{5}-of-[0-9]{5})?")
-    found = sorted(filter(pattern.fullmatch, os.listdir(folder)))
-    found.sort(key=lambda file: file not in (name, f"{name}.index"))
-    for file in found:
+    found = filter(pattern.fullmatch, os.listdir(folder))
+    for file in sorted(found, key=lambda file: file not in (name, f"{name}.index")):
         os.remove(os.path.join(folder, file))
-
-
-def _remove_old(checkpoint):
-    try:
-        _remove(checkpoint)
-    except OSError as error:
-        tf.logging.warning("An old checkpoint cannot be deleted: %s", error)
 
 
 def _remove_unfinished(folder):

@@ -269,12 +269,9 @@ class Counts:
             for name, share in results[f"{kind}_of_class"].items():
                 if share is not None:
                     add(tag=f"{kind}/{name}", simple_value=share)
-        mistakes = zip(*self._mistakes, strict=True) if self._mistakes else [()] * 3
-        images, labels, predictions = map(np.array, mistakes)
-        names = self._class_names
         for tag, png in (
-            ("confusion_matrix", charts.draw_confusion_matrix(self._confusion, names)),
-            ("mistakes", charts.draw_mistakes(images, labels, predictions, names)),
+            ("confusion_matrix", charts.draw_confusion_matrix(self._confusion, self._class_names)),
+            ("mistakes", charts.draw_mistakes(self._mistakes, self._class_names)),
         ):
             add(tag=tag, image=tf.Summary.Image(encoded_image_string=png))
 

@@ -21,15 +21,10 @@ STEP_GRACE = 12.0
 class ProgressHook(tf.train.SessionRunHook):
     """Prints the progress of training, and stops training at a value that is not finite.
 
-    Args:
-      loss: float32 [].
-      examples_per_step: int; images that one step consumes, over all towers or workers.
-      options: `Options`. The first step of a run always has a line, and its speed includes the time
-        to fill the queue.
-      worker: `support.base.worker.Worker`.
+    The first step of a run always has a line, and its speed includes the time to fill the queue.
 
     Attributes:
-      examples_per_step: int; as given.
+      examples_per_step: int; images that one step consumes, over all towers or workers.
       step: int; the step that is being trained.
       is_in_step: bool; whether a step is running.
       has_trained: bool; whether this run has finished a step.
@@ -84,21 +79,19 @@ class ProgressHook(tf.train.SessionRunHook):
 
     def _print_line(self, loss):
         now = time.monotonic()
-        steps = max(1, self.step + 1 - self._first_step_since_line)
-        sec_per_batch = (now - self._start_time) / steps
-        examples_per_sec = self.examples_per_step / sec_per_batch
+        sec_per_batch = (now - self._start_time) / (self.step + 1 - self._first_step_since_line)
+        metrics = {
+            "step": self.step,
+            "loss": float(loss),
+            "examples_per_sec": self.examples_per_step / sec_per_batch,
+            "sec_per_batch": sec_per_batch,
+        }
         print(
-            f"{timestamp()}: step {self.step}, loss = {loss:.2f} ({examples_per_sec:.1f} "
-            f"examples/sec; {sec_per_batch:.3f} sec/batch)",
+            "{}: step {step}, loss = {loss:.2f} ({examples_per_sec:.1f} examples/sec; "
+            "{sec_per_batch:.3f} sec/batch)".format(timestamp(), **metrics),
             flush=True,
         )
         if self._metrics_path is not None:
-            metrics = {
-                "step": self.step,
-                "loss": float(loss),
-                "examples_per_sec": examples_per_sec,
-                "sec_per_batch": sec_per_batch,
-            }
             for rate in self._last_learning_rate:
                 metrics["learning_rate"] = float(rate)
             files.append_json_line(self._metrics_path, metrics)
@@ -112,11 +105,7 @@ class CheckpointHook(tf.train.SessionRunHook):
 
     The step from which a run is resumed is not saved again: its checkpoint records what it was
     trained with, and the settings may have changed. Variables that are not finite are not saved.
-
-    Args:
-      progress: `ProgressHook`, which must run before this one.
-      options: `Options`.
-      resumed: the `Checkpoint` that the session restores, or None.
+    The `ProgressHook` must run before this hook. `resumed` is the restored `Checkpoint`, or None.
     """
 
     def __init__(self, progress, options, resumed):
@@ -137,8 +126,6 @@ class CheckpointHook(tf.train.SessionRunHook):
         self._last_due_time, self._last_due_step = time.monotonic(), self._progress.step
         if self._saved_step is None:
             self._save(session)
-        else:
-            self._check_variables(session, self._saved_step)
 
     def after_run(self, run_context, run_values):
         # Not `SecondOrStepTimer`, which would wait if the system's clock were set back.
@@ -164,18 +151,12 @@ class CheckpointHook(tf.train.SessionRunHook):
 
     def _check_variables(self, session, step):
         for variable, value in zip(self._variables, session.run(self._sums), strict=True):
-            if math.isfinite(value):
-                continue
-            name = variable.op.name
-            if self._saved_step is None:
-                raise UserError(f"{name} is not finite at the start; check its initial value")
-            if not self._progress.has_trained:
-                raise UserError(
-                    f"{name} is not finite in the checkpoint of step {step}; choose another folder "
-                    "with --train_dir, or move that checkpoint and the file `checkpoint` away to "
-                    "resume from an older one"
-                )
-            raise self._progress.nonfinite_error(name, "is not finite after the update", step - 1)
+            if not math.isfinite(value):
+                name = variable.op.name
+                if self._saved_step is None:
+                    raise UserError(f"{name} is not finite at the start; check its initial value")
+                problem = "is not finite after the update"
+                raise self._progress.nonfinite_error(name, problem, step - 1)
 
 
 class SummaryHook(tf.train.SessionRunHook):
@@ -183,11 +164,7 @@ class SummaryHook(tf.train.SessionRunHook):
 
     It fetches the summaries in the step that they describe, and records them for that step.
     Histograms and images have an interval of their own, because they are much larger than scalars.
-
-    Args:
-      progress: `ProgressHook`, which must run before this one.
-      writer: `summaries.Writer`.
-      options: `Options`. The first step of a run has all summaries.
+    The first step of a run has all summaries. The `ProgressHook` must run before this hook.
     """
 
     def __init__(self, progress, writer, options):
@@ -259,13 +236,8 @@ class StopHook(tf.train.SessionRunHook):
 
     A signal lets the running step finish, and `CheckpointHook` then saves it. But a step can
     wait for images for minutes. A thread therefore closes the input: at once during the first step,
-    when there is nothing to save yet, and otherwise after STEP_GRACE.
-
-    Args:
-      progress: `ProgressHook`.
-      options: `Options`. Its `check_input` is called once a second.
-      signals: `DeferredSignals`.
-      worker: `support.base.worker.Worker`. Its `check_peers` is called once a second as well.
+    when there is nothing to save yet, and otherwise after STEP_GRACE. Once a second, that thread
+    also calls `check_input` of the options and `check_peers` of the worker.
     """
 
     def __init__(self, progress, options, signals, worker):

@@ -237,7 +237,6 @@ class TrainingRun:
         `stack` is the `ExitStack` that closes the files.
         """
         if self._checkpoint is not None:
-            self._checkpoint.check_settings(self._settings, "--train_dir")
             variables = checkpoints.find_variables(use_moving_averages=False)
             self._checkpoint.check_variables(variables, "--train_dir")
         offset = graph_notes.images_offset()
@@ -269,15 +268,10 @@ class TrainingRun:
                 checkpoint_filename_with_path=newest and newest.path,
                 stop_grace_period_secs=_CLOSING_GRACE,
             )
-        except (tf.errors.UnavailableError, tf.errors.AbortedError):
-            raise  # a parameter server is lost
-        # The Saver raises ValueError if files of the checkpoint are missing.
-        except (tf.errors.OpError, ValueError) as error:
-            if newest is None and isinstance(error, ValueError):
-                raise
+        except (tf.errors.DataLossError, tf.errors.OutOfRangeError) as error:
             raise UserError(
                 f"cannot start in --train_dir={self._options.train_dir}: {first_line(error)}; "
-                "choose another folder, or repair this one"
+                "choose another folder, or move that checkpoint and the file `checkpoint` away"
             ) from error
 
     @contextlib.contextmanager

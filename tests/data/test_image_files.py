@@ -8,16 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile, ImageOps
 
-from support.base.errors import UserError
-from support.data import image_files, records
-from support.data.image_files import (
-    ImageError,
-    find_files,
-    read_image,
-    read_images,
-    report_skipped_files,
-    stack_images,
-)
+from support.data import image_files
+from support.data.image_files import ImageError, find_files, read_image, read_images
 
 RED, BLUE = (255, 0, 0), (0, 0, 255)
 ORIENTATION, X_RESOLUTION = 0x0112, 0x011A  # EXIF tags
@@ -44,7 +36,7 @@ def test_an_image_of_32_x_32_keeps_its_pixels(tmp_path, suffix, options):
     np.testing.assert_array_equal(read, pixels)
 
 
-@pytest.mark.parametrize("size", [(96, 32), (32, 96), (300, 100), (200, 1000), (12, 4)])
+@pytest.mark.parametrize("size", [(32, 96), (300, 100), (12, 4)])
 def test_an_image_is_scaled_to_cover_the_pixels_and_cropped_centrally(tmp_path, size):
     # The central square is red on its left and blue on its right. Everything else is white.
     image = Image.new("RGB", size, "white")
@@ -65,13 +57,10 @@ def test_scaling_down_a_fine_pattern_gives_its_mean_without_aliasing(tmp_path):
     np.testing.assert_allclose(read, 127.5, atol=5)
 
 
-@pytest.mark.parametrize("mode", ["L", "1", "P", "LA", "RGBA", "CMYK", "I;16"])
+@pytest.mark.parametrize("mode", ["L", "1", "P", "LA", "RGBA", "CMYK"])
 def test_images_of_every_color_mode_are_read(tmp_path, mode):
     gray = np.where(np.indices((32, 32)).sum(axis=0) < 32, 255, 0).astype(np.uint8)
-    if mode == "I;16":
-        image = Image.fromarray(gray.astype(np.uint16) * 257)
-    else:
-        image = Image.fromarray(gray).convert("RGB" if mode == "CMYK" else mode).convert(mode)
+    image = Image.fromarray(gray).convert("RGB" if mode == "CMYK" else mode).convert(mode)
     name, options = ("image.jpg", {"quality": 100}) if mode == "CMYK" else ("image.png", {})
     read = save_and_read(tmp_path / name, image, **options).astype(int)
     # JPEG compression blurs the edge, so look away from it.
@@ -112,22 +101,15 @@ def write_rgb_png(path, width, height, bits, rows, transparent=None):
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + header + data + chunk(b"IEND", b""))
 
 
-def test_of_16_bit_colors_the_upper_8_bits_are_read(tmp_path):
+def test_of_16_bit_colors_the_upper_8_bits_are_read_and_the_transparent_one_becomes_white(tmp_path):
     pixels = draw_scene(32)
     values = (pixels * 256.0 + 255).astype(">u2")
-    rows = b"".join(b"\0" + row.tobytes() for row in values)
-    write_rgb_png(tmp_path / "image.png", 32, 32, 16, rows)
-    np.testing.assert_array_equal(read_image(tmp_path / "image.png"), pixels)
-
-
-def test_the_transparent_color_of_16_bit_colors_becomes_white(tmp_path):
-    values = np.full([32, 32, 3], 0xC000, ">u2")
     values[:16] = color = (0x0102, 0x0304, 0x0506)
     rows = b"".join(b"\0" + row.tobytes() for row in values)
     write_rgb_png(tmp_path / "image.png", 32, 32, 16, rows, color)
     read = read_image(tmp_path / "image.png")
     assert (read[:16] == 255).all()
-    assert (read[16:] == 0xC0).all()
+    np.testing.assert_array_equal(read[16:], pixels[16:])
 
 
 def test_transparent_areas_become_white(tmp_path):
@@ -141,20 +123,17 @@ def test_transparent_areas_become_white(tmp_path):
     assert (read[24:] == 255).all()
 
 
-def test_a_transparent_value_of_16_bit_grayscale_becomes_white(tmp_path):
-    gray = np.where(np.indices((32, 32))[0] < 16, 0x1234, 0xFF00).astype(np.uint16)
-    gray[-1, -1] = 0xFFFF
-    read = save_and_read(tmp_path / "gray.png", Image.fromarray(gray), transparency=0x1234)
-    assert (read[:16] == 255).all()  # by its opacity
-    assert (read[16:31] == 254).all()
-
-
-def test_a_transparent_color_of_a_palette_becomes_white(tmp_path):
-    palette = Image.fromarray(np.array([[0, 1] * 16] * 32, np.uint8), "P")
-    palette.putpalette([*RED, *BLUE])
-    read = save_and_read(tmp_path / "palette.png", palette, transparency=1)
-    assert (read[:, ::2] == RED).all()
-    assert (read[:, 1::2] == 255).all()
+@pytest.mark.parametrize("is_palette", [True, False], ids=["palette", "16-bit grayscale"])
+def test_a_transparent_value_becomes_white(tmp_path, is_palette):
+    values = np.where(np.indices((32, 32))[0] < 16, 1, 2)
+    values[-1, -1] = 5
+    image = Image.fromarray(values.astype(np.uint8 if is_palette else np.uint16))
+    if is_palette:
+        image = image.convert("P")
+        image.putpalette([0, 0, 0, *RED, 102, 102, 102])
+    read = save_and_read(tmp_path / "image.png", image, transparency=1)
+    assert (read[:16] == 255).all()
+    assert (read[16:31] == 102).all()  # 2 / 5 of 255
 
 
 @pytest.mark.parametrize("suffix", ["gif", "webp", "png"])
@@ -190,15 +169,6 @@ def test_an_image_is_turned_upright_according_to_its_exif_data(
     np.testing.assert_array_equal(read[corners], np.broadcast_to(expected[corners], [2, 2, 3]))
 
 
-def test_an_image_with_unreadable_exif_data_is_read_without_turning_it(tmp_path, monkeypatch):
-    def fail(image):
-        raise TypeError("damaged")
-
-    Image.new("RGB", (9, 9), RED).save(tmp_path / "image.jpg")
-    monkeypatch.setattr(Image.Image, "getexif", fail)
-    assert np.abs(read_image(tmp_path / "image.jpg") - np.array(RED)).max() < 5
-
-
 def test_an_image_is_turned_upright_if_other_exif_data_is_damaged(tmp_path):
     pixels = np.full([32, 32, 3], 255, np.uint8)
     pixels[:, :16] = RED
@@ -212,32 +182,22 @@ def test_an_image_is_turned_upright_if_other_exif_data_is_damaged(tmp_path):
     assert (read[16:] == 255).all()
 
 
-def test_a_depth_of_1_gives_grayscale_pixels(tmp_path, monkeypatch):
-    monkeypatch.setattr(records, "DEPTH", 1)
-    image = Image.fromarray(draw_scene(32))
-    read = save_and_read(tmp_path / "image.png", image)
-    assert read.shape == (32, 32, 1)
-    np.testing.assert_array_equal(read[..., 0], np.asarray(image.convert("L")))
-
-
 def test_paths_that_are_not_images_are_reported_with_the_reason(tmp_path):
     (tmp_path / "empty.png").touch()
-    (tmp_path / "text.png").write_text("This is not an image.")
     Image.new("RGB", (8, 8)).save(tmp_path / "image.tiff")
     os.mkfifo(tmp_path / "pipe.png")
     (tmp_path / "two\nlines.png").write_text("This is not an image.")
     reasons = {
-        "gone.png": "there is no such file",
+        "gone.png": "it cannot be read .No such file or directory.",
         "pipe.png": "it is not a regular file",
         "empty.png": "it is not a PNG, JPEG, .* image",
-        "text.png": "it is not a PNG, JPEG, .* image",
         "image.tiff": "it is not a PNG, JPEG, .* image",
+        "two\nlines.png": "it is not a PNG, JPEG, .* image",
     }
     for name, reason in reasons.items():
-        with pytest.raises(ImageError, match=f"{name}: {reason}"):
+        printed = name.replace("\n", r"\\n")
+        with pytest.raises(ImageError, match=f"{printed}: {reason}"):
             read_image(tmp_path / name)
-    with pytest.raises(ImageError, match=r"two\\nlines.png: it is not a PNG"):
-        read_image(tmp_path / "two\nlines.png")
 
 
 @pytest.mark.parametrize(
@@ -253,7 +213,7 @@ def test_an_image_may_have_250_megapixels(tmp_path, width, reason):
         read_image(tmp_path / "image.png")
 
 
-@pytest.mark.parametrize("error", [OSError, TypeError, MemoryError, RuntimeError])
+@pytest.mark.parametrize("error", [OSError, MemoryError])
 def test_every_error_of_a_decoder_becomes_an_image_error(tmp_path, monkeypatch, error):
     def fail(image):
         raise error
@@ -293,17 +253,16 @@ def test_links_are_followed_but_not_in_cycles(tmp_path):
 
 def test_a_folder_that_cannot_be_read_is_found_and_refused(tmp_path, monkeypatch):
     (tmp_path / "closed").mkdir()
-    listdir = os.listdir
+    scandir = os.scandir
 
     def refuse(path):
         if str(path).endswith("closed"):
             raise PermissionError(13, "Permission denied", str(path))
-        return listdir(path)
+        return scandir(path)
 
-    monkeypatch.setattr(os, "listdir", refuse)  # root may read every folder
-    assert found_names(tmp_path) == ["closed"]
-    ((path, error),) = read_images([tmp_path])
-    assert str(error) == f"{path}: this folder cannot be read"
+    monkeypatch.setattr(os, "scandir", refuse)  # root may read every folder
+    refusal = "it is not a regular file, or a folder that cannot be read"
+    assert read_results([tmp_path]) == {"closed": refusal}
 
 
 def read_results(paths):
@@ -332,53 +291,11 @@ def test_files_in_folders_are_read_or_refused_if_they_have_the_suffix_of_an_imag
         assert found.pop(name) == "skipped"
     reason = "it is not a PNG, JPEG, GIF, BMP or WebP image"
     assert found == dict.fromkeys(["bad.jfif", "bad.jpe", "bad.apng", "BAD.JPG"], reason)
-    # Files that are named are refused whatever their names.
-    assert read_results([tmp_path / "notes.txt"]) == {"notes.txt": reason}
-
-
-def test_a_folder_without_images_is_refused(tmp_path):
-    write_files(tmp_path, "one/notes.txt", "two/bad.png")
-    (tmp_path / "empty").mkdir()
+    # Files that are named are refused whatever their names, and folders if they have no images.
+    write_files(tmp_path, "sub/notes.txt")
     refusal = "this folder has no images (PNG, JPEG, GIF, BMP or WebP)"
-    assert read_results([tmp_path / "empty"]) == {"empty": refusal}
-    assert read_results([tmp_path / "one"]) == {"notes.txt": "skipped", "one": refusal}
-    assert read_results([tmp_path / "two"]).keys() == {"bad.png"}
-
-
-def test_skipped_files_are_counted_in_one_line(capsys):
-    report_skipped_files(0)
-    assert capsys.readouterr().err == ""
-    report_skipped_files(3)
-    assert capsys.readouterr().err == (
-        "Skipped files that are not readable PNG, JPEG, GIF, BMP or WebP images: 3\n"
-    )
-
-
-def test_a_list_of_images_becomes_one_array():
-    images = np.random.default_rng(0).integers(0, 256, [3, 32, 32, 3]).astype(np.uint8)
-    for given in ([], (), images[:0]):
-        assert (stack_images(given).dtype, stack_images(given).shape) == (np.uint8, (0, 32, 32, 3))
-    for given in (images, list(images), tuple(images)):
-        stacked = stack_images(given)
-        assert stacked.dtype == np.uint8
-        np.testing.assert_array_equal(stacked, images)
-
-
-@pytest.mark.parametrize(
-    ("images", "found"),
-    [
-        (np.zeros([2, 32, 32, 3]), "float64 [2, 32, 32, 3]"),
-        (np.zeros([2, 32, 32, 3], bool), "bool [2, 32, 32, 3]"),
-        (np.zeros([32, 32, 3], np.uint8), "uint8 [32, 32, 3]"),
-        (np.zeros([2, 3, 32, 32], np.uint8), "uint8 [2, 3, 32, 32]"),
-        (np.zeros([0, 28, 28, 3], np.uint8), "uint8 [0, 28, 28, 3]"),
-        ([np.zeros([32, 32, 3], np.uint8), np.zeros([28, 28, 3], np.uint8)], "different shapes"),
-        (None, "object []"),
-    ],
-)
-def test_arrays_that_the_model_would_misread_are_refused(images, found):
-    with pytest.raises(UserError) as caught:
-        stack_images(images)
-    assert str(caught.value) == (
-        f"images must be uint8 [n, 32, 32, 3] with values from 0 to 255, not {found}"
-    )
+    assert read_results([tmp_path / "README", tmp_path / "sub"]) == {
+        "README": reason,
+        "notes.txt": "skipped",
+        "sub": refusal,
+    }

@@ -31,7 +31,7 @@ def test_a_cell_is_darker_the_larger_its_share_of_its_row():
     assert (cell_color(image, 5, 2) == 255).all()  # the matrix is not transposed
 
 
-@pytest.mark.parametrize("label", [0, 3, 9])
+@pytest.mark.parametrize("label", [0, 9])
 def test_each_name_is_drawn_at_its_own_row_and_column(label):
     zeros = np.zeros([10, 10], int)
     names = [""] * 10
@@ -46,32 +46,19 @@ def test_each_name_is_drawn_at_its_own_row_and_column(label):
     assert not changed.any()
 
 
-def test_a_long_name_is_shortened_to_fit_into_the_margin():
-    zeros = np.zeros([2, 2], int)
-    long = decode(charts.draw_confusion_matrix(zeros, ["w" * 99, "a"]))
-    short = decode(charts.draw_confusion_matrix(zeros, ["", "a"]))
-    margin = charts.MARGIN
-    assert (long[margin:, margin:] == short[margin:, margin:]).all()
-    assert (long[margin : margin + 44, :2] == 255).all()  # its start is not cut off
-    assert (long[margin : margin + 44, 2:margin] < 200).any()
-
-
-def test_long_names_with_the_same_beginning_differ():
+def test_long_names_with_the_same_beginning_differ_and_fit_into_the_margin():
     names = [f"a class with a long name: {label}" for label in range(30)]
-    image = decode(charts.draw_confusion_matrix(np.zeros([30, 30], int), names))
+    zeros = np.zeros([30, 30], int)
+    image = decode(charts.draw_confusion_matrix(zeros, names))
+    without_names = decode(charts.draw_confusion_matrix(zeros, [""] * 30))
     side, margin = charts.CELL_SIZE, charts.MARGIN
+    np.testing.assert_array_equal(image[margin:, margin:], without_names[margin:, margin:])
     beside = image[margin : margin + 30 * side, :margin].reshape(30, side, margin, 3)
-    above = image[:margin, margin : margin + 30 * side].reshape(margin, 30, side, 3)
-    for drawn in (beside, above.swapaxes(0, 1)):
-        assert len({each.tobytes() for each in drawn}) == 30
-    images = np.zeros([2, 24, 24, 3], np.float32)
-    sheet = decode(charts.draw_mistakes(images, [3, 4], [5, 6], names))
-    left, right = sheet[76:110, :104], sheet[76:110, 104:208]
-    assert (left[:17] != right[:17]).any()
-    assert (left[17:] != right[17:]).any()
+    assert len({each.tobytes() for each in beside}) == 30
+    assert (beside[:, :, :2] == 255).all()  # their beginnings are not cut off
 
 
-@pytest.mark.parametrize("count", [2, 31, 120, 256])
+@pytest.mark.parametrize("count", [2, 31, 256])
 def test_the_matrix_of_any_number_of_classes_has_a_viewable_size(count):
     matrix = np.zeros([count, count], int)
     matrix[np.arange(count), np.arange(count)[::-1]] = 5
@@ -84,8 +71,6 @@ def test_the_matrix_of_any_number_of_classes_has_a_viewable_size(count):
     corners = margin + np.arange(count) * side + 1
     dark = image[corners][:, corners].sum(axis=2) < 400
     np.testing.assert_array_equal(dark, matrix > 0)
-    for area_of_names in (image[margin:, :margin], image[:margin, margin:]):
-        assert (area_of_names.sum(axis=2) < 200).any()
 
 
 def test_counts_are_drawn_as_large_as_all_of_them_fit():
@@ -101,30 +86,21 @@ def test_counts_are_drawn_as_large_as_all_of_them_fit():
 
 
 def test_the_caption_of_a_mistake_has_the_true_class_above_the_predicted_class_in_red():
-    images = np.zeros([1, 24, 24, 3], np.float32)
-
     def draw_caption(true, predicted):
-        names = {3: true, 5: predicted}
-        return decode(charts.draw_mistakes(images, [3], [5], names))[76:110]
-
-    def is_drawn(image):
-        return (image != 255).any(axis=2)
+        mistakes = [(np.zeros([24, 24, 3]), 3, 5)]
+        return decode(charts.draw_mistakes(mistakes, {3: true, 5: predicted}))[76:110]
 
     both, without_true = draw_caption("trueclass", "guess"), draw_caption("", "guess")
-    true_name = is_drawn(both) & ~is_drawn(without_true)
-    assert true_name[:17].any()
-    assert not true_name[17:].any()
-    reddish = (both[..., 0] > both[..., 1] + 50) & is_drawn(both)
-    assert reddish[17:].any()
-    assert not reddish[:14].any()
+    assert (both != without_true).any(axis=(1, 2))[:17].any()
+    np.testing.assert_array_equal(both[17:], without_true[17:])
+    assert (both[17:, :, 0] > both[17:, :, 1] + 50).any()
 
 
-@pytest.mark.parametrize("count", [1, 6, 7, 36])
+@pytest.mark.parametrize("count", [1, 7])
 def test_mistakes_are_drawn_in_rows_and_each_is_scaled_from_its_own_range(count):
-    images = np.zeros([count, 24, 24, 3], np.float32)
-    images[:, :12] = -2.0  # the upper half is dark, the lower half bright
-    images[:, 12:] = 3.0
-    sheet = decode(charts.draw_mistakes(images, [3] * count, [5] * count, CLASS_NAMES))
+    image = np.full([24, 24, 3], 3.0)
+    image[:12] = -2.0  # the upper half is dark, the lower half bright
+    sheet = decode(charts.draw_mistakes([(image, 3, 5)] * count, CLASS_NAMES))
     width, height = 24 * 3 + 32, 24 * 3 + 34 + 8
     for number in range(count):
         row, column = divmod(number, 6)
@@ -134,33 +110,13 @@ def test_mistakes_are_drawn_in_rows_and_each_is_scaled_from_its_own_range(count)
         assert (sheet[top + 72 : top + 106, left : left + 72] != 255).any()  # the caption
 
 
-def test_a_mistake_of_uniform_color_is_drawn():
-    gray = np.full([1, 24, 24, 3], 0.5)
-    sheet = decode(charts.draw_mistakes(gray, [0], [1], CLASS_NAMES))
-    assert sheet.shape[2] == 3
-    assert (sheet[4:76, 4:76] == sheet[4, 4]).all()
-
-
-def test_mistakes_of_a_single_channel_are_drawn_in_gray():
-    images = np.random.default_rng(0).normal(size=[2, 24, 24, 1])
-    sheets = [
-        charts.draw_mistakes(each, [3, 4], [5, 6], CLASS_NAMES)
-        for each in (images, images.repeat(3, axis=3))
-    ]
-    assert sheets[0] == sheets[1]
-
-
 def test_without_mistakes_a_text_is_drawn():
-    sheet = decode(charts.draw_mistakes(np.zeros([0]), [], [], CLASS_NAMES))
+    sheet = decode(charts.draw_mistakes([], CLASS_NAMES))
     assert (sheet != 255).any()
 
 
-@pytest.mark.parametrize("name", ["猫", "Käse", "a\u00a0b", "😀"])
-def test_a_name_that_is_not_ascii_is_replaced_by_its_number(name):
-    matrix = np.eye(3, dtype=int)
-    drawn = charts.draw_confusion_matrix(matrix, ["a", name, "c-d e"])
-    assert drawn == charts.draw_confusion_matrix(matrix, ["a", "1", "c-d e"])
-    assert drawn != charts.draw_confusion_matrix(matrix, ["a", "2", "c-d e"])
-    images = np.zeros([2, 24, 24, 3], np.float32)
-    drawn = charts.draw_mistakes(images, [1, 0], [0, 1], ["a", name])
-    assert drawn == charts.draw_mistakes(images, [1, 0], [0, 1], ["a", "1"])
+def test_a_name_that_is_not_ascii_is_replaced_by_its_number():
+    matrix = np.eye(2, dtype=int)
+    drawn = charts.draw_confusion_matrix(matrix, ["a", "猫"])
+    assert drawn == charts.draw_confusion_matrix(matrix, ["a", "1"])
+    assert drawn != charts.draw_confusion_matrix(matrix, ["a", "2"])

@@ -3,12 +3,11 @@
 import math
 import os
 import shutil
-import threading
 
 import pytest
 
 from support.base.errors import CheckpointError, UserError
-from support.data.settings import TrainingSettings, format_settings
+from support.data.settings import TrainingSettings
 from support.ops.tensorflow_v1 import tf
 from support.run import checkpoints
 
@@ -26,19 +25,6 @@ def save(folder, step=3, settings=None, **values):
         session.run(tf.global_variables_initializer())
         saver = tf.train.Saver(save_relative_paths=True)
         return saver.save(session, str(folder / "model.ckpt"), step)
-
-
-def save_with_settings_text(folder, *texts):
-    """Saves a checkpoint whose settings are the given strings; returns its path."""
-    path = save(folder)
-    with tf.Graph().as_default() as graph:
-        checkpoints.record_settings(OWN)
-        (collection,) = graph.get_all_collection_keys()
-        graph.clear_collection(collection)
-        for text in texts:
-            tf.add_to_collection(collection, text)
-        tf.train.export_meta_graph(f"{path}.meta")
-    return path
 
 
 def remove(checkpoint):
@@ -60,41 +46,33 @@ def test_the_newest_checkpoint_is_the_one_that_the_state_file_names(tmp_path):
     assert checkpoints.find_checkpoint_to_resume(str(tmp_path)).path == newest
 
 
-def test_the_newest_checkpoint_is_found_while_a_trainer_saves_and_deletes(tmp_path):
-    saver_is_done = threading.Event()
+def test_the_newest_checkpoint_is_found_while_a_trainer_replaces_it(
+    tmp_path, monkeypatch, warnings
+):
+    first = save(tmp_path, 3)
+    read_state = checkpoints._read_state
 
-    def save_many():
-        with tf.Graph().as_default(), tf.Session() as session:
-            tf.get_variable("a", initializer=1.0)
-            session.run(tf.global_variables_initializer())
-            saver = tf.train.Saver(max_to_keep=1, save_relative_paths=True)
-            for step in range(300):
-                saver.save(session, str(tmp_path / "model.ckpt"), step, write_meta_graph=False)
-        saver_is_done.set()
+    def read_before_a_save(folder):
+        state = read_state(folder)
+        if os.path.exists(f"{first}.index"):
+            save(tmp_path, 4)
+            remove(first)
+        return state
 
-    thread = threading.Thread(target=save_many)
-    thread.start()
-    while not (tmp_path / "checkpoint").exists():
-        pass
-    found = set()
-    while not saver_is_done.is_set():
-        found.add(checkpoints.find_latest_checkpoint(str(tmp_path)))
-    thread.join()
-    assert None not in found
-    assert len(found) > 10
+    monkeypatch.setattr(checkpoints, "_read_state", read_before_a_save)
+    newest = str(tmp_path / "model.ckpt-4")
+    assert checkpoints.find_latest_checkpoint(str(tmp_path)) == newest
+    assert warnings == []
 
 
-@pytest.mark.parametrize("exists", [True, False])
-def test_a_folder_without_checkpoints_is_an_error_only_if_one_is_required(tmp_path, exists):
-    folder = tmp_path / "train"
-    if exists:
-        folder.mkdir()
-    assert checkpoints.find_latest_checkpoint(str(folder)) is None
-    assert checkpoints._explain_missing_checkpoint(str(folder)) is None
-    assert checkpoints.find_checkpoint_to_resume(str(folder)) is None
-    message = f"there is no checkpoint in {folder}; train first, or .* --checkpoint_dir$"
+@pytest.mark.parametrize("folder", ["", "missing"])
+def test_a_folder_without_checkpoints_is_an_error_only_if_one_is_required(tmp_path, folder):
+    path = str(tmp_path / folder)
+    assert checkpoints.find_latest_checkpoint(path) is None
+    assert checkpoints.find_checkpoint_to_resume(path) is None
+    message = f"there is no checkpoint in {path}; train first, or .* --checkpoint_dir$"
     with pytest.raises(UserError, match=message):
-        checkpoints.use_newest(str(folder))
+        checkpoints.use_newest(path)
 
 
 @pytest.mark.parametrize("state", [None, b"\0\0"])
@@ -122,32 +100,6 @@ def test_an_older_checkpoint_is_suggested_if_the_newest_is_damaged(tmp_path):
     assert checkpoints.find_checkpoint_to_resume(str(tmp_path)).step == 20
 
 
-def test_no_older_checkpoint_is_suggested_if_none_is_readable(tmp_path):
-    path = save(tmp_path)
-    (tmp_path / "model.ckpt-3.data-00000-of-00001").write_bytes(b"")
-    with pytest.raises(CheckpointError, match=rf"^{path} cannot be read \(") as caught:
-        checkpoints.find_checkpoint_to_resume(str(tmp_path))
-    assert "resume" not in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    "path",
-    [
-        "/home/ann/train/model.ckpt-7",
-        "gs://bucket/train/model.ckpt-7",
-        "train/model.ckpt-7",
-    ],
-)
-def test_a_state_file_from_elsewhere_names_the_checkpoint_next_to_it(tmp_path, warnings, path):
-    save(tmp_path, 9)
-    named = save(tmp_path, 7)
-    tf.train.update_checkpoint_state(str(tmp_path), path)
-    assert checkpoints.find_latest_checkpoint(str(tmp_path)) == named
-    assert checkpoints.use_newest(str(tmp_path)).path == named
-    assert checkpoints.find_checkpoint_to_resume(str(tmp_path)).path == named
-    assert warnings == []
-
-
 def test_a_copied_folder_is_independent_of_the_original(tmp_path):
     (tmp_path / "original").mkdir()
     for step in (3, 4):
@@ -157,6 +109,7 @@ def test_a_copied_folder_is_independent_of_the_original(tmp_path):
     shutil.copytree(tmp_path / "original", tmp_path / "copy")
     copied = str(tmp_path / "copy" / "model.ckpt-4")
     assert checkpoints.find_latest_checkpoint(str(tmp_path / "copy")) == copied
+    assert checkpoints.find_checkpoint_to_resume(str(tmp_path / "copy")).path == copied
     before = sorted(os.listdir(tmp_path / "original"))
     save_as_trainer(tmp_path / "copy", steps=[5], max_to_keep=1)
     assert sorted(os.listdir(tmp_path / "original")) == before
@@ -172,12 +125,7 @@ def test_a_state_file_may_name_a_checkpoint_in_another_folder(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "state",
-    [
-        b"",
-        b"\xff not a checkpoint",
-        b'model_checkpoint_path: "/home/ann/model.ckpt-9"',
-    ],
+    "state", [b"\xff not a checkpoint", b'model_checkpoint_path: "/home/ann/model.ckpt-9"']
 )
 def test_if_the_state_file_names_no_checkpoint_the_highest_step_is_used_but_not_resumed(
     tmp_path, warnings, state
@@ -233,12 +181,10 @@ def test_a_path_may_name_one_checkpoint_or_one_of_its_files(tmp_path, suffix):
     assert checkpoints.find_single_checkpoint(str(tmp_path / f"model.ckpt-5{suffix}")) is None
 
 
-def test_the_global_step_of_a_checkpoint_is_read(tmp_path):
-    path = save(tmp_path, 12)
-    assert checkpoints.read(path).step == 12
-    for name in os.listdir(tmp_path):
-        if name.startswith("model.ckpt-12."):
-            (tmp_path / name).rename(tmp_path / name.replace("12", "99"))
+def test_the_step_is_the_one_that_was_saved_whatever_the_name(tmp_path):
+    save(tmp_path, 12)
+    for path in tmp_path.glob("model.ckpt-12.*"):
+        path.rename(tmp_path / path.name.replace("12", "99"))
     assert checkpoints.read(str(tmp_path / "model.ckpt-99")).step == 12
 
 
@@ -300,22 +246,14 @@ def test_a_missing_meta_file_causes_one_warning_and_leaves_the_settings_unknown(
     ]
 
 
-def test_a_deleted_checkpoint_is_an_error_without_a_warning(tmp_path, warnings):
-    path = save(tmp_path)
-    remove(path)
-    with pytest.raises(CheckpointError, match=rf"^{path} cannot be read \("):
-        checkpoints.read(path)
-    assert warnings == []
-
-
-@pytest.mark.parametrize("texts", [["{"], ["[]"], [format_settings(OWN)] * 2])
-def test_invalid_settings_are_refused(tmp_path, texts):
-    path = save_with_settings_text(tmp_path, *texts)
+def test_settings_of_an_unknown_version_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoints, "format_settings", lambda settings: '{"new": 1}')
+    path = save(tmp_path, settings=OWN)
     with pytest.raises(CheckpointError, match="ckpt-3.meta cannot be read .*; move it away to use"):
         checkpoints.read(path)
 
 
-@pytest.mark.parametrize("damage", [lambda _: b"", lambda _: b"\xff" * 99, lambda meta: meta[:-7]])
+@pytest.mark.parametrize("damage", [lambda meta: b"", lambda meta: meta[:-7]])
 def test_a_damaged_meta_file_is_refused(tmp_path, damage):
     path = save(tmp_path)
     meta = tmp_path / "model.ckpt-3.meta"
@@ -346,11 +284,6 @@ def test_settings_that_do_not_match_are_an_error_that_names_the_checkpoint_and_t
 # --- Variables.
 
 
-def test_a_checkpoint_with_all_variables_matches_whatever_else_it_holds(tmp_path, graph):
-    path = save(tmp_path, same=[1.0], another=2.0)
-    checkpoints.read(path).check_variables({"same": tf.get_variable("mine", [1])})
-
-
 def test_variables_that_are_missing_or_differ_in_shape_are_named(tmp_path, graph):
     path = save(tmp_path, wide=[1.0, 2.0])
     variables = {"wide": tf.get_variable("a", [3]), "deep": tf.get_variable("b", [1])}
@@ -372,12 +305,6 @@ def test_a_checkpoint_with_a_layer_that_the_model_lacks_is_refused(tmp_path, gra
         read.check_variables({"a": tf.get_variable("a", [])})
 
 
-def test_no_more_than_five_variables_are_named(tmp_path, graph):
-    variables = {name: tf.get_variable(name, []) for name in "abcdefg"}
-    with pytest.raises(CheckpointError, match="e is missing, and 2 more differ; .*checkpoint_dir$"):
-        checkpoints.read(save(tmp_path)).check_variables(variables)
-
-
 def restore(folder, wanted=OWN):
     """Restores the newest checkpoint into a variable `x`; returns its path, its step and `x`."""
     with tf.Graph().as_default(), tf.Session() as session:
@@ -395,24 +322,10 @@ def restore(folder, wanted=OWN):
         return found.path, found.step, session.run(variable)
 
 
-def test_the_newest_checkpoint_is_restored(tmp_path):
-    save(tmp_path, 3, OWN, x=3.5)
-    newest = save(tmp_path, 4, OWN, x=4.5)
-    assert restore(tmp_path) == (newest, 4, 4.5)
-
-
 def test_a_checkpoint_that_is_not_finite_is_not_restored(tmp_path):
     path = save(tmp_path, 3, OWN, x=math.inf)
     with pytest.raises(CheckpointError, match=f"^{path} has non-finite values in x$"):
         restore(tmp_path)
-
-
-def test_a_checkpoint_without_its_data_is_a_one_line_error(tmp_path):
-    path = save(tmp_path, 3, OWN)
-    (tmp_path / "model.ckpt-3.data-00000-of-00001").unlink()
-    with pytest.raises(CheckpointError, match=f"^{path} cannot be ") as caught:
-        restore(tmp_path)
-    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("moment", ["_read_variables", "_read_settings", "restore"])
@@ -431,19 +344,6 @@ def test_the_next_checkpoint_is_used_if_a_trainer_deletes_one_meanwhile(
     monkeypatch.setattr(checkpoints, moment, move_on_first)
     assert restore(tmp_path) == (str(tmp_path / "model.ckpt-4"), 4, 4.5)
     assert warnings == []
-
-
-def test_an_error_with_the_newest_checkpoint_is_raised_at_once(tmp_path):
-    save(tmp_path, 3)
-    used = []
-
-    def fail(checkpoint):
-        used.append(checkpoint.step)
-        raise CheckpointError("it is not finite")
-
-    with pytest.raises(CheckpointError, match="^it is not finite$"):
-        checkpoints.use_newest(str(tmp_path), fail)
-    assert used == [3]
 
 
 # --- Saving.
@@ -491,33 +391,39 @@ def test_tensorflow_finds_and_restores_what_is_saved_here_and_counts_it(tmp_path
     assert steps_in(tmp_path) == [5, 6]
 
 
-def test_a_kill_before_old_checkpoints_are_deleted_does_not_leave_them_forever(
-    tmp_path, monkeypatch
+@pytest.mark.parametrize("count", [0, 1])
+def test_a_kill_after_a_file_or_none_is_deleted_leaves_checkpoints_with_their_settings(
+    tmp_path, monkeypatch, count
 ):
     save_as_trainer(tmp_path, steps=[1, 2], max_to_keep=2)
+    remove, removed = os.remove, []
 
-    def kill(checkpoint):
-        raise KeyboardInterrupt
+    def remove_or_kill(path):
+        if len(removed) == count:
+            raise KeyboardInterrupt
+        removed.append(path)
+        remove(path)
 
     with monkeypatch.context() as context:
-        context.setattr(checkpoints, "_remove_old", kill)
+        context.setattr(os, "remove", remove_or_kill)
         with pytest.raises(KeyboardInterrupt):
             save_as_trainer(tmp_path, steps=[3], max_to_keep=2)
     assert checkpoints.find_latest_checkpoint(str(tmp_path)).endswith("-3")
-    save_as_trainer(tmp_path, steps=[4], max_to_keep=2)
-    assert steps_in(tmp_path) == [3, 4]
+    for path in tmp_path.glob("*.index"):
+        assert checkpoints.read(str(path.with_suffix(""))).settings == OWN
+    save_as_trainer(tmp_path, steps=[4], max_to_keep=2)  # none is kept forever
+    assert {path.stem[-1] for path in tmp_path.glob("*.index")} == {"3", "4"}
     state = tf.train.get_checkpoint_state(str(tmp_path))
     assert [path[-1] for path in state.all_model_checkpoint_paths] == ["3", "4"]
 
 
 def test_an_old_checkpoint_that_cannot_be_deleted_is_deleted_after_a_later_save(
-    tmp_path, monkeypatch, warnings
+    tmp_path, monkeypatch
 ):
     save_as_trainer(tmp_path, steps=[1], max_to_keep=1)
     with monkeypatch.context() as context:
         context.setattr(os, "remove", lambda path: open(f"{path}/"))  # noqa: SIM115
         save_as_trainer(tmp_path, steps=[2], max_to_keep=1)
-    assert [line.partition(":")[0] for line in warnings] == ["An old checkpoint cannot be deleted"]
     assert steps_in(tmp_path) == [1, 2]
     save_as_trainer(tmp_path, steps=[3], max_to_keep=1)
     assert steps_in(tmp_path) == [3]
@@ -574,24 +480,6 @@ def test_a_failed_save_leaves_nothing_of_its_own_and_everything_else(tmp_path, m
     with pytest.raises(UserError, match="cannot save a checkpoint in .*: No space left on device;"):
         save_as_trainer(tmp_path, steps=[4])
     assert sorted(os.listdir(tmp_path)) == before
-
-
-def test_only_a_failed_save_after_the_first_one_mentions_an_earlier_checkpoint(
-    tmp_path, monkeypatch
-):
-    saved = tf.train.Saver.save
-
-    def fail_at_step_4(saver, session, path, **arguments):
-        if path.endswith("-4"):
-            raise tf.errors.ResourceExhaustedError(None, None, "No space left on device")
-        return saved(saver, session, path, **arguments)
-
-    monkeypatch.setattr(tf.train.Saver, "save", fail_at_step_4)
-    message = "^cannot save a checkpoint in .*; free some space and run the same command again"
-    with pytest.raises(UserError, match=f"{message}$"):
-        save_as_trainer(tmp_path, steps=[4])
-    with pytest.raises(UserError, match=f"{message} to resume from the previous checkpoint$"):
-        save_as_trainer(tmp_path, steps=[3, 4])
 
 
 def test_saving_to_a_folder_that_is_gone_is_a_one_line_error(tmp_path):

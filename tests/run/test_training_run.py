@@ -15,7 +15,7 @@ import time
 
 import numpy as np
 import pytest
-from conftest import ROOT, lost_stream, read_events, written_scopes, written_values
+from conftest import ROOT, read_events, written_scopes, written_values
 
 from support.base.errors import DataError, Interrupted, UserError
 from support.base.worker import ALONE, Worker
@@ -107,11 +107,20 @@ def printed(capsys):
 # --- Lines of progress and metrics.
 
 
-def test_a_line_every_log_frequency_steps_shows_the_loss_of_that_step(tmp_path, capsys):
-    train(tmp_path, max_steps=21, log_frequency=5)
+def test_every_log_frequency_steps_a_line_and_a_json_object_describe_the_step(tmp_path, capsys):
+    graph_notes.record_learning_rate(tf.constant(0.125))
+    step = tf.train.get_or_create_global_step()
+    loss = 100.0 + tf.cast(step.read_value(), tf.float32)
+    run(count_step(loss), tmp_path, max_steps=12, loss=loss, log_frequency=5)
     lines = printed(capsys)
-    assert [step for step, *_ in lines] == [0, 5, 10, 15, 20]
-    assert [loss for _, loss, *_ in lines] == [100, 105, 110, 115, 120]
+    assert [(step, loss) for step, loss, *_ in lines] == [(0, 100), (5, 105), (10, 110)]
+    metrics = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [
+        (each["step"], each["loss"], f"{each['examples_per_sec']:.1f}") for each in metrics
+    ] == [(step, loss, f"{speed:.1f}") for step, loss, speed, _ in lines]
+    assert all(each["learning_rate"] == 0.125 for each in metrics)
+    assert all(each["sec_per_batch"] > 0 for each in metrics)
+    assert all(abs(each["time"] - time.time()) < 60 for each in metrics)
 
 
 def test_updates_that_accumulate_gradients_count_as_one_step_with_one_line(tmp_path, capsys):
@@ -132,20 +141,6 @@ def test_the_throughput_is_that_of_the_steps_since_the_last_line(tmp_path, capsy
     assert first_speed == pytest.approx(8 / first_seconds, rel=0.05)
     assert 0.2 <= seconds < 0.8  # not the 0.8 of the four steps together
     assert speed == pytest.approx(8 / seconds, rel=0.05)
-
-
-def test_each_line_of_progress_is_also_a_json_object_in_the_metrics(tmp_path, capsys):
-    graph_notes.record_learning_rate(tf.constant(0.125))
-    loss = tf.constant(2.5)
-    run(count_step(), tmp_path, max_steps=5, loss=loss, log_frequency=2)
-    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == [0, 2, 4]
-    assert [(line["step"], line["loss"], f"{line['examples_per_sec']:.1f}") for line in lines] == [
-        (step, loss, f"{speed:.1f}") for step, loss, speed, _ in printed(capsys)
-    ]
-    assert all(line["learning_rate"] == 0.125 for line in lines)
-    assert all(line["sec_per_batch"] > 0 for line in lines)
-    assert all(abs(line["time"] - time.time()) < 60 for line in lines)
 
 
 # --- Steps, checkpoints and resuming.
@@ -172,20 +167,15 @@ def test_checkpoints_are_saved_and_kept_as_the_options_say(tmp_path):
     assert saved_steps(tmp_path) == {5, 6}
 
 
-@pytest.mark.parametrize(("seconds", "is_saved_between"), [(1, True), (600, False)])
-def test_checkpoints_are_saved_in_time_although_the_clock_goes_back(
-    tmp_path, monkeypatch, seconds, is_saved_between
-):
+def test_checkpoints_are_saved_in_time_although_the_clock_goes_back(tmp_path, monkeypatch):
     now = time.time()
 
     def set_back(step):
         time.sleep(0.3)
         monkeypatch.setattr(time, "time", lambda: now - 3600.0)
 
-    train(tmp_path, max_steps=8, before_step=set_back, save_checkpoint_secs=seconds)
-    steps = saved_steps(tmp_path)
-    assert {0, 8} <= steps
-    assert bool(steps - {0, 8}) is is_saved_between
+    train(tmp_path, max_steps=8, before_step=set_back, save_checkpoint_secs=1)
+    assert {0, 8} < saved_steps(tmp_path)
 
 
 def test_a_step_from_which_training_resumes_is_not_saved_again(tmp_path):
@@ -249,28 +239,11 @@ def test_a_train_dir_can_be_moved(tmp_path):
     assert not (tmp_path / "before").exists()
 
 
-def test_an_error_in_the_training_loop_is_raised_unchanged(tmp_path):
-    def train_and_fail():
-        count = count_step()
-        with make_run(tmp_path, 5) as training, training.session(tf.constant(1.0)) as sess:
-            sess.run(count)
-            1 / 0  # noqa: B018
-
-    with pytest.raises(ZeroDivisionError):
-        train_and_fail()
-
-
 def test_a_session_uses_the_given_configuration(tmp_path):
-    devices = []
     config = tf.ConfigProto(device_count={"CPU": 3})
-    count = count_step()
-    with (
-        make_run(tmp_path, 1, config=config) as training,
-        training.session(tf.constant(1.0)) as sess,
-    ):
-        devices += sess.raw_session().list_devices()
-        sess.run(count)
-    assert len(devices) == 3
+    loss = tf.constant(1.0)
+    with make_run(tmp_path, 1, config=config) as training, training.session(loss) as sess:
+        assert len(sess.raw_session().list_devices()) == 3
 
 
 # --- Checkpoints that cannot be resumed.
@@ -311,17 +284,14 @@ def test_a_checkpoint_of_another_model_is_refused_before_the_start_is_recorded(t
 def test_training_does_not_resume_with_other_settings(tmp_path):
     train(tmp_path, max_steps=3)
     settings = SETTINGS._replace(crop_size=22)
-    for start in (has_steps_left, train):
-        with pytest.raises(UserError, match="was trained with --crop_size=24, .* --train_dir$"):
-            start(tmp_path, 5, settings=settings)
+    with pytest.raises(UserError, match="was trained with --crop_size=24, .* --train_dir$"):
+        has_steps_left(tmp_path, 5, settings)
     assert not has_steps_left(tmp_path, 3, settings)  # then there is nothing to resume
     assert saved_step(tmp_path) == 3
 
 
 def test_training_that_resumes_with_other_examples_or_flips_warns(tmp_path, warnings):
     train(tmp_path, max_steps=3)
-    assert has_steps_left(tmp_path, 5)
-    assert warnings == []
     assert has_steps_left(tmp_path, 5, SETTINGS._replace(examples_per_epoch=45, random_flip=False))
     newest = tmp_path / "model.ckpt-3"
     assert warnings == [
@@ -355,8 +325,7 @@ def test_an_unusable_train_dir_is_a_one_line_error(tmp_path):
 
 
 def test_a_second_trainer_is_refused_with_a_description_of_the_first(tmp_path):
-    with make_run(tmp_path, 1) as training:
-        count = count_step()
+    with make_run(tmp_path, 1) as training, training.graph():
         before = {path: path.read_bytes() for path in tmp_path.iterdir()}
         with pytest.raises(
             UserError,
@@ -365,23 +334,14 @@ def test_a_second_trainer_is_refused_with_a_description_of_the_first(tmp_path):
         ):
             train(tmp_path, max_steps=9)
         assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
-        assert run_loop(training, count) == 1
+        assert run_loop(training, count_step()) == 1
     assert saved_step(tmp_path) == 1
 
 
-@pytest.mark.parametrize("kind", [ZeroDivisionError, Interrupted])
-def test_the_lock_is_held_while_the_graph_is_built_and_released_by_an_error(tmp_path, kind):
-    def fail():
-        with pytest.raises(UserError, match="^another process is training in "):
-            train(tmp_path, max_steps=5)
-        raise kind(signal.SIGTERM)
-
-    def build_graph():
-        with make_run(tmp_path, 5) as training, training.graph():
-            fail()
-
-    with pytest.raises(kind):
-        build_graph()
+def test_a_signal_while_the_graph_is_built_releases_the_lock(tmp_path):
+    training = make_run(tmp_path, 5)
+    with pytest.raises(Interrupted), training, training.graph():
+        raise Interrupted(signal.SIGTERM)
     assert os.listdir(tmp_path) == []
 
 
@@ -394,21 +354,25 @@ def test_each_start_of_training_is_recorded_after_the_earlier_ones(tmp_path):
         with make_run(tmp_path, max_steps, flags=flags) as training, training.graph(seed):
             run_loop(training, count_step())
     first, second, third = json.loads((tmp_path / "run.json").read_text())
-    assert [start["flags"]["seed"] for start in (first, second, third)] == [7, None, 7]
-    assert (first["seed"], third["seed"]) == (7, 7)
-    assert 0 <= second["seed"] < 2**31
-    assert first["script"] == os.path.basename(sys.argv[0])
-    assert (first["class_names"], first["examples_per_epoch"]) == (["cat", "dog"], 100)
-    assert abs(first["time"] - time.time()) < 60
-    assert first["tensorflow"] == tf.version.VERSION
-    assert first["python"] == platform.python_version()
-    assert first["processors"] == os.cpu_count()
-    assert isinstance(first["processor"], str)
-    assert len(first["gpus"]) == len(GPUS)
+    assert [start["seed"] for start in (first, third)] == [7, 7]
+    assert 0 <= second.pop("seed") < 2**31
+    assert abs(second.pop("time") - time.time()) < 60
+    assert isinstance(second.pop("processor"), str)
+    commit = second.pop("commit") or ""
+    assert second == {
+        "script": os.path.basename(sys.argv[0]),
+        "flags": {"batch_size": 4, "seed": None},
+        "class_names": ["cat", "dog"],
+        "examples_per_epoch": 100,
+        "python": platform.python_version(),
+        "tensorflow": tf.version.VERSION,
+        "processors": os.cpu_count(),
+        "gpus": [None] * len(GPUS),
+    }
     process = subprocess.run(
         ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
     )
-    assert (first["commit"] or "").removesuffix("-dirty") == process.stdout.strip()
+    assert commit.removesuffix("-dirty") == process.stdout.strip()
 
 
 def test_the_commit_is_not_that_of_a_repository_around_the_project(tmp_path):
@@ -422,10 +386,10 @@ def test_the_commit_is_not_that_of_a_repository_around_the_project(tmp_path):
     assert training_run._find_commit(tmp_path / "project") is None
 
 
-@pytest.mark.parametrize("content", ["{}", "[1]", ""])
+@pytest.mark.parametrize("content", ["{}", ""])
 def test_a_run_file_that_is_not_a_list_of_starts_is_not_overwritten(tmp_path, content):
     (tmp_path / "run.json").write_text(content)
-    with pytest.raises(UserError, match="run.json cannot be read as a list .*; move it away$"):
+    with pytest.raises(UserError, match="run.json .*; move it away$"):
         train(tmp_path, max_steps=3)
     assert (tmp_path / "run.json").read_text() == content
     assert not (tmp_path / "checkpoint").exists()
@@ -436,50 +400,13 @@ def test_a_run_file_that_is_not_a_list_of_starts_is_not_overwritten(tmp_path, co
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_a_loss_that_is_not_finite_stops_training_before_it_is_saved(tmp_path, value):
-    with pytest.raises(UserError, match=f"^PyFunc is {value} at step 3; the step is not saved"):
-        train(tmp_path, max_steps=9, losses={3: value}, save_checkpoint_steps=1)
-    assert saved_step(tmp_path) == 3  # after the steps 0, 1 and 2
-
-
-@pytest.mark.parametrize("bad", [[math.nan, 0], [math.inf, -math.inf]])
-def test_a_gradient_that_is_not_finite_stops_training_before_it_is_saved(tmp_path, bad):
-    global_step = tf.train.get_or_create_global_step()
-    weights = tf.get_variable("layer/weights", initializer=[1.0, 2.0])
-    gradient = tf.py_func(
-        lambda step: np.float32(bad if step == 3 else [1, 1]),
-        [global_step.read_value()],
-        tf.float32,
-    )
-    gradient.set_shape([2])
-    graph_notes.check_finite(gradient, "gradients/layer/weights")
-    graph_notes.record_learning_rate(tf.constant(0.1))
-    update = tf.train.GradientDescentOptimizer(0.1).apply_gradients(
-        [(gradient, weights)], global_step
-    )
-    with tf.control_dependencies([update]):
-        train_op = tf.train.ExponentialMovingAverage(0.9).apply([weights])
     with pytest.raises(
         UserError,
-        match="^gradients/layer/weights is .* at step 3, where the learning rate is 0.1; the step "
-        "is not saved: run the same command again .* a smaller --initial_learning_rate$",
+        match=f"^PyFunc is {value} at step 3; the step is not saved: run the same command again "
+        ".*; if it happens again, use a smaller --initial_learning_rate$",
     ):
-        run(train_op, tmp_path, max_steps=9, save_checkpoint_steps=1)
-    assert saved_step(tmp_path) == 3
-    newest = tf.train.load_checkpoint(tf.train.latest_checkpoint(str(tmp_path)))
-    for name in ("layer/weights", "layer/weights/ExponentialMovingAverage"):
-        assert np.isfinite(newest.get_tensor(name)).all()
-
-
-@pytest.mark.parametrize(("name", "reported"), [(None, "tower_0/total"), ("a/b", "a/b")])
-def test_a_checked_tensor_is_reported_by_its_own_name_unless_another_is_given(
-    tmp_path, name, reported
-):
-    with tf.name_scope("tower_0"):
-        tensor = tf.constant([0.0, math.nan], name="total")
-    graph_notes.check_finite(tf.constant([1.0, 2.0]))
-    graph_notes.check_finite(tensor, name)
-    with pytest.raises(UserError, match=f"^{reported} is nan at step 0;"):
-        run(count_step(), tmp_path, max_steps=3)
+        train(tmp_path, max_steps=9, losses={3: value}, save_checkpoint_steps=1)
+    assert saved_step(tmp_path) == 3  # after the steps 0, 1 and 2
 
 
 def test_a_variable_that_is_not_finite_is_not_saved(tmp_path):
@@ -498,21 +425,6 @@ def test_an_initial_value_that_is_not_finite_is_not_saved(tmp_path):
     with pytest.raises(UserError, match=message):
         run(count_step(), tmp_path, max_steps=9)
     assert not saved_steps(tmp_path)
-
-
-def test_training_does_not_resume_from_a_checkpoint_that_is_not_finite(tmp_path):
-    train_op = count_step()
-    tf.get_variable("layer/statistics", initializer=[math.nan])
-    with tf.Session() as sess:
-        sess.run(tf.global_variables_initializer())
-        sess.run(tf.assign(tf.train.get_global_step(), 4))
-        tf.train.Saver().save(sess, str(tmp_path / "model.ckpt"), global_step=4)
-    with pytest.raises(
-        UserError,
-        match="^layer/statistics is not finite in the checkpoint of step 4; choose another folder "
-        "with --train_dir, or move that checkpoint and the file `checkpoint` away",
-    ):
-        run(train_op, tmp_path, max_steps=9)
 
 
 def test_a_histogram_of_values_that_are_not_finite_stops_training_with_one_line(tmp_path):
@@ -537,17 +449,25 @@ def test_leaving_the_loop_early_is_an_ordinary_end_that_saves_the_last_step(tmp_
     assert train(tmp_path, max_steps=6) == 2
 
 
-def test_what_a_hook_of_the_user_restores_is_saved_in_the_first_checkpoint(tmp_path):
-    variable = tf.get_variable("layer/weights", initializer=1.0)
-    assign = tf.assign(variable, 7.0)
+def test_a_hook_of_the_user_may_change_variables_and_create_ones_that_are_saved(tmp_path):
+    class Count(tf.train.SessionRunHook):
+        def begin(self):
+            self._count = tf.get_variable("count", initializer=0, trainable=False)
+            self._add = tf.assign_add(self._count, 1)
 
-    class Restore(tf.train.SessionRunHook):
         def after_create_session(self, session, coord):
-            session.run(assign)
+            session.run(self._add)
 
-    run(count_step(), tmp_path, max_steps=1, hooks=[Restore()])
-    first = tf.train.load_checkpoint(str(tmp_path / "model.ckpt-0"))
-    assert first.get_tensor("layer/weights") == 7.0
+        def after_run(self, run_context, run_values):
+            run_context.session.run(self._add)
+
+    def saved_count(step):
+        return tf.train.load_checkpoint(str(tmp_path / f"model.ckpt-{step}")).get_tensor("count")
+
+    for max_steps in (3, 5):
+        with tf.Graph().as_default():
+            run(count_step(), tmp_path, max_steps, hooks=[Count()])
+    assert [saved_count(step) for step in (0, 3, 5)] == [1, 4, 7]
 
 
 @pytest.mark.parametrize("kind", [ZeroDivisionError, tf.errors.OutOfRangeError])
@@ -561,22 +481,6 @@ def test_the_last_step_is_saved_before_a_hook_of_the_user_fails_at_the_end(tmp_p
     assert saved_step(tmp_path) == 3
 
 
-def test_a_variable_that_a_hook_of_the_user_creates_is_saved_and_restored(tmp_path):
-    class Count(tf.train.SessionRunHook):
-        def begin(self):
-            self._count = tf.get_variable("count", initializer=0, trainable=False)
-            self._add = tf.assign_add(self._count, 1)
-
-        def after_run(self, run_context, run_values):
-            run_context.session.run(self._add)
-
-    for max_steps in (3, 5):
-        with tf.Graph().as_default():
-            run(count_step(), tmp_path, max_steps, hooks=[Count()])
-        newest = tf.train.load_checkpoint(tf.train.latest_checkpoint(str(tmp_path)))
-        assert newest.get_tensor("count") == max_steps
-
-
 def test_a_hook_of_the_user_runs_and_may_end_training(tmp_path):
     hooks = [
         tf.train.StopAtStepHook(last_step=4),
@@ -587,17 +491,6 @@ def test_a_hook_of_the_user_runs_and_may_end_training(tmp_path):
     tf.summary.FileWriterCache.clear()
     assert saved_step(tmp_path / "train") == 4
     assert saved_step(tmp_path / "other") == 4
-
-
-def test_another_session_of_the_same_run_resumes_where_the_first_has_ended(tmp_path):
-    with make_run(tmp_path, 9) as training:
-        assert training.has_steps_left()
-        for last_step in (4, 7):
-            with training.graph() as graph:
-                run_loop(training, count_step(), hooks=[tf.train.StopAtStepHook(None, last_step)])
-                assert graph is tf.get_default_graph()
-            assert saved_step(tmp_path) == last_step
-    assert saved_steps(tmp_path) == {0, 4, 7}
 
 
 # --- The input.
@@ -667,15 +560,11 @@ def test_running_out_of_memory_is_a_one_line_error(tmp_path):
     assert "\n" not in str(caught.value)
 
 
-class Terminal(io.StringIO):
-    def isatty(self):
-        return True
-
-
 def test_the_filling_queue_is_shown_until_the_first_step_has_its_batch(
     tmp_path, capsys, monkeypatch
 ):
-    terminal = Terminal()
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
     monkeypatch.setattr(sys, "stderr", terminal)
     queue = make_slow_queue(min_after_dequeue=16)
     graph_notes.watch_queue(queue.size(), min_size=17)
@@ -725,8 +614,6 @@ def test_the_throughput_is_written_with_the_summaries(tmp_path):
 @pytest.mark.parametrize(
     ("options", "scalar_steps", "histogram_steps"),
     [
-        ({"save_histograms_steps": 4}, range(10), [0, 4, 8]),
-        ({}, range(10), [0]),
         ({"save_histograms_steps": 0}, range(10), []),
         ({"save_summaries_steps": 3, "save_histograms_steps": 4}, [0, 3, 6, 9], [0, 4, 8]),
         ({"save_summaries_steps": 0, "save_histograms_steps": 4}, [], []),
@@ -747,29 +634,13 @@ def test_scalars_have_another_interval_than_histograms_and_images(
     assert found["examples_per_sec"] == list(scalar_steps)[1:]
 
 
-@pytest.mark.parametrize("save_summaries_steps", [0, 100])
-def test_the_graph_is_written_for_tensorboard(tmp_path, save_summaries_steps):
+def test_the_graph_is_written_for_tensorboard(tmp_path):
     tf.constant(1.0, name="this_one")
     tf.get_variable("layer/weights", initializer=1.0)
-    run(count_step(), tmp_path, max_steps=1, save_summaries_steps=save_summaries_steps)
+    run(count_step(), tmp_path, max_steps=1, save_summaries_steps=0)
     scopes = written_scopes(tmp_path)
     # None of the operations with which the session saves, initializes and checks.
     assert {name for name in scopes if name.islower()} == {"this_one", "layer", "global_step"}
-
-
-@pytest.mark.skipif(not os.path.exists("/proc/self/fd"), reason="Linux has this folder")
-@pytest.mark.parametrize("losses", [{}, {1: math.nan}])
-def test_a_run_leaves_neither_a_lock_nor_an_open_file(tmp_path, losses):
-    with contextlib.suppress(UserError):
-        train(tmp_path, max_steps=2, losses=losses)
-    assert not (tmp_path / ".trainer.lock").exists()
-    opened = [os.readlink(f"/proc/self/fd/{n}") for n in os.listdir("/proc/self/fd") if is_open(n)]
-    assert not [path for path in opened if path.startswith(str(tmp_path))]
-    assert not [t.name for t in threading.enumerate() if "EventLogger" in t.name]
-
-
-def is_open(descriptor):  # the one of the list itself is already closed
-    return os.path.lexists(f"/proc/self/fd/{descriptor}")
 
 
 def test_summaries_that_cannot_be_written_end_training_with_one_line(tmp_path, monkeypatch):
@@ -778,7 +649,7 @@ def test_summaries_that_cannot_be_written_end_training_with_one_line(tmp_path, m
 
     def fail_later(writer, record):
         written.append(record)
-        if len(written) > 4:
+        if len(written) > 4:  # the session would take this error for the end of the input
             raise tf.errors.OutOfRangeError(None, None, "events; File too large")
         write(writer, record)
 
@@ -798,7 +669,7 @@ def signals():
     def fail(number, frame):
         raise AssertionError(f"signal {number} was not deferred")
 
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    numbers = (signal.SIGINT, signal.SIGUSR1)
     previous = {number: signal.signal(number, fail) for number in numbers}
     yield lambda number: os.kill(os.getpid(), number)
     assert all(signal.getsignal(number) is fail for number in numbers)
@@ -811,7 +682,7 @@ def send_at_step(signals, step):
 
     def send(current):
         if current == step:
-            signals(signal.SIGHUP)
+            signals(signal.SIGUSR1)
             time.sleep(0.5)
 
     return send
@@ -821,7 +692,7 @@ def test_a_signal_lets_the_step_finish_and_saves_it(tmp_path, signals):
     with pytest.raises(Interrupted) as caught:
         train(tmp_path, max_steps=100, before_step=send_at_step(signals, 3))
     assert saved_step(tmp_path) == 4
-    assert caught.value.signal_number == signal.SIGHUP
+    assert caught.value.signal_number == signal.SIGUSR1
     assert caught.value.message == (
         f"step 4 is saved in {tmp_path}/model.ckpt-4; run the same command again to resume from it"
     )
@@ -866,25 +737,14 @@ def test_a_signal_stops_a_later_step_that_waits_for_its_input_within_half_a_minu
     assert saved_step(tmp_path) == 1
 
 
-def test_training_goes_on_when_stdout_is_lost(tmp_path, monkeypatch):
-    with lost_stream() as stream:
-        monkeypatch.setattr(sys, "stdout", stream)
-        with make_run(tmp_path, 5, log_frequency=1) as training, training.graph():
-            print("Filling queue", flush=True)
-            assert run_loop(training, count_step()) == 5
-    assert saved_step(tmp_path) == 5
-    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 5
-
-
 # --- Seeds.
 
 
 def draw(folder, seed=None, worker=ALONE):
     """Returns random numbers from the graph of a run."""
-    with make_run(folder, 5, worker=worker) as training, training.graph(seed) as graph:
-        assert tf.get_default_graph() is graph
-        with tf.Session() as sess:
-            return tuple(sess.run([tf.random.uniform([]), tf.random.normal([])]))
+    run = make_run(folder, 5, worker=worker)
+    with run, run.graph(seed), tf.Session() as sess:
+        return tuple(sess.run([tf.random.uniform([]), tf.random.normal([])]))
 
 
 def make_worker(index, step=0, **attributes):
@@ -902,47 +762,22 @@ def make_worker(index, step=0, **attributes):
     return worker
 
 
-def test_a_seed_determines_all_random_numbers_of_a_new_run(tmp_path):
-    assert draw(tmp_path, 5) == draw(tmp_path, 5)
-    assert draw(tmp_path, 0) == draw(tmp_path, 0)
-    numbers = [number for seed in (5, 6, None, None) for number in draw(tmp_path, seed)]
-    assert len(set(numbers)) == 8
-
-
-def test_a_resumed_run_draws_other_numbers_than_at_its_start(tmp_path):
-    drawn = set(draw(tmp_path, 5))
+def test_random_numbers_depend_on_the_seed_the_start_and_the_worker(tmp_path):
+    draws = [
+        draw(tmp_path, 5),
+        draw(tmp_path, 6),
+        draw(tmp_path),
+        draw(tmp_path),
+        draw(tmp_path, 5, make_worker(2)),
+        draw(tmp_path, 5, make_worker(1, step=7)),
+    ]
+    assert draw(tmp_path, 5) == draw(tmp_path, 5, make_worker(0)) == draws[0]
+    assert draw(tmp_path, 5, make_worker(1, step=7)) == draws[-1]
     for max_steps in (2, 3):
         train(tmp_path, max_steps)
-        resumed = draw(tmp_path, 5)
-        assert resumed == draw(tmp_path, 5)
-        assert not drawn & set(resumed)
-        drawn |= set(resumed)
-
-
-def test_a_worker_draws_from_its_index_and_the_step_of_the_cluster(tmp_path):
-    draws = [draw(tmp_path, 5, make_worker(1, step)) for step in (0, 7, 7, 8)]
-    assert draws[1] == draws[2]
-    draws += [
-        draw(tmp_path, 5, make_worker(index)) for index in (0, 2)
-    ]  # other workers draw others
-    assert len({number for numbers in draws for number in numbers}) == 10
-    assert draws[-2] == draw(tmp_path, 5)
-
-
-@pytest.mark.parametrize("seed", [2**31 - 1, None])
-@pytest.mark.parametrize("step", [0, 5])
-def test_the_seed_of_a_worker_stays_within_31_bits(tmp_path, seed, step):
-    worker = make_worker(3, step)
-    with make_run(tmp_path, 5, worker=worker) as training, training.graph(seed) as graph:
-        assert 0 <= graph.seed < 2**31
-
-
-def test_a_worker_places_the_variables_of_its_graph(tmp_path):
-    worker = make_worker(1, device_setter=lambda: tf.train.replica_device_setter(ps_tasks=1))
-    with make_run(tmp_path, 5, worker=worker) as training, training.graph():
-        assert tf.get_variable("x", []).device == "/job:ps/task:0"
-    with make_run(tmp_path, 5) as training, training.graph():
-        assert tf.get_variable("x", []).device == ""
+        draws.append(draw(tmp_path, 5))
+        assert draw(tmp_path, 5) == draws[-1]
+    assert len({number for numbers in draws for number in numbers}) == 2 * len(draws)
 
 
 # --- Workers of a cluster.
@@ -962,27 +797,13 @@ def server():
 def test_a_worker_trains_with_the_variables_of_the_chief_and_leaves_train_dir_alone(
     tmp_path, server, capsys
 ):
-    train_dir = tmp_path / "train"
-    worker = make_worker(1, target=server.target)
+    train_dir, config = tmp_path / "train", tf.ConfigProto()
+    worker = make_worker(1, target=server.target, device_filters=["/job:ps", "/job:local"])
     assert has_steps_left(train_dir, 5, worker=worker)
-    assert train(train_dir, max_steps=5, worker=worker) == 3
+    assert train(train_dir, max_steps=5, worker=worker, config=config) == 3
+    assert list(config.device_filters) == ["/job:ps", "/job:local"]
     assert [line[:2] for line in printed(capsys)] == [(2, 102)]
     assert not train_dir.exists()
-
-
-def test_the_session_of_a_worker_contacts_only_the_devices_that_the_worker_names(tmp_path, server):
-    config = tf.ConfigProto()
-    worker = make_worker(1, target=server.target, device_filters=["/job:ps", "/job:local"])
-    train(tmp_path, max_steps=3, worker=worker, config=config)
-    assert list(config.device_filters) == ["/job:ps", "/job:local"]
-
-
-@contextlib.contextmanager
-def without_delay():
-    """Fails if the block takes as long as a worker waits for a step that does not end."""
-    start = time.monotonic()
-    yield
-    assert time.monotonic() - start < 4
 
 
 @pytest.mark.parametrize("is_over", [True, False])
@@ -995,40 +816,13 @@ def test_a_worker_explains_why_training_ends_unless_the_chief_has_finished(
         sess.run(tf.local_variables_initializer())
     message = "^training ended at step 3 of --max_steps=50: the chief has stopped training$"
     end = contextlib.nullcontext() if is_over else pytest.raises(UserError, match=message)
-    with without_delay(), end:
+    start = time.monotonic()
+    with end:
         assert run(count_step(files.dequeue()), tmp_path, max_steps=50, worker=worker) == 1
+    assert time.monotonic() - start < 4  # it does not wait as for a step that does not end
 
 
 def test_a_signal_tells_a_worker_how_to_rejoin(tmp_path, server, signals):
     worker, send = make_worker(1, target=server.target), send_at_step(signals, 3)
     with pytest.raises(Interrupted, match="^run the same command again to rejoin$"):
         train(tmp_path, max_steps=100, before_step=send, worker=worker)
-
-
-def test_a_worker_without_its_chief_stops_a_step_that_waits(tmp_path, server):
-    def check_peers():
-        raise UserError("no response from the chief")
-
-    released = []
-
-    def release(session):
-        released.append(session)
-        session.close()
-
-    worker = make_worker(1, target=server.target, check_peers=check_peers, release=release)
-    # A step that waits for an update by the chief: no thread of this process fills the queue.
-    tokens = tf.FIFOQueue(1, tf.float32, shapes=[[]])
-    with without_delay(), pytest.raises(UserError, match="^no response from the chief$"):
-        run(count_step(tokens.dequeue()), tmp_path, max_steps=100, worker=worker)
-    assert released
-
-
-@pytest.mark.parametrize("kind", [tf.errors.UnavailableError, tf.errors.AbortedError])
-def test_the_loss_of_a_parameter_server_is_not_blamed_on_train_dir(tmp_path, server, kind):
-    class LosesServer(tf.train.SessionRunHook):
-        def after_create_session(self, session, coord):
-            raise kind(None, None, "connection reset")
-
-    worker = make_worker(1, target=server.target, hooks=lambda: [LosesServer()])
-    with pytest.raises(kind):
-        train(tmp_path, max_steps=5, worker=worker)
