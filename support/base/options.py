@@ -86,18 +86,20 @@ class Flag(flags.Flag):
 
     Attributes:
       defined_default: the default as it was passed, whatever `FLAGS.set_default` says.
+      rules: list of (function from a value to bool, what it checks).
     """
+
+    _constant = None
 
     def __init__(self, parser, name, default, help_string, normalize=None, **arguments):
         self.defined_default = default
+        self.rules = []
         self._normalize = normalize
-        self._constant = None
-        self._is_tentative = False
         follows = isinstance(default, Constant)
         serializer = None if arguments.get("boolean") else flags.ArgumentSerializer()
         value = None if follows else default
         super().__init__(parser, serializer, name, value, help_string, **arguments)
-        if follows:  # without a check: validators report a constant that is edited in the file
+        if follows:  # without a check: `verify` reports a constant that is edited in the file
             self._constant = default
             self.default = self.default_unparsed = constant(default)
             self.default_as_str = repr(str(self.default))
@@ -105,52 +107,63 @@ class Flag(flags.Flag):
     @property
     def value(self):
         """The given value or, if none was given, that of the constant or the default."""
-        return self._value if self.followed_constant is None else self._find_constant()
+        if not self._follows_constant():
+            return self._value
+        try:
+            return self._find_constant()
+        except (TypeError, ValueError):
+            return constant(self._constant)  # `verify` reports it
 
     @value.setter
     def value(self, value):
         try:
-            self._value = self.normalize(value)
+            self._value = self._check(value)
         except (TypeError, ValueError) as error:
-            if self._constant is None or value != self._find_constant():
-                text = str(value).encode(errors="backslashreplace").decode()
-                raise flags.IllegalFlagValueError(f"flag --{self.name}={text}: {error}") from None
+            if self._constant is None or value != constant(self._constant):
+                message = f"flag --{self.name}={value}: {error}"
+                raise flags.IllegalFlagValueError(message) from None
             self._value = value  # absl restores a flag that follows a bad constant
-        # absl calls the validators before it marks a flag as given, and they read the new value
-        # from the flag. If they refuse it, absl assigns the previous value again.
-        is_undone = self._is_tentative and self._constant and value == self._find_constant()
-        self._is_tentative = self.using_default_value and not is_undone
+        if self._constant is not None:  # absl does this after its validators have read the flag
+            self.using_default_value = value == constant(self._constant)
 
-    @property
-    def followed_constant(self):
-        """The name of the constant that the flag follows now, or None."""
-        return self._constant if self.using_default_value and not self._is_tentative else None
-
-    def convert_constant(self):
-        """Returns the value of the constant as the flag's type; raises TypeError or ValueError."""
-        value = constant(self._constant)
-        to_number = getattr(self.parser, "convert", None)
-        return self.normalize(value if to_number is None else to_number(value))
-
-    def unparse(self):
-        """Discards the given value, so that the flag returns to its default or constant."""
-        super().unparse()
-        self._is_tentative = False
+    def verify(self, _):
+        """Returns True, or raises ValidationError if the value is invalid; an absl validator."""
+        origin = ""
+        try:
+            if self._follows_constant():
+                origin = f"; the value comes from the constant {self._constant}"
+                self._find_constant()
+            else:
+                self._check(self._value)
+        except (TypeError, ValueError) as error:
+            raise flags.ValidationError(f"{error}{origin}") from None
+        return True
 
     def _set_default(self, value):
-        super()._set_default(value)
-        self._constant = None  # `FLAGS.set_default` replaces the constant
-        self._is_tentative = False
+        using_default_value = self.using_default_value
+        super()._set_default(value)  # or raises
+        # `FLAGS.set_default` replaces the constant, but not a given value.
+        self._constant, self.using_default_value = None, using_default_value
 
-    def normalize(self, value):
-        """Returns a value as `value` will return it; raises TypeError or ValueError."""
-        return value if value is None or self._normalize is None else self._normalize(value)
+    def _follows_constant(self):
+        return self.using_default_value and self._constant is not None
 
     def _find_constant(self):
-        try:
-            return self.convert_constant()
-        except (TypeError, ValueError):
-            return constant(self._constant)  # the validators report it
+        """Returns the value of the constant as the flag's type; raises TypeError or ValueError."""
+        return self._check(self.parser.parse(constant(self._constant)))
+
+    def _check(self, value):
+        """Returns a value as `value` will return it; raises TypeError or ValueError."""
+        if value is None:
+            if self.default is not None:
+                raise ValueError("it needs a value")
+            return None
+        if self._normalize is not None:
+            value = self._normalize(value)
+        for is_valid, rule in self.rules:
+            if not is_valid(value):
+                raise ValueError(rule)
+        return value
 
 
 def _define(flag, *rules):
@@ -168,37 +181,8 @@ def _define(flag, *rules):
         flags.declare_key_flag(flag.name)
         return
     flags.DEFINE_flag(flag)
-    for rule in rules:
-        check(flag.name, *rule)
-
-
-def check(name, is_valid, rule):
-    """Adds a rule for the values of a flag, whether they are given or come from its constant.
-
-    Args:
-      name: string.
-      is_valid: function from a value other than None to bool.
-      rule: string; what the function checks, such as "it must be 8 to 32".
-    """
-
-    def validate(value):
-        flag = FLAGS[name]
-        followed = getattr(flag, "followed_constant", None)
-        if value is None and followed is None:
-            return flag.default is None
-        try:
-            if followed is not None:
-                flag.convert_constant()
-            problem = "" if is_valid(value) else rule
-        except (TypeError, ValueError) as error:
-            problem = str(error)
-        if problem and followed is not None:
-            problem += f"; the value comes from the constant {followed}"
-        if problem:
-            raise flags.ValidationError(problem)
-        return True
-
-    flags.register_validator(name, validate, "it needs a value")
+    flag.rules.extend(rules)
+    flags.register_validator(flag.name, flag.verify)
 
 
 # --- Paths.
@@ -221,8 +205,7 @@ def local_path(path, url_schemes=()):
         return path
     expanded = os.path.expanduser(path)
     if scheme:
-        urls = ", ".join(f"{name}://" for name in url_schemes)
-        problem = f"only local paths {f'and {urls} URLs ' if urls else ''}are supported"
+        problem = f"{scheme[0]}/ is not supported"
     elif expanded.startswith("~"):
         problem = f"there is no home folder for {path.partition('/')[0]}"
     else:
@@ -236,9 +219,8 @@ def tensorflow_path(path, url_schemes=()):
     Raises ValueError for all other paths.
     """
     path = local_path(path, url_schemes)
-    absolute = os.path.abspath(path)
     with contextlib.suppress(UnicodeEncodeError):
-        if os.fsencode(absolute) == absolute.encode():
+        if os.fsencode(path) == path.encode():
             return path
     raise ValueError("TensorFlow needs a path in UTF-8, and a locale that uses UTF-8")
 
