@@ -187,7 +187,6 @@ def new_folder(flag, folder, target=None):
       DataError: from `exclusive_creation`.
       UserError: from `check_new_folder`.
     """
-    check_new_folder(flag, folder)
     path = os.path.realpath(folder)
     with exclusive_creation(path, flag, target):
         check_new_folder(flag, path)  # another process may have just created it
@@ -212,11 +211,8 @@ def _hidden_path(folder, suffix):
     a folder in a write-protected parent.
     """
     parent, name = os.path.split(folder)
-    as_effective_user = os.access in os.supports_effective_ids
     is_fixed = os.path.isdir(folder) and (
-        os.path.ismount(folder)
-        or os.listdir(folder)
-        or not os.access(parent or ".", os.W_OK, effective_ids=as_effective_user)
+        os.path.ismount(folder) or os.listdir(folder) or not os.access(parent or ".", os.W_OK)
     )
     return os.path.join(folder if is_fixed else parent, f".{name}.{suffix}")
 

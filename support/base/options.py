@@ -188,23 +188,19 @@ def _define(flag, *rules):
 # --- Paths.
 
 
-def local_path(path, url_schemes=()):
+def local_path(path):
     """Returns a local path as a string; expands `~` and `~user` at its beginning.
 
     Args:
       path: string, bytes or `os.PathLike`.
-      url_schemes: collection of strings, such as "https"; such URLs are returned as they are.
 
     Raises:
-      ValueError: it is a URL of another scheme, or there is no such user.
+      ValueError: it is a URL, or there is no such user.
     """
     path = os.fsdecode(path)
-    # At least two letters, because C:/ is a drive of Windows. pathlib removes the second slash.
-    scheme = re.match("([a-z][a-z0-9+.-]+):/", path, re.IGNORECASE)
-    if scheme and scheme[1].lower() in url_schemes:
-        return path
     expanded = os.path.expanduser(path)
-    if scheme:
+    # At least two letters, because C:/ is a drive of Windows. pathlib removes the second slash.
+    if scheme := re.match("[a-z][a-z0-9+.-]+:/", path, re.IGNORECASE):
         problem = f"{scheme[0]}/ is not supported"
     elif expanded.startswith("~"):
         problem = f"there is no home folder for {path.partition('/')[0]}"
@@ -213,12 +209,12 @@ def local_path(path, url_schemes=()):
     raise ValueError(f"{problem}; write ./{path} if it is a local path")
 
 
-def tensorflow_path(path, url_schemes=()):
+def tensorflow_path(path):
     """Returns a `local_path` that names the same file for TensorFlow, which uses UTF-8, and Python.
 
     Raises ValueError for all other paths.
     """
-    path = local_path(path, url_schemes)
+    path = local_path(path)
     with contextlib.suppress(UnicodeEncodeError):
         if os.fsencode(path) == path.encode():
             return path
@@ -240,7 +236,8 @@ def checkpoint_path(path):
 
 
 def _url_or_path(path):
-    return tensorflow_path(path, ("http", "https", "ftp", "file"))
+    is_url = re.match("(https?|ftp|file):/", path, re.IGNORECASE)
+    return path if is_url else tensorflow_path(path)
 
 
 # --- Rules: a function from a value to bool, and what it checks.

@@ -277,9 +277,6 @@ def test_the_contrast_factors_are_checked_together(monkeypatch):
 def path_flag(monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
     options.DEFINE_path("some_path", "/tmp/default", "A folder.", valid=options._ANYTHING)
-    options.DEFINE_path(
-        "source", None, "A source.", lambda path: options.tensorflow_path(path, ("http", "file"))
-    )
 
 
 @pytest.mark.usefixtures("path_flag")
@@ -341,13 +338,15 @@ def test_a_path_that_tensorflow_would_take_for_another_one_is_refused(monkeypatc
     assert FLAGS.images == path
 
 
-@pytest.mark.usefixtures("path_flag")
-def test_a_path_flag_can_accept_urls_with_some_schemes():
-    for url in ("http://example.org/~me/x", "file:///tmp/~x", "HTTP://example.org"):
-        FLAGS.source = url
-        assert FLAGS.source == url
+def test_the_archive_may_be_a_url_of_some_schemes_or_a_path(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    for url in ("http://example.org/~me/x", "file:///tmp/~x", "HTTPS://example.org"):
+        FLAGS.data_url = url
+        assert FLAGS.data_url == url
+    FLAGS.data_url = "~/x.tar.gz"
+    assert FLAGS.data_url == "/home/me/x.tar.gz"
     with pytest.raises(flags.IllegalFlagValueError, match="gs:// is not supported"):
-        FLAGS.source = "gs://bucket/x.tar.gz"
+        FLAGS.data_url = "gs://bucket/x.tar.gz"
 
 
 @pytest.mark.parametrize("name", ["train_dir", "checkpoint_dir", "eval_dir"])
