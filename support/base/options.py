@@ -35,7 +35,6 @@ class Constant(str):
     """The name of a constant, as the default of a flag."""
 
 
-_MISSING = object()
 # By the name of each registered module: its namespace, and the constants in it that are unchanged
 # copies of those of earlier modules.
 _registered = {}
@@ -66,7 +65,7 @@ def register_constants(namespace):
 def constant(name):
     """Returns the value of a constant, as it is edited now. Raises KeyError if there is none."""
     for namespace, copies in reversed(_registered.values()):
-        if name in namespace and namespace[name] != copies.get(name, _MISSING):
+        if name in namespace and (name, namespace[name]) not in copies.items():
             return namespace[name]
     raise KeyError(name)
 
@@ -101,8 +100,8 @@ class Flag(flags.Flag):
         super().__init__(parser, serializer, name, value, help_string, **arguments)
         if follows:  # without a check: `verify` reports a constant that is edited in the file
             self._constant = default
-            self.default = self.default_unparsed = constant(default)
-            self.default_as_str = repr(str(self.default))
+            self.default = constant(default)
+            self.default_as_str = repr(str(self.default))  # for --helpfull
 
     @property
     def value(self):

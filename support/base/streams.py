@@ -66,7 +66,6 @@ def tolerate_lost_output():
     One line on stderr reports the loss of stdout.
     """
     notice = "Continuing without standard output, which can no longer be written"
-    _open_closed_streams()
     stdout = _Output(sys.stdout, notice=notice)
     with contextlib.redirect_stderr(_Output(sys.stderr)), contextlib.redirect_stdout(stdout):
         try:

@@ -308,24 +308,6 @@ def test_a_script_can_be_run_again_imported_and_run_again(rate_script, run_in_a_
     assert output.splitlines()[1::2] == ["exit code 0"] * 6
 
 
-def test_flags_of_scripts_that_ran_before_are_not_in_the_help(
-    rate_script, write_script, run_in_a_notebook
-):
-    other = write_script(FAILS.format(statement="print('runs')"), "other.py")
-    code, output, errors = run_in_a_notebook(
-        f"run_file({str(rate_script)!r})",
-        f"run_file({str(rate_script)!r}, '--help')",
-        "print('---')",
-        f"run_file({str(other)!r}, '--help')",
-        f"run_file({str(other)!r})",
-    )
-    assert (code, errors) == (0, "")
-    of_rate, of_other = output.split("---")
-    assert "--rate" in of_rate
-    assert "--rate" not in of_other
-    assert of_other.splitlines()[-2:] == ["runs", "exit code 0"]
-
-
 WORK = """
     import sys, time
     from support.base import command_line
