@@ -395,7 +395,7 @@ def test_the_second_of_two_processes_does_not_replace_the_dataset_of_the_first(t
     ("output", "error", "message"),
     [
         ("images/records", UserError, "is inside --images=.*; choose another folder"),
-        ("file/out", DataError, "cannot write the dataset to .*; choose .* with --output"),
+        ("file/out", DataError, "cannot write .*; choose .* with --output"),
     ],
 )
 def test_an_unsuitable_output_folder_is_refused(images, tmp_path, output, error, message):
