@@ -126,16 +126,13 @@ class Flag(flags.Flag):
             self.using_default_value = value == constant(self._constant)
 
     def verify(self, _):
-        """Returns True, or raises ValidationError if the value is invalid; an absl validator."""
-        origin = ""
+        """Returns True, or raises ValidationError if the constant is invalid; an absl validator."""
         try:
             if self._follows_constant():
-                origin = f"; the value comes from the constant {self._constant}"
                 self._find_constant()
-            else:
-                self._check(self._value)
         except (TypeError, ValueError) as error:
-            raise flags.ValidationError(f"{error}{origin}") from None
+            problem = f"{error}; the value comes from the constant {self._constant}"
+            raise flags.ValidationError(problem) from None
         return True
 
     def _set_default(self, value):
