@@ -451,12 +451,7 @@ _GROUPS = {
 
 
 def define(*groups):
-    """Defines the flags of one or more groups for the calling module, unless they already exist.
-
-    Args:
-      *groups: strings: "input", "model", "run", "cluster", "checkpoint", "prediction" or
-        "conversion".
-    """
+    """Defines the flags of some groups of the table for the calling module, unless they exist."""
     for group in groups:
         for function, *arguments in _GROUPS[group]:
             function(*arguments)

@@ -366,3 +366,4 @@ def test_every_command_can_be_run_twice_in_one_process(run_in_a_notebook):
     )
     assert (code, messages(errors)) == (0, [])
     assert output.count("exit code 0\n") == 2 * len(commands)
+    assert output.count("    --train_dir\n") == 4  # in the help of both trainers

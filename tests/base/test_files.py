@@ -127,19 +127,6 @@ def test_an_interruption_of_a_process_that_has_just_locked_releases_the_lock(
     assert caught.traceback  # the objects in it, which refer to the lock, are still alive
 
 
-def test_an_interruption_of_a_waiting_process_leaves_the_lock_to_its_holder(tmp_path):
-    def interrupt(holder):
-        raise KeyboardInterrupt
-
-    path = tmp_path / "a.lock"
-    with holder(path) as process:
-        assert process.stdout.readline() == "held\n"
-        with pytest.raises(KeyboardInterrupt), files.lock(path, on_wait=interrupt):
-            pass
-        assert path.read_text().startswith(f"process {process.pid} on ")
-        assert is_locked(path)
-
-
 @pytest.fixture
 def fail_to_lock(monkeypatch):
     """A function that makes flock fail with the given error number."""
