@@ -90,11 +90,10 @@ def _run_main(main, takes_arguments):
 
 
 def _configure_logging():
-    """Makes TensorFlow log each message once: from WARNING on, or from --verbosity if given."""
-    logger = logging.getLogger("tensorflow")
-    logger.propagate = False  # it has a handler of its own; absl's would print the message again
+    """Makes TensorFlow log messages from WARNING on, or from --verbosity if it is given."""
     is_given = FLAGS["verbosity"].present
-    logger.setLevel(converter.absl_to_standard(FLAGS.verbosity) if is_given else logging.WARNING)
+    level = converter.absl_to_standard(FLAGS.verbosity) if is_given else logging.WARNING
+    logging.getLogger("tensorflow").setLevel(level)
 
 
 def _print_help():

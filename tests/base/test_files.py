@@ -235,8 +235,8 @@ def test_a_new_folder_may_be_missing_or_empty(tmp_path, monkeypatch, kind):
     if kind == "in a read-only parent":
         monkeypatch.setattr(os, "access", lambda path, mode: path != str(tmp_path))
     is_fixed = kind in ("mount point", "in a read-only parent")
-    parent = folder if is_fixed else tmp_path
-    (parent / ".folder.part" / "stale").mkdir(parents=True)  # left behind by a killed process
+    if kind != "in a read-only parent":  # the staging folder that a killed process left behind
+        (folder if is_fixed else tmp_path).joinpath(".folder.part", "stale").mkdir(parents=True)
     rename, renamed = os.rename, []
 
     def rename_if_possible(source, target):
