@@ -41,10 +41,11 @@ MAX_CONTRAST_FACTOR = 1.8
 # Some of these constants are the defaults of flags.
 options.register_constants(globals())
 options.define("input")
-options.check(  # no larger than an image; large enough to be pooled twice
-    "crop_size",
-    lambda size: 8 <= size <= min(records.HEIGHT, records.WIDTH),
-    f"it must be 8 to {min(records.HEIGHT, records.WIDTH)}",
+FLAGS["crop_size"].rules.append(  # no larger than an image; large enough to be pooled twice
+    (
+        lambda size: 8 <= size <= min(records.HEIGHT, records.WIDTH),
+        f"it must be 8 to {min(records.HEIGHT, records.WIDTH)}",
+    )
 )
 
 

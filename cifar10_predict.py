@@ -167,7 +167,7 @@ def export(model, export_dir):
             "class_names": tf.tile(names, [tf.shape(model.images)[0], 1]),
         },
     )
-    with files.new_folder("--export_dir", export_dir, f"--export_dir={export_dir}") as staging:
+    with files.new_folder("--export_dir", export_dir) as staging:
         try:
             builder = tf.saved_model.Builder(staging)
             builder.add_meta_graph_and_variables(

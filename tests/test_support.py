@@ -16,25 +16,23 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-def run_changed(script, change):
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        (
+            'sys.modules["fcntl"] = None',
+            "the scripts do not run on native Windows; use the Windows Subsystem for Linux (WSL), "
+            "Linux or macOS",
+        ),
+        (
+            "sys.version_info = (3, 10, 13)",
+            "the scripts need Python 3.11 or newer; this is Python 3.10",
+        ),
+    ],
+    ids=["windows", "old_python"],
+)
+def test_an_unsupported_system_is_refused_in_one_line(script, change, error):
     process = run_script("-c", RUN_WITHOUT.format(change=change), script, check=False, timeout=60)
-    return process.returncode, process.stdout, process.stderr
-
-
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_native_windows_is_refused_in_one_line(script):
-    assert run_changed(script, 'sys.modules["fcntl"] = None') == (
-        1,
-        "",
-        "error: the scripts do not run on native Windows; use the Windows Subsystem for Linux "
-        "(WSL), Linux or macOS\n",
-    )
-
-
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_a_python_that_is_too_old_is_refused_in_one_line(script):
-    assert run_changed(script, "sys.version_info = (3, 10, 13)") == (
-        1,
-        "",
-        "error: the scripts need Python 3.11 or newer; this is Python 3.10\n",
-    )
+    assert (process.returncode, process.stdout) == (1, "")
+    assert process.stderr == f"error: {error}\n"

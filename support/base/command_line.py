@@ -1,9 +1,7 @@
 """Runs the main function of a script: help, errors in one line, signals and exit codes."""
 
-import ast
 import contextlib
 import faulthandler
-import inspect
 import io
 import logging
 import os
@@ -85,33 +83,22 @@ def _run_main(main, takes_arguments):
         raise app.UsageError(f"this argument is not a flag: {argv[1]!r}")
     with contextlib.suppress(io.UnsupportedOperation):  # a notebook's stderr
         faulthandler.enable()
-    with _configured_logging(), StopSignals():
+    _configure_logging()
+    with StopSignals():
         main(argv)
     sys.stdout.flush()
 
 
-@contextlib.contextmanager
-def _configured_logging():
-    """Makes TensorFlow log each message once: from WARNING on, or from --verbosity if given."""
-    logger = logging.getLogger("tensorflow")
-    before = logger.level, logger.propagate
-    logger.propagate = False  # it has a handler of its own; absl's would print the message again
+def _configure_logging():
+    """Makes TensorFlow log messages from WARNING on, or from --verbosity if it is given."""
     is_given = FLAGS["verbosity"].present
-    logger.setLevel(converter.absl_to_standard(FLAGS.verbosity) if is_given else logging.WARNING)
-    try:
-        yield
-    finally:
-        level, logger.propagate = before
-        logger.setLevel(level)
+    level = converter.absl_to_standard(FLAGS.verbosity) if is_given else logging.WARNING
+    logging.getLogger("tensorflow").setLevel(level)
 
 
 def _print_help():
     """Prints what the script does, and its flags in the order in which they are defined."""
-    script = sys.modules["__main__"]
-    text = script.__doc__
-    if sys.flags.optimize > 1:  # `python -OO` has removed it
-        text = ast.get_docstring(ast.parse(inspect.getsource(script)), clean=False)
-    print(text or "")
+    print(sys.modules["__main__"].__doc__ or "")
     for heading, section in options.sections():
         if section:
             print(f"{heading}:\n")

@@ -140,7 +140,7 @@ def _read_holder(path):
 
 
 @contextlib.contextmanager
-def exclusive_creation(folder, flag="--data_dir", target=None):
+def exclusive_creation(folder, flag="--data_dir"):
     """Lets only one process at a time create `folder`, in the `with` block. Others wait.
 
     The parent of `folder` is created if needed.
@@ -148,7 +148,6 @@ def exclusive_creation(folder, flag="--data_dir", target=None):
     Args:
       folder: path.
       flag: string; the flag that the user can set to choose another folder.
-      target: string; what could not be written, for the error message.
 
     Raises:
       DataError: the folder cannot be created or locked, or the block raises OSError.
@@ -158,16 +157,13 @@ def exclusive_creation(folder, flag="--data_dir", target=None):
         print(f"Waiting for {holder} to finish preparing {folder}", file=sys.stderr, flush=True)
 
     path = _hidden_path(folder, "lock")
-    parent = os.path.dirname(path) or "."
     try:
-        os.makedirs(parent, exist_ok=True)
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
         with lock(path, on_wait=report_wait):
             yield
     except OSError as error:
-        raise DataError(
-            f"cannot write {target or f'the dataset to {parent}'}: {error}; choose another folder "
-            f"with {flag}"
-        ) from error
+        message = f"cannot write {folder}: {error}; choose another folder with {flag}"
+        raise DataError(message) from error
 
 
 @contextlib.contextmanager
@@ -209,22 +205,20 @@ def _move_files(source, target):
 
 
 @contextlib.contextmanager
-def new_folder(flag, folder, target=None):
+def new_folder(flag, folder):
     """Creates `folder`, the value of `flag`, as `atomic_folder` does, in one process at a time.
 
     Args:
       flag: string.
       folder: path of a folder that is missing or empty, or of a link to an empty folder.
-      target: see `exclusive_creation`.
 
     Raises:
       DataError: from `exclusive_creation`.
       UserError: from `check_new_folder`.
     """
-    check_new_folder(flag, folder)
     path = os.path.realpath(folder)
-    with exclusive_creation(path, flag, target):
-        check_new_folder(flag, path)  # another process may have just created it
+    with exclusive_creation(path, flag):
+        check_new_folder(flag, folder)  # another process may have just created it
         with atomic_folder(path) as staging:
             yield staging
 
@@ -246,11 +240,8 @@ def _hidden_path(folder, suffix):
     a folder in a write-protected parent.
     """
     parent, name = os.path.split(folder)
-    as_effective_user = os.access in os.supports_effective_ids
     is_fixed = os.path.isdir(folder) and (
-        os.path.ismount(folder)
-        or os.listdir(folder)
-        or not os.access(parent or ".", os.W_OK, effective_ids=as_effective_user)
+        os.path.ismount(folder) or os.listdir(folder) or not os.access(parent or ".", os.W_OK)
     )
     return os.path.join(folder if is_fixed else parent, f".{name}.{suffix}")
 

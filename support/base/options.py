@@ -35,7 +35,6 @@ class Constant(str):
     """The name of a constant, as the default of a flag."""
 
 
-_MISSING = object()
 # By the name of each registered module: its namespace, and the constants in it that are unchanged
 # copies of those of earlier modules.
 _registered = {}
@@ -66,7 +65,7 @@ def register_constants(namespace):
 def constant(name):
     """Returns the value of a constant, as it is edited now. Raises KeyError if there is none."""
     for namespace, copies in reversed(_registered.values()):
-        if name in namespace and namespace[name] != copies.get(name, _MISSING):
+        if name in namespace and (name, namespace[name]) not in copies.items():
             return namespace[name]
     raise KeyError(name)
 
@@ -86,71 +85,81 @@ class Flag(flags.Flag):
 
     Attributes:
       defined_default: the default as it was passed, whatever `FLAGS.set_default` says.
+      rules: list of (function from a value to bool, what it checks).
     """
+
+    _constant = None
 
     def __init__(self, parser, name, default, help_string, normalize=None, **arguments):
         self.defined_default = default
+        self.rules = []
         self._normalize = normalize
-        self._constant = None
-        self._is_tentative = False
         follows = isinstance(default, Constant)
         serializer = None if arguments.get("boolean") else flags.ArgumentSerializer()
         value = None if follows else default
         super().__init__(parser, serializer, name, value, help_string, **arguments)
-        if follows:  # without a check: validators report a constant that is edited in the file
+        if follows:  # without a check: `verify` reports a constant that is edited in the file
             self._constant = default
-            self.default = self.default_unparsed = constant(default)
-            self.default_as_str = repr(str(self.default))
+            self.default = constant(default)
+            self.default_as_str = repr(str(self.default))  # for --helpfull
 
     @property
     def value(self):
         """The given value or, if none was given, that of the constant or the default."""
-        return self._value if self.followed_constant is None else self._find_constant()
+        if not self._follows_constant():
+            return self._value
+        try:
+            return self._find_constant()
+        except (TypeError, ValueError):
+            return constant(self._constant)  # `verify` reports it
 
     @value.setter
     def value(self, value):
         try:
-            self._value = self.normalize(value)
+            self._value = self._check(value)
         except (TypeError, ValueError) as error:
-            if self._constant is None or value != self._find_constant():
-                text = str(value).encode(errors="backslashreplace").decode()
-                raise flags.IllegalFlagValueError(f"flag --{self.name}={text}: {error}") from None
+            if self._constant is None or value != constant(self._constant):
+                message = f"flag --{self.name}={value}: {error}"
+                raise flags.IllegalFlagValueError(message) from None
             self._value = value  # absl restores a flag that follows a bad constant
-        # absl calls the validators before it marks a flag as given, and they read the new value
-        # from the flag. If they refuse it, absl assigns the previous value again.
-        is_undone = self._is_tentative and self._constant and value == self._find_constant()
-        self._is_tentative = self.using_default_value and not is_undone
+        if self._constant is not None:  # absl does this after its validators have read the flag
+            self.using_default_value = value == constant(self._constant)
 
-    @property
-    def followed_constant(self):
-        """The name of the constant that the flag follows now, or None."""
-        return self._constant if self.using_default_value and not self._is_tentative else None
-
-    def convert_constant(self):
-        """Returns the value of the constant as the flag's type; raises TypeError or ValueError."""
-        value = constant(self._constant)
-        to_number = getattr(self.parser, "convert", None)
-        return self.normalize(value if to_number is None else to_number(value))
-
-    def unparse(self):
-        """Discards the given value, so that the flag returns to its default or constant."""
-        super().unparse()
-        self._is_tentative = False
+    def verify(self, _):
+        """Returns True, or raises ValidationError if the constant is invalid; an absl validator."""
+        try:
+            if self._follows_constant():
+                self._find_constant()
+        except (TypeError, ValueError) as error:
+            problem = f"{error}; the value comes from the constant {self._constant}"
+            raise flags.ValidationError(problem) from None
+        return True
 
     def _set_default(self, value):
-        super()._set_default(value)
-        self._constant = None  # `FLAGS.set_default` replaces the constant
-        self._is_tentative = False
+        using_default_value = self.using_default_value
+        super()._set_default(value)  # or raises
+        # `FLAGS.set_default` replaces the constant, but not a given value.
+        self._constant, self.using_default_value = None, using_default_value
 
-    def normalize(self, value):
-        """Returns a value as `value` will return it; raises TypeError or ValueError."""
-        return value if value is None or self._normalize is None else self._normalize(value)
+    def _follows_constant(self):
+        return self.using_default_value and self._constant is not None
 
     def _find_constant(self):
-        try:
-            return self.convert_constant()
-        except (TypeError, ValueError):
-            return constant(self._constant)  # the validators report it
+        """Returns the value of the constant as the flag's type; raises TypeError or ValueError."""
+        return self._check(self.parser.parse(constant(self._constant)))
+
+    def _check(self, value):
+        """Returns a value as `value` will return it; raises TypeError or ValueError."""
+        if value is None:
+            if self.default is not None:
+                raise ValueError("it needs a value")
+            return None
+        if self._normalize is not None:
+            value = self._normalize(value)
+        for is_valid, rule in self.rules:
+            if not is_valid(value):
+                raise ValueError(rule)
+        return value
 
 
 def _define(flag, *rules):
@@ -168,61 +177,27 @@ def _define(flag, *rules):
         flags.declare_key_flag(flag.name)
         return
     flags.DEFINE_flag(flag)
-    for rule in rules:
-        check(flag.name, *rule)
-
-
-def check(name, is_valid, rule):
-    """Adds a rule for the values of a flag, whether they are given or come from its constant.
-
-    Args:
-      name: string.
-      is_valid: function from a value other than None to bool.
-      rule: string; what the function checks, such as "it must be 8 to 32".
-    """
-
-    def validate(value):
-        flag = FLAGS[name]
-        followed = getattr(flag, "followed_constant", None)
-        if value is None and followed is None:
-            return flag.default is None
-        try:
-            if followed is not None:
-                flag.convert_constant()
-            problem = "" if is_valid(value) else rule
-        except (TypeError, ValueError) as error:
-            problem = str(error)
-        if problem and followed is not None:
-            problem += f"; the value comes from the constant {followed}"
-        if problem:
-            raise flags.ValidationError(problem)
-        return True
-
-    flags.register_validator(name, validate, "it needs a value")
+    flag.rules.extend(rules)
+    flags.register_validator(flag.name, flag.verify)
 
 
 # --- Paths.
 
 
-def local_path(path, url_schemes=()):
+def local_path(path):
     """Returns a local path as a string; expands `~` and `~user` at its beginning.
 
     Args:
       path: string, bytes or `os.PathLike`.
-      url_schemes: collection of strings, such as "https"; such URLs are returned as they are.
 
     Raises:
-      ValueError: it is a URL of another scheme, or there is no such user.
+      ValueError: it is a URL, or there is no such user.
     """
     path = os.fsdecode(path)
-    # At least two letters, because C:/ is a drive of Windows. pathlib removes the second slash.
-    scheme = re.match("([a-z][a-z0-9+.-]+):/", path, re.IGNORECASE)
-    if scheme and scheme[1].lower() in url_schemes:
-        return path
     expanded = os.path.expanduser(path)
-    if scheme:
-        urls = ", ".join(f"{name}://" for name in url_schemes)
-        problem = f"only local paths {f'and {urls} URLs ' if urls else ''}are supported"
+    # At least two letters, because C:/ is a drive of Windows. pathlib removes the second slash.
+    if scheme := re.match("[a-z][a-z0-9+.-]+:/", path, re.IGNORECASE):
+        problem = f"{scheme[0]}/ is not supported"
     elif expanded.startswith("~"):
         problem = f"there is no home folder for {path.partition('/')[0]}"
     else:
@@ -230,15 +205,14 @@ def local_path(path, url_schemes=()):
     raise ValueError(f"{problem}; write ./{path} if it is a local path")
 
 
-def tensorflow_path(path, url_schemes=()):
+def tensorflow_path(path):
     """Returns a `local_path` that names the same file for TensorFlow, which uses UTF-8, and Python.
 
     Raises ValueError for all other paths.
     """
-    path = local_path(path, url_schemes)
-    absolute = os.path.abspath(path)
+    path = local_path(path)
     with contextlib.suppress(UnicodeEncodeError):
-        if os.fsencode(absolute) == absolute.encode():
+        if os.fsencode(path) == path.encode():
             return path
     raise ValueError("TensorFlow needs a path in UTF-8, and a locale that uses UTF-8")
 
@@ -258,7 +232,8 @@ def checkpoint_path(path):
 
 
 def _url_or_path(path):
-    return tensorflow_path(path, ("http", "https", "ftp", "file"))
+    is_url = re.match("(https?|ftp|file):/", path, re.IGNORECASE)
+    return path if is_url else tensorflow_path(path)
 
 
 # --- Rules: a function from a value to bool, and what it checks.
@@ -476,12 +451,7 @@ _GROUPS = {
 
 
 def define(*groups):
-    """Defines the flags of one or more groups for the calling module, unless they already exist.
-
-    Args:
-      *groups: strings: "input", "model", "run", "cluster", "checkpoint", "prediction" or
-        "conversion".
-    """
+    """Defines the flags of some groups of the table for the calling module, unless they exist."""
     for group in groups:
         for function, *arguments in _GROUPS[group]:
             function(*arguments)

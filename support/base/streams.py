@@ -66,7 +66,6 @@ def tolerate_lost_output():
     One line on stderr reports the loss of stdout.
     """
     notice = "Continuing without standard output, which can no longer be written"
-    _open_closed_streams()
     stdout = _Output(sys.stdout, notice=notice)
     with contextlib.redirect_stderr(_Output(sys.stderr)), contextlib.redirect_stdout(stdout):
         try:
@@ -85,11 +84,9 @@ def guarded():
     """
     _open_closed_streams()
     stdout = _Output(sys.stdout, is_needed=True)
-    with (
-        _escaped_characters(sys.stdout),
-        contextlib.redirect_stderr(_Output(sys.stderr)),
-        contextlib.redirect_stdout(stdout),
-    ):
+    with contextlib.suppress(AttributeError):  # a notebook's stream can encode everything
+        sys.stdout.reconfigure(errors="backslashreplace")
+    with contextlib.redirect_stderr(_Output(sys.stderr)), contextlib.redirect_stdout(stdout):
         try:
             yield stdout
         finally:
@@ -104,17 +101,3 @@ def _open_closed_streams():
     for name in ("stdin", "stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "r+"))  # noqa: SIM115
-
-
-@contextlib.contextmanager
-def _escaped_characters(stream):
-    """Escapes what a stream cannot encode; a notebook's stream can encode everything."""
-    if not hasattr(stream, "reconfigure"):
-        yield
-        return
-    errors = stream.errors
-    stream.reconfigure(errors="backslashreplace")
-    try:
-        yield
-    finally:
-        stream.reconfigure(errors=errors)

@@ -8,20 +8,7 @@ import signal
 import sys
 
 import pytest
-from conftest import ROOT, messages, run_file, run_in_shell, run_script, running_file
-
-import cifar10_convert  # noqa: F401, for its flags
-import cifar10_predict  # noqa: F401
-import cifar10_train  # noqa: F401
-
-COMMANDS = (
-    "cifar10_train.py",
-    "cifar10_multi_gpu_train.py",
-    "cifar10_eval.py",
-    "cifar10_predict.py",
-    "cifar10_convert.py",
-)
-
+from conftest import ROOT, messages, run_file, run_in_shell, running_file
 
 # --- How a script ends.
 
@@ -85,28 +72,11 @@ def test_a_reader_of_stdout_that_exits_early_ends_the_script_silently(write_scri
     assert run_in_shell(f"{command}; exit ${{PIPESTATUS[0]}}") == (1, "", "")
 
 
-SLEEPS = """
-    import sys, time
-    from support.base import command_line
-
-    def main(argv):
-        try:
-            print("ready", flush=True)
-            time.sleep(60)
-        finally:
-            if argv[1:]:
-                print("cleans up", flush=True)
-                time.sleep(float(argv[2]))
-                print("cleaned up", flush=True)
-
-    command_line.run(main, takes_arguments=True)
-    """
-
-
 @pytest.mark.parametrize("name", ["INT", "TERM", "HUP", "USR1", "USR2", "XCPU"])
 def test_a_signal_ends_a_script_with_its_exit_code_and_one_line(write_script, name):
     number = signal.Signals[f"SIG{name}"]
-    with running_file(write_script(SLEEPS)) as process:
+    statement = "import time; print('ready', flush=True); time.sleep(60)"
+    with running_file(write_script(FAILS.format(statement=statement))) as process:
         process.send_signal(number)
         output, errors = process.communicate(timeout=30)
     assert (process.returncode, output) == (128 + number, "")
@@ -116,40 +86,8 @@ def test_a_signal_ends_a_script_with_its_exit_code_and_one_line(write_script, na
 
 
 @pytest.mark.parametrize(
-    ("number", "seconds", "ending", "error"),
-    [
-        (signal.SIGINT, "60", "", ""),
-        (
-            signal.SIGHUP,  # a lost terminal repeats it
-            "1",
-            "cleaned up\n",
-            "script.py: stopped by SIGHUP: nothing was lost; run the same command again\n",
-        ),
-    ],
-)
-def test_a_second_request_ends_the_cleanup_and_a_second_notice_does_not(
-    write_script, number, seconds, ending, error
-):
-    with running_file(write_script(SLEEPS), "cleans up", seconds) as process:
-        process.send_signal(number)
-        assert process.stdout.readline() == "cleans up\n"
-        process.send_signal(number)
-        assert process.communicate(timeout=30) == (ending, error)
-    assert process.returncode == 128 + number
-
-
-def test_a_running_script_does_not_collect_what_its_imports_created(write_script):
-    statement = "import gc; print(gc.isenabled(), gc.get_freeze_count() > 1000)"
-    assert run_file(write_script(FAILS.format(statement=statement))) == (0, "True True\n", "")
-
-
-@pytest.mark.parametrize(
     ("arguments", "expected"),
-    [
-        ([], ["a warning"]),
-        (["--verbosity=0"], ["an info", "a warning"]),
-        (["--verbosity=-2"], []),
-    ],
+    [([], ["a warning"]), (["--verbosity=0"], ["an info", "a warning"])],
 )
 def test_messages_of_tensorflow_are_printed_once_from_the_given_level(
     write_script, arguments, expected
@@ -182,12 +120,10 @@ USES_FLAGS = '''
     from support.base import command_line, options
     import common
 
-    flags.DEFINE_integer("own", 3, "A number of the script.", upper_bound=2**31 - 1)
+    options.DEFINE_integer("own", 3, "A number of the script.", None, 2**31 - 1)
     options.define("cluster")
     flags.DEFINE_boolean("verbose", False, "Print more.")
     flags.DEFINE_string("name", None, "A name." + " Some text." * 20)
-    for name in ("own", "common"):
-        options.check(name, lambda value: value != 13, "it must not be 13")
 
     def main(argv):
         print(json.dumps(options.values()))
@@ -232,21 +168,7 @@ def test_help_shows_the_flags_of_the_script_first_and_those_for_clusters_last(sc
     )
     assert max(map(len, output.splitlines())) <= 100
     assert "2147483647" not in output  # a bound
-
-
-def test_help_is_the_same_if_python_removes_docstrings(script, monkeypatch):
-    expected = run_file(script, "--help")
-    monkeypatch.setenv("PYTHONOPTIMIZE", "2")
-    assert run_file(script, "--help") == expected
-
-
-@pytest.mark.parametrize("option", ["-h", "-help", "--helpshort"])
-def test_every_way_to_ask_for_help_gives_the_same_help(script, option):
-    assert run_file(script, option) == run_file(script, "--help")
-
-
-def test_the_full_help_also_lists_the_flags_of_libraries(script):
-    assert "verbosity" not in run_file(script, "--help")[1]
+    assert run_file(script, "-h") == (code, output, errors)
     code, output, errors = run_file(script, "--helpfull")
     assert (code, errors) == (0, "")
     assert "--verbosity" in output
@@ -269,9 +191,9 @@ def test_help_for_a_reader_that_exits_early_is_not_an_error(script, option):
 
 
 def test_the_recorded_flags_are_those_of_the_help(script):
-    code, output, errors = run_file(script, "--own=4", "--verbose", "--shard_data")
+    code, output, errors = run_file(script, "--own=4", "--shard_data")
     assert (code, errors) == (0, "")
-    assert json.loads(output) == DEFAULTS | {"own": 4, "verbose": True, "shard_data": True}
+    assert json.loads(output) == DEFAULTS | {"own": 4, "shard_data": True}
 
 
 @pytest.mark.parametrize(
@@ -279,8 +201,6 @@ def test_the_recorded_flags_are_those_of_the_help(script):
     [
         ("--unknown=1", "Unknown command line flag 'unknown'"),
         ("--own=none", "--own=none"),
-        ("--own=13", "it must not be 13"),
-        ("--common=13", "it must not be 13"),
         ("stray", "this argument is not a flag: 'stray'"),
     ],
 )
@@ -290,44 +210,14 @@ def test_a_mistake_on_the_command_line_gives_a_usage_message(script, argument, m
     first, last = errors.splitlines()
     assert first.startswith("script.py: error: ")
     assert message in first
-    assert "2147483647" not in first  # a bound
     assert last == "Run script.py --help to list its flags."
-
-
-# --- The project's own scripts.
-
-
-@pytest.mark.parametrize("script", COMMANDS)
-def test_the_help_of_each_command_shows_its_own_flags_first_and_no_bounds(script):
-    process = run_script(script, "--help")
-    assert messages(process.stderr) == []
-    headings = re.findall(r"^Flags.*:$", process.stdout, re.MULTILINE)
-    assert headings[0] == "Flags:"
-    is_last = headings[-1] == "Flags for several machines (TF_CONFIG):"
-    assert is_last is (script == "cifar10_train.py")
-    assert not re.search(r"2147483647|in the range|a number >", process.stdout)
-
-
-@pytest.mark.parametrize(
-    ("script", "flag"),
-    [
-        ("cifar10_predict.py", "--eval_dir=x"),
-        ("cifar10_multi_gpu_train.py", "--shard_data"),
-        ("cifar10_convert.py", "--batch_size=3"),
-    ],
-)
-def test_each_command_refuses_flags_of_other_commands(script, flag):
-    process = run_script(script, flag, check=False)
-    name = flag.partition("=")[0].lstrip("-")
-    assert (process.returncode, process.stdout) == (1, "")
-    assert f"Unknown command line flag '{name}'" in process.stderr
 
 
 # --- Several runs in one process, as in a notebook.
 
 
 RUNS = """
-    import contextlib, os, runpy, signal, sys, time
+    import contextlib, os, runpy, signal, sys
 
     def run_file(*arguments):
         sys.argv = [str(argument) for argument in arguments]
@@ -381,7 +271,7 @@ def test_a_run_has_its_own_command_line_and_keeps_the_values_of_its_caller(
     code, output, errors = run_in_a_notebook(
         "import rate",
         "rate.flags.FLAGS.rate = 3.0",
-        "for arguments in (['--rate=0.5', '--quiet'], [], ['--rate=x'], ['--quiet'], []):",
+        "for arguments in (['--rate=0.5', '--quiet'], [], ['--rate=x'], ['--quiet']):",
         "    sys.argv = ['rate.py', *arguments]",
         "    with contextlib.suppress(SystemExit):",
         "        rate.command_line.run(rate.main)",
@@ -389,8 +279,7 @@ def test_a_run_has_its_own_command_line_and_keeps_the_values_of_its_caller(
     )
     assert (code, output.splitlines()) == (
         0,
-        ["0.5 1 False True", "3.0 0 False False", "3.0 0 False True", "3.0 0 False False"]
-        + ["3.0 False"],
+        ["0.5 1 False True", "3.0 0 False False", "3.0 0 False True", "3.0 False"],
     )
     assert "rate=x" in errors
 
@@ -418,82 +307,21 @@ def test_a_script_can_be_run_again_imported_and_run_again(rate_script, run_in_a_
     assert output.splitlines()[1::2] == ["exit code 0"] * 6
 
 
-def test_a_run_gives_back_the_settings_of_tensorflows_logger(write_script, run_in_a_notebook):
-    statement = "logger = logging.getLogger('tensorflow'); print(logger.level, logger.propagate)"
-    path = write_script(FAILS.format(statement=f"import logging; {statement}"), "logs.py")
-    code, output, errors = run_in_a_notebook(
-        "import logging",
-        "logger = logging.getLogger('tensorflow')",
-        "logger.setLevel(logging.INFO)",
-        f"run_file({str(path)!r})",
-        "print(logger.level, logger.propagate)",
-    )
-    assert (code, output, errors) == (0, "30 False\nexit code 0\n20 True\n", "")
-
-
-def test_flags_of_scripts_that_ran_before_are_not_in_the_help(
-    rate_script, write_script, run_in_a_notebook
-):
-    other = write_script(FAILS.format(statement="print('runs')"), "other.py")
-    code, output, errors = run_in_a_notebook(
-        f"run_file({str(rate_script)!r})",
-        f"run_file({str(rate_script)!r}, '--help')",
-        "print('---')",
-        f"run_file({str(other)!r}, '--help')",
-        f"run_file({str(other)!r})",
-    )
-    assert (code, errors) == (0, "")
-    of_rate, of_other = output.split("---")
-    assert "--rate" in of_rate
-    assert "--rate" not in of_other
-    assert of_other.splitlines()[-2:] == ["runs", "exit code 0"]
-
-
-WORK = """
-    import sys, time
-    from support.base import command_line
-    from support.base.errors import Interrupted
-    from support.base.signals import DeferredSignals
-
-    def main(argv):
-        with DeferredSignals() as signals:
-            print("signal number", signals.signal_number, flush=True)
-            while signals.signal_number is None:
-                time.sleep(0.01)
-        raise Interrupted(signals.signal_number, "it is saved")
-
-    if __name__ == "__main__":
-        command_line.run(main)
-    """
-
-
 def test_a_run_that_was_interrupted_leaves_nothing_behind(write_script, run_in_a_notebook):
-    path = write_script(WORK, "work.py")
+    statement = "import os, time; os.kill(os.getpid(), 2); time.sleep(60)"
+    path = write_script(FAILS.format(statement=statement))
     code, output, errors = run_in_a_notebook(
         "import threading",
-        "from support.base.signals import DeferredSignals",
-        "def interrupt(): os.kill(os.getpid(), signal.SIGINT)",
         "def state():",
         "    handlers = [signal.getsignal(getattr(signal, f'SIG{n}')) for n in ('INT', 'HUP')]",
-        "    return *handlers, threading.active_count(), sys.stdout, sys.stderr, sys.stdout.errors",
+        "    return *handlers, threading.active_count(), sys.stdout, sys.stderr",
         "before = state()",
         "for _ in range(2):  # the second run does not remember the signal of the first",
-        "    threading.Timer(0.5, interrupt).start()",
         f"    run_file({str(path)!r})",
-        "    time.sleep(0.1)  # the timer has ended",
         "    assert state() == before",
-        "try:  # two interrupts of other work do not end the process",
-        "    with DeferredSignals():",
-        "        interrupt()",
-        "        time.sleep(0.2)",
-        "        interrupt()",
-        "        time.sleep(10)",
-        "except KeyboardInterrupt:",
-        "    print('interrupted')",
     )
-    lines = ["signal number None", "exit code 130"] * 2 + ["interrupted"]
-    assert (code, output.splitlines()) == (0, lines)
-    assert errors == "work.py: stopped by SIGINT: it is saved\n" * 2
+    assert (code, output) == (0, "exit code 130\n" * 2)
+    assert errors.count("script.py: stopped by SIGINT: nothing was lost") == 2
 
 
 @pytest.mark.parametrize("deferred", [True, False])
@@ -530,11 +358,12 @@ def test_a_second_interrupt_of_a_run_does_not_end_a_notebook(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("order", [COMMANDS, COMMANDS[::-1]], ids=["forward", "backward"])
-def test_every_command_can_be_run_twice_in_one_process(run_in_a_notebook, order):
+def test_every_command_can_be_run_twice_in_one_process(run_in_a_notebook):
+    commands = [str(path) for path in ROOT.glob("cifar10_*.py") if path.stem != "cifar10_input"]
     code, output, errors = run_in_a_notebook(
-        f"for name in {order!r} * 2:",
-        f"    run_file({str(ROOT)!r} + '/' + name, '--helpfull')",
+        f"for path in {commands!r} * 2:",
+        "    run_file(path, '--help')",
     )
     assert (code, messages(errors)) == (0, [])
-    assert output.count("exit code 0\n") == 2 * len(order)
+    assert output.count("exit code 0\n") == 2 * len(commands)
+    assert output.count("    --train_dir\n") == 4  # in the help of both trainers

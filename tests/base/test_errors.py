@@ -1,37 +1,15 @@
 """Tests of the errors that end a script with one line."""
 
 import re
-import signal
 
 import pytest
 
-from support.base.errors import (
-    CheckpointError,
-    DataError,
-    Interrupted,
-    UserError,
-    first_line,
-    foreign_file,
-)
+from support.base.errors import CheckpointError, UserError, first_line, foreign_file
 
 
 def test_the_message_of_a_user_error_is_one_line():
     error = UserError("cannot read x:\n\n  line one\n\tline two\n")
     assert str(error) == "cannot read x: line one line two"
-
-
-@pytest.mark.parametrize("kind", [DataError, CheckpointError])
-def test_data_and_checkpoint_errors_are_user_errors(kind):
-    with pytest.raises(UserError, match="^one line$"):
-        raise kind("one\nline")
-
-
-def test_an_interruption_is_a_keyboard_interrupt_that_says_how_to_resume():
-    with pytest.raises(KeyboardInterrupt) as caught:
-        raise Interrupted(signal.SIGTERM)
-    assert caught.value.signal_number == signal.SIGTERM
-    assert caught.value.message == "nothing was lost; run the same command again"
-    assert Interrupted(signal.SIGINT, "step 5 is saved").message == "step 5 is saved"
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,6 @@
 """Tests of locks between processes and of files and folders that appear only when complete."""
 
 import contextlib
-import enum
 import errno
 import fcntl
 import json
@@ -12,7 +11,6 @@ import resource
 import select
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 
@@ -24,16 +22,12 @@ from support.base import files
 from support.base.errors import DataError, UserError
 
 HOLD = """
-import os, subprocess, sys, time
+import os, sys, time
 from support.base import files
 path, ending = sys.argv[1:]
 with files.lock(path, on_wait=lambda _: print("waits", flush=True)):
-    if ending == "leaves a child":
-        subprocess.Popen(["sleep", "60"], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     if ending != "leaves a fork" or os.fork() == 0:
         print("held", flush=True)
-    if ending == "exits":
-        os._exit(1)
     time.sleep(60)
 """
 
@@ -83,7 +77,7 @@ def test_a_second_process_fails_at_once_and_names_the_holder(tmp_path):
         assert time.monotonic() - start < 1
 
 
-@pytest.mark.parametrize("ending", ["sleeps", "exits", "leaves a child", "leaves a fork"])
+@pytest.mark.parametrize("ending", ["sleeps", "leaves a fork"])
 def test_a_lock_ends_with_its_process(tmp_path, ending):
     path = tmp_path / "a.lock"
     with holder(path, ending) as process:
@@ -93,12 +87,6 @@ def test_a_lock_ends_with_its_process(tmp_path, ending):
         assert path.read_text().startswith(f"process {process.pid} on ")
         with files.lock(path):
             assert path.read_text().startswith(f"process {os.getpid()} on ")
-
-
-def test_a_lock_whose_file_has_been_removed_can_still_be_released(tmp_path):
-    with files.lock(tmp_path / "a.lock"):
-        (tmp_path / "a.lock").unlink()
-    assert not is_locked(tmp_path / "a.lock")
 
 
 def test_waiting_processes_get_the_lock_one_after_the_other(tmp_path):
@@ -117,19 +105,6 @@ def test_waiting_processes_get_the_lock_one_after_the_other(tmp_path):
             processes.remove(first)
             assert find_ready(processes, timeout=0.2) == []
             first.kill()
-
-
-def test_a_waiting_process_is_told_once_who_holds_the_lock(tmp_path):
-    path = tmp_path / "a.lock"
-    holders = []
-    with holder(path) as process:
-        assert process.stdout.readline() == "held\n"
-        killer = threading.Timer(0.3, process.kill)
-        killer.start()
-        with files.lock(path, on_wait=holders.append):
-            killer.join()
-    assert len(holders) == 1
-    assert holders[0].startswith(f"process {process.pid} on ")
 
 
 @pytest.mark.parametrize(
@@ -153,19 +128,6 @@ def test_an_interruption_of_a_process_that_has_just_locked_releases_the_lock(
     assert caught.traceback  # the objects in it, which refer to the lock, are still alive
 
 
-def test_an_interruption_of_a_waiting_process_leaves_the_lock_to_its_holder(tmp_path):
-    def interrupt(holder):
-        raise KeyboardInterrupt
-
-    path = tmp_path / "a.lock"
-    with holder(path) as process:
-        assert process.stdout.readline() == "held\n"
-        with pytest.raises(KeyboardInterrupt), files.lock(path, on_wait=interrupt):
-            pass
-        assert path.read_text().startswith(f"process {process.pid} on ")
-        assert is_locked(path)
-
-
 @pytest.fixture
 def fail_to_lock(monkeypatch):
     """A function that makes flock fail with the given error number."""
@@ -180,16 +142,10 @@ def fail_to_lock(monkeypatch):
     return fail_to_lock
 
 
-@pytest.mark.parametrize(
-    "number",
-    [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EBADF, errno.EINVAL, 524],
-)
-@pytest.mark.parametrize("on_wait", [None, print])
-def test_a_file_system_without_locks_costs_a_warning(
-    tmp_path, capsys, fail_to_lock, number, on_wait
-):
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, 524])
+def test_a_file_system_without_locks_costs_a_warning(tmp_path, capsys, fail_to_lock, number):
     fail_to_lock(number)
-    with files.lock(tmp_path / "a.lock", on_wait), files.lock(tmp_path / "b.lock", on_wait):
+    with files.lock(tmp_path / "a.lock"), files.lock(tmp_path / "b.lock", on_wait=print):
         pass
     output = capsys.readouterr()
     assert output.out == ""
@@ -201,28 +157,21 @@ def test_a_file_system_without_locks_costs_a_warning(
     assert os.listdir(tmp_path) == []
 
 
-def test_another_error_of_the_lock_is_raised(tmp_path, capsys, fail_to_lock):
+def test_another_error_of_the_lock_is_raised(tmp_path, fail_to_lock):
     fail_to_lock(errno.EIO)
     with pytest.raises(OSError, match=os.strerror(errno.EIO)), files.lock(tmp_path / "a.lock"):
         pass
-    assert capsys.readouterr().err == ""
-
-
-@pytest.fixture
-def umask():
-    before = os.umask(0o027)
-    yield
-    os.umask(before)
 
 
 def find_modes(folder):
     return {path.name: oct(path.stat().st_mode & 0o777) for path in folder.rglob("*")}
 
 
-@pytest.mark.usefixtures("umask")
 def test_files_and_folders_get_the_permissions_of_the_umask(tmp_path):
     folder = tmp_path / "parent" / "folder"
-    with files.exclusive_creation(folder):
+    with contextlib.ExitStack() as stack:
+        stack.callback(os.umask, os.umask(0o027))
+        stack.enter_context(files.exclusive_creation(folder))
         assert find_modes(tmp_path) == {"parent": "0o750", ".folder.lock": "0o640"}
         with files.atomic_folder(folder) as staging:
             files.write_json_atomically(os.path.join(staging, "a.json"), 1)
@@ -249,9 +198,7 @@ def test_one_process_creates_a_folder_and_another_says_that_it_waits(tmp_path, c
 
 def test_a_folder_that_cannot_be_written_is_reported_with_its_flag(tmp_path):
     (tmp_path / "file").write_text("in the way")
-    message = (
-        f"cannot write the dataset to {tmp_path}/file: .*; choose another folder with --output$"
-    )
+    message = f"^cannot write {tmp_path}/file/folder: .*; choose another folder with --output$"
     with (
         pytest.raises(DataError, match=message),
         files.exclusive_creation(tmp_path / "file" / "folder", "--output"),
@@ -274,7 +221,9 @@ def is_visible(path):
     return not path.name.startswith((".", "lost+found"))
 
 
-@pytest.mark.parametrize("kind", ["missing", "empty", "link", "busy", "mount point"])
+@pytest.mark.parametrize(
+    "kind", ["missing", "empty", "link", "busy", "mount point", "in a read-only parent"]
+)
 def test_a_new_folder_may_be_missing_or_empty(tmp_path, monkeypatch, kind):
     folder = given = tmp_path / "folder"
     if kind != "missing":
@@ -284,12 +233,15 @@ def test_a_new_folder_may_be_missing_or_empty(tmp_path, monkeypatch, kind):
         given.symlink_to("folder")
     if kind == "mount point":
         (folder / "lost+found").mkdir()
-    parent = folder if kind == "mount point" else tmp_path
-    (parent / ".folder.part" / "stale").mkdir(parents=True)  # left behind by a killed process
+    if kind == "in a read-only parent":
+        monkeypatch.setattr(os, "access", lambda path, mode: path != str(tmp_path))
+    is_fixed = kind in ("mount point", "in a read-only parent")
+    if kind != "in a read-only parent":  # the staging folder that a killed process left behind
+        (folder if is_fixed else tmp_path).joinpath(".folder.part", "stale").mkdir(parents=True)
     rename, renamed = os.rename, []
 
     def rename_if_possible(source, target):
-        if kind in ("busy", "mount point") and os.path.exists(target):
+        if (is_fixed or kind == "busy") and os.path.exists(target):
             raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
         rename(source, target)
         renamed.append(os.path.basename(target))
@@ -297,8 +249,9 @@ def test_a_new_folder_may_be_missing_or_empty(tmp_path, monkeypatch, kind):
     monkeypatch.setattr(os, "rename", rename_if_possible)
     with creating(given):
         assert not any(map(is_visible, folder.glob("*")))
+        assert not is_fixed or not list(tmp_path.glob(".*"))
     assert sorted(path.name for path in folder.glob("*") if is_visible(path)) == NEW_FILES
-    assert renamed == (NEW_FILES[::-1] if kind in ("busy", "mount point") else ["folder"])
+    assert renamed == (NEW_FILES[::-1] if is_fixed or kind == "busy" else ["folder"])
     assert not list(tmp_path.rglob(".*"))
     with pytest.raises(UserError, match="already exists"), creating(given):
         pass
@@ -326,24 +279,8 @@ def test_an_interrupted_move_leaves_an_empty_folder(tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == ["lost+found"]
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can change to another user")
-def test_an_empty_folder_in_a_parent_that_cannot_be_written_is_filled():
-    with tempfile.TemporaryDirectory() as name:  # unlike tmp_path, it can be opened to other users
-        folder = pathlib.Path(name, "own")
-        folder.mkdir()
-        os.chown(folder, 65534, -1)
-        os.chmod(name, 0o755)
-        os.seteuid(65534)
-        try:
-            with creating(folder):
-                pass
-        finally:
-            os.seteuid(0)
-        assert sorted(os.listdir(folder)) == NEW_FILES
-
-
 def test_a_file_that_appears_in_an_empty_folder_is_not_overwritten(tmp_path):
-    message = f"^cannot write the dataset to {tmp_path.parent}: .*not empty"
+    message = f"^cannot write {tmp_path}: .*not empty"
     with pytest.raises(DataError, match=message), creating(tmp_path):
         (tmp_path / NEW_FILES[0]).write_text("mine")
     assert os.listdir(tmp_path) == NEW_FILES[:1]
@@ -370,19 +307,9 @@ def test_json_lines_are_appended_with_the_time(tmp_path):
     assert start <= lines[0]["time"] <= lines[1]["time"] <= time.time()
 
 
-def test_the_previous_json_stays_until_the_new_one_is_complete(tmp_path):
-    path = tmp_path / "a.json"
-    path.write_text("something longer than the new value")
-    files.write_json_atomically(path, [1])
-    with pytest.raises(TypeError):
-        files.write_json_atomically(path, [2, {(): 1}])  # fails after the 2
-    assert path.read_text() == "[\n  1\n]\n"
-    assert os.listdir(tmp_path) == ["a.json"]
-
-
 def test_a_disk_that_is_full_leaves_the_previous_json(tmp_path):
     path = tmp_path / "a.json"
-    files.write_json_atomically(path, [1])
+    files.write_json_atomically(path, {"sizes": {1}})  # what JSON lacks is written as text
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1, hard))  # bytes in a file
     try:
@@ -390,44 +317,14 @@ def test_a_disk_that_is_full_leaves_the_previous_json(tmp_path):
             files.write_json_atomically(path, [2])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert json.loads(path.read_bytes()) == [1]
+    assert json.loads(path.read_bytes()) == {"sizes": "{1}"}
     assert os.listdir(tmp_path) == ["a.json"]
-
-
-class Unit(enum.Enum):
-    STEPS = "steps"
-
-
-def test_values_that_json_cannot_represent_are_written_as_strings(tmp_path):
-    files.write_json_atomically(tmp_path / "a.json", {"unit": Unit.STEPS, "sizes": [{1}]})
-    assert json.loads((tmp_path / "a.json").read_text()) == {"unit": "Unit.STEPS", "sizes": ["{1}"]}
 
 
 @pytest.mark.parametrize("write", [files.write_json_atomically, files.append_json_line])
 def test_a_json_file_that_cannot_be_written_is_a_one_line_error(tmp_path, write):
     with pytest.raises(UserError, match=r"^cannot write .*/no/a\.json: No such file or directory$"):
         write(str(tmp_path / "no" / "a.json"), {"a": 1})
-    (tmp_path / "a.json").mkdir()
-    (tmp_path / "a.json" / "file").write_text("in the way")
-    with pytest.raises(UserError, match=r"^cannot write .*/a\.json: "):
-        write(str(tmp_path / "a.json"), {"a": 1})
-    assert os.listdir(tmp_path) == ["a.json"]
-
-
-def test_a_lock_file_that_cannot_be_removed_hides_no_error(tmp_path, monkeypatch):
-    def refuse(path, missing_ok=False):
-        raise OSError(errno.EROFS, "Read-only file system")
-
-    def fail():
-        with files.lock(str(tmp_path / "lock")):
-            monkeypatch.setattr(files.pathlib.Path, "unlink", refuse)
-            raise UserError("the cause")
-
-    with pytest.raises(UserError, match="^the cause$"):
-        fail()
-    monkeypatch.undo()
-    with files.lock(str(tmp_path / "lock")):  # it was released
-        pass
 
 
 # --- Files that somebody else has prepared.
@@ -466,7 +363,7 @@ def test_a_lock_file_that_is_a_link_locks_and_changes_nothing(tmp_path):
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="needs /proc")
 def test_a_lock_file_that_cannot_be_created_is_an_error_at_once():
-    with pytest.raises(DataError, match="^cannot write the dataset to /proc/self: "):
+    with pytest.raises(DataError, match="^cannot write /proc/self/x: "):
         lock_in_folder("/proc/self/x")
 
 
