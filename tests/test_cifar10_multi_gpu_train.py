@@ -75,7 +75,7 @@ def test_towers_that_do_not_train_a_variable_agree_that_it_has_no_gradient():
 def test_towers_that_disagree_on_a_gradient_are_a_one_line_error_that_names_it(without):
     first, second = tf.get_variable("first", [2]), tf.get_variable("layer/second", [])
     towers = [[(tf.zeros([2]), first), (tf.zeros([]), second)] for _ in range(2)]
-    message = f"^layer/second has a gradient in tower {1 - without}, but not in tower {without}; "
+    message = "^only some of the towers have a gradient for layer/second; "
     for missing in ([(None, second)], []):  # it exists in the other tower alone
         towers[without][1:] = missing
         with pytest.raises(UserError, match=message):

@@ -20,9 +20,8 @@ def drop_missing(gradients):
             "tf.stop_gradient"
         )
     if missing:
-        them = "it" if len(missing) == 1 else "them"
         names = ", ".join(missing)
-        tf.logging.warning("No gradient reaches %s: training leaves %s unchanged.", names, them)
+        tf.logging.warning("Training does not change %s: no gradient reaches it.", names)
     return [pair for pair in gradients if pair[0] is not None]
 
 
@@ -33,14 +32,11 @@ def check_towers_agree(tower_grads):
       tower_grads: a list of (gradient, variable) for each tower.
     """
     towers = [{v.op.name for grad, v in grads if grad is not None} for grads in tower_grads]
-    for name in sorted(set.union(*towers)):
-        has_gradient = [name in names for names in towers]
-        if not all(has_gradient):
-            raise UserError(
-                f"{name} has a gradient in tower {has_gradient.index(True)}, but not in tower "
-                f"{has_gradient.index(False)}; build all towers alike, and create their variables "
-                "with tf.get_variable, so that they share them"
-            )
+    if differing := set.union(*towers) - set.intersection(*towers):
+        raise UserError(
+            f"only some of the towers have a gradient for {min(differing)}; build all towers "
+            "alike, and create their variables with tf.get_variable, so that they share them"
+        )
 
 
 def summarize_gradients(optimizer, gradients):
