@@ -132,16 +132,13 @@ def session_config(use_fp16=False, log_device_placement=False):
 
 @functools.cache  # warn once
 def _warn_of_slow_bfloat16():
-    support = find_bfloat16_support()
-    if support == "emulated":
-        tf.logging.warning(
-            "--use_fp16: this processor has no bfloat16 instructions, so they are emulated; "
-            "training can take three times as long as in float32."
-        )
-    elif support == "none":
-        tf.logging.warning(
-            "--use_fp16 has no effect: on this processor, TensorFlow computes in float32."
-        )
+    messages = {
+        "emulated": "--use_fp16: this processor has no bfloat16 instructions, so they are "
+        "emulated; training can take three times as long as in float32.",
+        "none": "--use_fp16 has no effect: on this processor, TensorFlow computes in float32.",
+    }
+    if message := messages.get(find_bfloat16_support()):
+        tf.logging.warning(message)
 
 
 def find_bfloat16_support(cpuinfo="/proc/cpuinfo"):

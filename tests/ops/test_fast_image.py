@@ -77,16 +77,6 @@ def assert_uniform(values, low, high):
     assert distance < 2.7 / np.sqrt(values.size)
 
 
-def distort_with_tf_image(image, top, left, flip, brightness, contrast, size):
-    """Distorts one image, uint8 [32, 32, 3], with TensorFlow's operations."""
-    image = tf.image.crop_to_bounding_box(tf.cast(image, tf.float32), top, left, size, size)
-    if flip:
-        image = tf.image.flip_left_right(image)
-    image = tf.image.adjust_brightness(image, brightness)
-    image = tf.image.adjust_contrast(image, contrast)
-    return tf.image.per_image_standardization(image)
-
-
 def distort_exactly(image, top, left, flip, brightness, contrast, size):
     """Distorts one image, uint8 [32, 32, 3], in float64; returns it and its standardization."""
     image = image[top : top + size, left : left + size].astype(np.float64)
@@ -96,19 +86,6 @@ def distort_exactly(image, top, left, flip, brightness, contrast, size):
     mean = image.mean(axis=(0, 1))
     image = mean + contrast * (image - mean)
     return image, (image - image.mean()) / max(image.std(), 1 / np.sqrt(image.size))
-
-
-@pytest.mark.parametrize("size", [24, 32])
-def test_the_same_draws_give_the_images_that_tf_image_gives(size):
-    images = pixels(make_records(30))
-    draws = make_draws(30, size)
-    distorted = distort(images, draws, size)
-    assert (distorted.dtype, distorted.shape.as_list()) == (tf.float32, [30, size, size, 3])
-    expected = [
-        distort_with_tf_image(*arguments, size) for arguments in zip(images, *draws, strict=True)
-    ]
-    found, expected = evaluate([distorted, expected])
-    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
 
 
 def make_flat_images():
@@ -122,10 +99,17 @@ def make_flat_images():
     return images
 
 
-def test_images_that_hardly_vary_are_as_exact_as_float32_allows():
-    images, draws = make_flat_images(), make_draws(5, 24)
-    for found, *each in zip(evaluate(distort(images, draws)), images, *draws, strict=True):
-        image, exact = distort_exactly(*each, 24)
+@pytest.mark.parametrize(
+    ("images", "size"),
+    [(pixels(make_records(30)), 24), (pixels(make_records(30)), 32), (make_flat_images(), 24)],
+    ids=["crops", "whole", "flat"],
+)
+def test_distorted_images_are_as_exact_as_float32_allows(images, size):
+    draws = make_draws(len(images), size)
+    distorted = distort(images, draws, size)
+    assert (distorted.dtype, distorted.shape[1:]) == (tf.float32, [size, size, 3])
+    for found, *each in zip(evaluate(distorted), images, *draws, strict=True):
+        image, exact = distort_exactly(*each, size)
         # float32 rounds values from 256 to 511 to multiples of 2**-15, and standardization divides
         # the error by the standard deviation.
         deviation = max(image.std(), 1 / np.sqrt(image.size))
@@ -133,9 +117,8 @@ def test_images_that_hardly_vary_are_as_exact_as_float32_allows():
 
 
 def test_an_image_of_one_color_becomes_zeros():
-    images = np.full([2, 32, 32, 3], 200, np.uint8)
-    distorted = evaluate(distort(images, make_draws(2, 24)))
-    np.testing.assert_array_equal(distorted, np.zeros([2, 24, 24, 3]))
+    distorted = evaluate(distort(np.full([2, 32, 32, 3], 200, np.uint8), make_draws(2, 24)))
+    assert not distorted.any()
 
 
 def test_the_draws_of_an_image_are_independent_of_each_other_and_of_the_next_image():
@@ -250,16 +233,6 @@ def contrast_before_brightness(image, image_ops):
     return image_ops.per_image_standardization(image)
 
 
-def contrast_before_crop(image, image_ops):
-    image = image_ops.random_contrast(image, 0.2, 1.8)
-    image = image_ops.random_crop(image, [24, 24, 3])
-    return image_ops.per_image_standardization(image_ops.random_flip_left_right(image))
-
-
-def two_hues(image, image_ops):
-    return tf.image.random_hue(image_ops.random_hue(image, 0.1), 0.1)
-
-
 def noise_added(image, image_ops):
     return tf.random.normal(image.shape) + image
 
@@ -286,20 +259,6 @@ def check_contrasts(low, high):
     return check
 
 
-def check_contrast_before_crop(images, image):
-    # The contrast keeps the means of the whole image, so the means of a crop change, too.
-    _, flips, contrasts = decode(images, image)
-    assert 0.4 < flips.mean() < 0.6
-    assert contrasts.std() > 0.1
-
-
-def check_hues(images, image):
-    # The red channel is the smallest one, and its difference from the blue one depends on the hue.
-    hues = np.median(images[..., 0] - images[..., 2], axis=(1, 2)).astype(np.float64)
-    assert len(np.unique(hues)) > 100
-    assert abs(np.corrcoef(hues[:-1], hues[1:])[0, 1]) < 6 / np.sqrt(hues.size)
-
-
 def check_noise(images, image):
     noise = images.astype(np.float64) - image
     assert abs(noise.mean()) < 0.01
@@ -321,8 +280,6 @@ def check_brightness(images, image):
         (contrast_before_brightness, True, check_contrasts(0.2, 1.8)),
         (not_standardized, True, check_brightness),
         (tensorflows_names, True, check_contrasts(0.5, 0.5)),
-        (contrast_before_crop, False, check_contrast_before_crop),
-        (two_hues, False, check_hues),
         (noise_added, False, check_noise),
     ],
 )
@@ -375,6 +332,7 @@ def test_an_operation_does_not_change_the_block_that_it_gets():
         lambda image, ops: ops.random_contrast(image, 0.2, tf.constant(0.5)),
         lambda image, ops: ops.random_brightness(image, 63, seed=5),
         lambda image, ops: ops.random_crop(ops.random_crop(image, [28, 28, 3]), [24, 24, 3]),
+        lambda image, ops: ops.random_crop(ops.random_contrast(image, 0.2, 1.8), [24, 24, 3]),
         lambda image, ops: ops.random_brightness(ops.per_image_standardization(image), 1),
         lambda image, ops: tf.zeros([5, 24, 24, 3]),
         # These are refused by `tf.image`, too.

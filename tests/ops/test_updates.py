@@ -2,17 +2,10 @@
 
 import pytest
 
-from support.base.errors import UserError
 from support.ops import graph_notes, updates
 from support.ops.tensorflow_v1 import tf, with_loss_scaling
 
 pytestmark = pytest.mark.usefixtures("graph")
-
-
-def test_training_without_any_gradient_is_a_one_line_error():
-    pairs = [(None, tf.get_variable(name, initializer=1.0)) for name in ("x", "y")]
-    with pytest.raises(UserError, match="^no gradient reaches any variable: .*stop_gradient$"):
-        updates.drop_missing(pairs)
 
 
 @pytest.mark.parametrize(

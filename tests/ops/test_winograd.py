@@ -71,14 +71,3 @@ def test_a_value_that_is_not_finite_shows_in_its_own_image_only(bad):
     assert np.isfinite(result[others]).all()
     assert np.isfinite(image_gradient[others]).all()
     assert not np.isfinite(filter_gradient).all()
-
-
-def test_an_unknown_batch_size_is_possible():
-    images, filters, _ = draw([3, 12, 12])
-    placeholder = tf.placeholder(tf.float32, [None, 12, 12, 64])
-    result = winograd.conv2d(placeholder, tf.constant(filters))
-    assert result.shape.as_list() == [None, 12, 12, 64]
-    expected = tf.nn.conv2d(images.astype(np.float64), filters.astype(np.float64), **SAME)
-    with tf.Session() as session:
-        found, expected = session.run([result, expected], {placeholder: images})
-    assert relative_error(found, expected) < 5e-6
