@@ -13,8 +13,6 @@ from support.ops.tensorflow_v1 import tf
 
 pytestmark = pytest.mark.usefixtures("graph")
 
-LIMITS = {"max_brightness_delta": 63.0, "min_contrast_factor": 0.2, "max_contrast_factor": 1.8}
-
 
 class Draws(NamedTuple):
     """The random numbers that distort n images: arrays of n values."""
@@ -164,7 +162,7 @@ def training_images(folder, fast_ops, count, **limits):
             fast_ops=fast_ops,
             min_fraction_of_examples_in_queue=0.01,
             num_preprocess_threads=1,
-            **LIMITS | limits,
+            **limits,
         ):
             images, _ = cifar10_input.distorted_inputs(str(folder), count)
         with running_queues() as session:
