@@ -30,10 +30,8 @@ class Block:
 
     Attributes:
       shape: `tf.TensorShape`; that of one image, [height, width, depth].
-      dtype: tf.float32.
     """
 
-    dtype = tf.float32
     __eq__ = None  # so that == raises an exception, like other operators
 
     def __init__(self, planes):
