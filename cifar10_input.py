@@ -6,9 +6,7 @@ The input runs on the CPU. By default, each thread works on a block of records a
 (`support.ops.fast_image`); with `--fast_ops=false`, on one record.
 """
 
-import contextlib
 import os
-import re
 
 from absl import flags
 
@@ -127,7 +125,7 @@ def distort(image, image_ops):
         a block. If a block does not support what you add, images are distorted one at a time.
 
     Returns:
-      float32 [24, 24, 3], or another size with --crop_size; with mean 0 and variance 1. Or a block.
+      float32 [24, 24, 3], or another --crop_size, with mean 0 and variance 1; or a block.
     """
     size, low, high = FLAGS.crop_size, FLAGS.min_contrast_factor, FLAGS.max_contrast_factor
     image = image_ops.random_crop(image, [size, size, records.DEPTH])
@@ -162,16 +160,13 @@ def central_crops(images):
       images: uint8 [32, 32, 3] or [n, 32, 32, 3]; values from 0 to 255.
 
     Returns:
-      float32 [24, 24, 3] or [n, 24, 24, 3], or another size with --crop_size; each image has mean 0
-      and variance 1.
+      float32 [24, 24, 3] or [n, 24, 24, 3], or another --crop_size; with mean 0 and variance 1.
 
     Raises:
-      UserError: the images have another shape.
+      ValueError: the images have another shape.
     """
     images = tf.cast(images, tf.float32)
-    if not images.shape[-3:].is_compatible_with(records.image_shape()):  # else padded or cropped
-        expected = f"{records.describe_shape('n')} or {records.describe_shape()}"
-        raise UserError(f"images must be {expected}, not {images.shape.as_list()}")
+    images.shape[-3:].assert_is_compatible_with(records.image_shape())  # else padded or cropped
     size = FLAGS.crop_size
     cropped = tf.image.resize_with_crop_or_pad(images, size, size)
     return tf.image.per_image_standardization(cropped)
@@ -197,16 +192,15 @@ def _generate_image_and_label_batch(
       images: float32 [batch_size, height, width, 3].
       labels: int32 [batch_size].
     """
-    num_preprocess_threads = arguments.pop("num_threads", FLAGS.num_preprocess_threads)
+    num_threads = arguments.setdefault("num_threads", FLAGS.num_preprocess_threads)
     if shuffle:
         # The queue draws from the examples that it holds at the moment. With one thread and room
         # for a single example beyond the minimum, it always holds the same number, which makes
         # runs reproducible.
-        spare = 3 * batch_size if num_preprocess_threads > 1 else 1
+        spare = 3 * batch_size if num_threads > 1 else 1
         images, labels = tf.train.shuffle_batch(
             [image, label],
-            batch_size=batch_size,
-            num_threads=num_preprocess_threads,
+            batch_size,
             capacity=min_queue_examples + spare,
             min_after_dequeue=min_queue_examples,
             **arguments,
@@ -217,28 +211,10 @@ def _generate_image_and_label_batch(
         summaries.scalar("queue/fraction_full", tf.maximum(fraction, 0.0))
     else:
         images, labels = tf.train.batch(
-            [image, label],
-            batch_size=batch_size,
-            num_threads=num_preprocess_threads,
-            capacity=min_queue_examples + 3 * batch_size,
-            **arguments,
+            [image, label], batch_size, capacity=min_queue_examples + 3 * batch_size, **arguments
         )
     summaries.image_sheet("input", images)
     return images, tf.reshape(labels, [-1])
-
-
-@contextlib.contextmanager
-def _input_pipeline(name):
-    """A name scope on the CPU, without the summaries that TensorFlow adds for its queues.
-
-    The tags of those summaries contain the capacity of the queue and thus depend on the batch size.
-    """
-    options.values()  # checks the flags again: a constant may have been edited
-    with tf.device("/cpu:0"), tf.name_scope(name) as scope:
-        yield
-    collected = tf.get_collection_ref(tf.GraphKeys.SUMMARIES)
-    of_queue = re.compile(re.escape(scope) + r".*/fraction_(of|over)_\w+_full")
-    collected[:] = [summary for summary in collected if not of_queue.match(summary.op.name)]
 
 
 def _filename_queue(filenames, num_epochs=None, shuffle=True):
@@ -273,19 +249,19 @@ def distorted_inputs(data_dir, batch_size, shard=None):
         `index`. All records if None.
 
     Returns:
-      images: float32 [batch_size, 24, 24, 3], or another size with --crop_size; each with mean 0
-        and variance 1.
+      images: float32 [batch_size, 24, 24, 3], or another --crop_size; standardized.
       labels: int32 [batch_size]; 0 to the number of classes - 1.
 
     Raises:
       ValueError: a file is missing.
       UserError: a shard has no records.
     """
-    with _input_pipeline("distorted_inputs"):
-        filename_queue = _filename_queue(records.record_files(data_dir, eval_data=False))
-        key, label, image = _read_and_distort(filename_queue)
+    options.values()  # checks the flags again: a constant may have been edited
+    with tf.device("/cpu:0"), tf.name_scope("distorted_inputs"):
+        filenames = records.record_files(data_dir, eval_data=False)
+        key, label, image = _read_and_distort(_filename_queue(filenames))
         if shard is not None:
-            label, image = _select_shard(key, label, image, data_dir, shard)
+            label, image = _select_shard(key, label, image, filenames, shard)
         min_fraction_of_examples_in_queue = FLAGS.min_fraction_of_examples_in_queue
         examples_per_epoch = find_dataset(data_dir).num_examples_per_epoch_for_train
         min_queue_examples = int(examples_per_epoch * min_fraction_of_examples_in_queue)
@@ -304,11 +280,10 @@ def distorted_inputs(data_dir, batch_size, shard=None):
         )
 
 
-def _select_shard(key, label, image, data_dir, shard):
+def _select_shard(key, label, image, filenames, shard):
     """Returns the labels [n, 1] and images [n, ...] of the records that are in a shard."""
     index, count = shard
-    files = records.record_files(data_dir, eval_data=False)
-    size = max(os.path.getsize(file) // records.RECORD_BYTES for file in files)
+    size = max(os.path.getsize(name) // records.RECORD_BYTES for name in filenames)
     if size < count:
         raise UserError(f"--shard_data: {count} workers, but the largest file has {size} records")
     if key.shape.ndims == 0:  # one record
@@ -330,14 +305,15 @@ def inputs(eval_data, data_dir, batch_size, num_epochs=None):
         the last batch, which may be smaller, the queue raises `tf.errors.OutOfRangeError`.
 
     Returns:
-      images: float32 [batch_size, 24, 24, 3], or another size with --crop_size; each with mean 0
-        and variance 1. With `num_epochs`, the batch size is unknown.
+      images: float32 [batch_size, 24, 24, 3], or another --crop_size; standardized. With
+        `num_epochs`, the batch size is unknown.
       labels: int32 [batch_size]; 0 to the number of classes - 1.
 
     Raises:
       ValueError: a file is missing.
     """
-    with _input_pipeline("inputs"):
+    options.values()  # checks the flags again: a constant may have been edited
+    with tf.device("/cpu:0"), tf.name_scope("inputs"):
         filenames = records.record_files(data_dir, eval_data)
         filename_queue = _filename_queue(filenames, num_epochs, shuffle=False)
         if FLAGS.fast_ops:

@@ -78,13 +78,6 @@ def find_example_queue():
     return queue
 
 
-def operation_types():
-    """Returns the types of the operations of the graph, including those in conditionals."""
-    graph = tf.get_default_graph().as_graph_def()
-    nodes = [*graph.node, *(node for f in graph.library.function for node in f.node_def)]
-    return {node.op for node in nodes}
-
-
 # The reader.
 
 
@@ -120,7 +113,7 @@ def test_a_record_of_known_bytes_is_read_as_the_image_that_it_describes(tmp_path
 @both_pipelines
 @pytest.mark.parametrize(
     ("batch_size", "num_epochs", "sizes"),
-    [(7, 1, [7] * 18 + [5]), (131, 1, [131]), (128, 3, [128] * 3 + [9])],
+    [(7, 1, [7] * 18 + [5]), (128, 3, [128] * 3 + [9])],
 )
 def test_evaluation_gives_each_record_once_per_epoch_in_the_order_of_the_file(
     tmp_path, batch_size, num_epochs, sizes, fast_ops
@@ -137,13 +130,8 @@ def test_evaluation_gives_each_record_once_per_epoch_in_the_order_of_the_file(
 
 
 @both_pipelines
-@pytest.mark.parametrize("train_counts", [(3, 4, 5, 6, 7), (40, 20)])
-def test_evaluation_on_the_training_files_reads_all_of_them_in_order(
-    tmp_path, train_counts, fast_ops
-):
-    train, _ = write_dataset(tmp_path, train_counts)
-    dataset = cifar10_input.find_dataset(str(tmp_path))
-    assert dataset.num_examples_per_epoch_for_train == len(train)
+def test_evaluation_on_the_training_files_reads_all_of_them_in_order(tmp_path, fast_ops):
+    train, _ = write_dataset(tmp_path, [40, 20])
     images, _ = read_all(inputs(False, str(tmp_path), 4, num_epochs=1, fast_ops=fast_ops))
     np.testing.assert_allclose(images, standardized_centers(train), atol=1e-4)
 
@@ -173,16 +161,10 @@ def test_central_crops_prepare_one_image_or_many():
     np.testing.assert_allclose(large, standardized_centers(records, 27), atol=1e-4)
 
 
-@pytest.mark.parametrize("shape", [[64, 64, 3], [2, 3, 32, 32], [2, 32, 32]])
+@pytest.mark.parametrize("shape", [[64, 64, 3], [2, 3, 32, 32]])
 def test_central_crops_refuse_images_of_another_shape(shape):
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(ValueError, match=r"\[32, 32, 3\] are incompatible"):
         cifar10_input.central_crops(np.zeros(shape, np.uint8))
-    assert str(caught.value) == f"images must be [n, 32, 32, 3] or [32, 32, 3], not {shape}"
-
-
-def test_central_crops_of_images_of_unknown_shape_have_a_known_one():
-    crops = cifar10_input.central_crops(tf.placeholder(tf.uint8, [None, None, None, 3]))
-    assert crops.shape.as_list() == [None, 24, 24, 3]
 
 
 # The training input.
@@ -227,33 +209,20 @@ def test_training_crops_have_the_given_size_and_are_flipped_only_if_asked(tmp_pa
     records[:, 1:] = np.tile(np.arange(32), 96)  # brighter from left to right
     write_train_files(tmp_path, records)
     for random_flip in (True, False):
-        images, labels = distorted_inputs(
-            str(tmp_path),
-            200,
-            0.01,
-            random_flip=random_flip,
-            crop_size=20,
-            fast_ops=fast_ops,
-        )
-        images, _ = run_batches([images, labels], 1)
+        flags = {"random_flip": random_flip, "crop_size": 20, "fast_ops": fast_ops}
+        images, _ = run_batches(distorted_inputs(str(tmp_path), 200, 0.01, **flags), 1)
         assert images.shape == (200, 20, 20, 3)
         is_flipped = images[:, 0, 0, 0] > images[:, 0, -1, 0]
         assert is_flipped.any() == random_flip
         assert not is_flipped.all()
 
 
-@both_pipelines
-@pytest.mark.parametrize(("arguments", "minimum"), [((), 200), ((1.0,), 500), ((0.0,), 0)])
-def test_a_fraction_of_an_epoch_stays_in_the_training_queue(
-    tmp_path, capsys, arguments, minimum, fast_ops
-):
+def test_a_fraction_of_an_epoch_stays_in_the_training_queue(tmp_path, capsys):
     write_dataset(tmp_path, train_counts=[80, 120, 90, 110, 100])
-    distorted_inputs(str(tmp_path), 128, *arguments, fast_ops=fast_ops)
-    queue = find_example_queue()
-    assert queue.get_attr("min_after_dequeue") == minimum
-    assert queue.get_attr("capacity") >= minimum + 128
+    distorted_inputs(str(tmp_path), 128)
+    assert find_example_queue().get_attr("min_after_dequeue") == 200
     assert capsys.readouterr().out == (
-        f"Filling queue with {minimum} CIFAR images before starting to train. "
+        "Filling queue with 200 CIFAR images before starting to train. "
         "This will take a few minutes.\n"
     )
 
@@ -290,8 +259,9 @@ def test_training_images_are_distorted_in_blocks_or_one_by_one_as_in_the_tutoria
 ):
     write_dataset(tmp_path)
     distorted_inputs(str(tmp_path), 8, **flags)
-    assert operation_types() >= {"FixedLengthRecordReaderV2", "DecodeRaw", *used}
-    assert operation_types().isdisjoint(unused)
+    types = {operation.type for operation in tf.get_default_graph().get_operations()}
+    assert types >= {"FixedLengthRecordReaderV2", "DecodeRaw", *used}
+    assert types.isdisjoint(unused)
 
 
 # Shards.
@@ -299,22 +269,21 @@ def test_training_images_are_distorted_in_blocks_or_one_by_one_as_in_the_tutoria
 
 def write_numbered_records(folder, counts):
     """Writes training files whose labels number the records through all files."""
-    write_dataset(folder)
-    labels = iter(range(256))
-    for number, count in enumerate(counts, start=1):
-        records = make_records(count)
-        records[:, 0] = [next(labels) for _ in range(count)]
-        records.tofile(folder / f"data_batch_{number}.bin")
+    records, _ = write_dataset(folder, counts)
+    records[:, 0] = np.arange(len(records))
+    for number, part in enumerate(np.split(records, np.cumsum(counts)[:-1]), start=1):
+        part.tofile(folder / f"data_batch_{number}.bin")
 
 
 @both_pipelines
 def test_each_record_belongs_to_exactly_one_shard_and_is_read_without_shards(tmp_path, fast_ops):
     counts = (3, 4, 5, 6, 7)
-    write_numbered_records(tmp_path, counts)
+    folder = tmp_path / "a:7\nb"
+    write_numbered_records(folder, counts)
     numbers_in_file = [number for count in counts for number in range(count)]
     for shard in ((0, 3), (1, 3), (2, 3), None):
         with tf.Graph().as_default():
-            tensors = distorted_inputs(str(tmp_path), 100, 0.0, shard=shard, fast_ops=fast_ops)
+            tensors = distorted_inputs(str(folder), 100, 0.0, shard=shard, fast_ops=fast_ops)
             _, labels = run_batches(tensors, 5)
         index, count = shard or (0, 1)
         of_shard = [label for label, n in enumerate(numbers_in_file) if n % count == index]
@@ -323,23 +292,10 @@ def test_each_record_belongs_to_exactly_one_shard_and_is_read_without_shards(tmp
         assert min(drawn.values()) > 0.25 * 500 / len(of_shard)  # about equally often
 
 
-@both_pipelines
-def test_shards_work_in_a_folder_with_colons_and_line_breaks_in_its_name(tmp_path, fast_ops):
-    folder = tmp_path / "a:7\nb"
-    write_numbered_records(folder, (3, 3, 3, 3, 3))
-    tensors = distorted_inputs(str(folder), 50, 0.0, shard=(1, 3), fast_ops=fast_ops)
-    _, labels = run_batches(tensors, 2)
-    assert set(labels) == {1, 4, 7, 10, 13}
-
-
-@both_pipelines
-def test_more_shards_than_records_in_a_file_are_refused(tmp_path, fast_ops):
+def test_more_shards_than_records_in_a_file_are_refused(tmp_path):
     write_dataset(tmp_path, train_counts=(2, 1, 2, 1, 2))
-    tensors = distorted_inputs(str(tmp_path), 8, 0.0, shard=(1, 2), fast_ops=fast_ops)
-    _, labels = run_batches(tensors, 2)
-    assert set(labels) == {1}
     with pytest.raises(UserError, match="3 workers, but the largest file has 2 records"):
-        distorted_inputs(str(tmp_path), 8, shard=(0, 3), fast_ops=fast_ops)
+        distorted_inputs(str(tmp_path), 8, shard=(0, 3))
 
 
 # Batches, as forks of the tutorial make them.
@@ -397,56 +353,34 @@ def test_every_input_operation_is_on_the_cpu(tmp_path, is_training, fast_ops):
     assert {operation.device for operation in operations} == {"/device:CPU:0"}
 
 
-@both_pipelines
-def test_a_missing_file_is_an_error_when_the_input_is_built(tmp_path, fast_ops):
+def test_a_missing_file_is_an_error_when_the_input_is_built(tmp_path):
     write_dataset(tmp_path)
     os.remove(tmp_path / "data_batch_4.bin")
     os.remove(tmp_path / "test_batch.bin")
     with pytest.raises(ValueError, match="Failed to find file: .*data_batch_4.bin"):
-        distorted_inputs(str(tmp_path), 8, fast_ops=fast_ops)
+        distorted_inputs(str(tmp_path), 8)
     with pytest.raises(ValueError, match="Failed to find file: .*test_batch.bin"):
-        inputs(True, str(tmp_path), 8, fast_ops=fast_ops)
+        inputs(True, str(tmp_path), 8)
 
 
-@both_pipelines
-def test_a_summary_that_a_distortion_adds_is_kept(tmp_path, monkeypatch, fast_ops):
-    write_dataset(tmp_path)
-    distort = cifar10_input.distort
-
-    def distort_and_summarize(image, image_ops):
-        tf.summary.scalar("brightness", tf.reduce_mean(image))
-        return distort(image, image_ops)
-
-    monkeypatch.setattr(cifar10_input, "distort", distort_and_summarize)
-    distorted_inputs(str(tmp_path), 6, 0.001, fast_ops=fast_ops)
-    with running_queues() as session:
-        summary = tf.Summary.FromString(session.run(tf.summary.merge_all()))
-    tags = {value.tag for value in summary.value}
-    assert tags == {"input", "queue/fraction_full", "distorted_inputs/brightness"}
-
-
-@both_pipelines
 @pytest.mark.parametrize("is_training", [True, False])
-def test_the_summaries_show_the_batch_that_the_model_gets_and_no_queue_of_tensorflow(
-    tmp_path, monkeypatch, is_training, fast_ops
-):
+def test_the_image_sheet_shows_the_batch_that_the_model_gets(tmp_path, monkeypatch, is_training):
     write_dataset(tmp_path)
     sheets = []
     monkeypatch.setattr(summaries, "image_sheet", lambda *arguments: sheets.append(arguments))
     if is_training:
-        images, _ = distorted_inputs(str(tmp_path), 6, fast_ops=fast_ops)
+        images, _ = distorted_inputs(str(tmp_path), 6)
     else:
-        images, _ = inputs(True, str(tmp_path), 6, fast_ops=fast_ops)
+        images, _ = inputs(True, str(tmp_path), 6)
     ((tag, shown),) = sheets
     assert tag == "input"
     assert shown is images
-    # None of the tags contains the capacity of a queue, which depends on the batch size.
-    others = [summary.op.name for summary in tf.get_collection(tf.GraphKeys.SUMMARIES)]
-    assert others == (["summaries/queue/fraction_full"] if is_training else [])
 
 
 @both_pipelines
-def test_an_edit_of_the_decoding_takes_effect_in_both_pipelines(tmp_path, monkeypatch, fast_ops):
+def test_edits_of_the_decoding_and_of_the_central_crops_take_effect_in_both_pipelines(
+    tmp_path, monkeypatch, fast_ops
+):
     _, test = write_dataset(tmp_path)
     decode = cifar10_input._decode
 
@@ -454,23 +388,13 @@ def test_an_edit_of_the_decoding_takes_effect_in_both_pipelines(tmp_path, monkey
         label, depth_major = decode(value)
         return label + 100, 255 - depth_major
 
-    monkeypatch.setattr(cifar10_input, "_decode", edited_decode)
-    images, labels = read_all(inputs(True, str(tmp_path), 8, num_epochs=1, fast_ops=fast_ops))
-    np.testing.assert_array_equal(labels, test[:, 0] + 100)
-    np.testing.assert_allclose(images, -standardized_centers(test), atol=1e-5)
-    _, labels = run_batches(distorted_inputs(str(tmp_path), 8, fast_ops=fast_ops), 1)
-    assert (labels >= 100).all()
-
-
-@both_pipelines
-def test_an_edit_of_the_central_crops_takes_effect_in_both_pipelines(
-    tmp_path, monkeypatch, fast_ops
-):
-    _, test = write_dataset(tmp_path)
-
     def edited_crops(images):
         return tf.cast(images[..., :24, :24, :], tf.float32)
 
+    monkeypatch.setattr(cifar10_input, "_decode", edited_decode)
     monkeypatch.setattr(cifar10_input, "central_crops", edited_crops)
-    images, _ = read_all(inputs(True, str(tmp_path), 8, num_epochs=1, fast_ops=fast_ops))
-    np.testing.assert_array_equal(images, pixels(test)[:, :24, :24])
+    images, labels = read_all(inputs(True, str(tmp_path), 8, num_epochs=1, fast_ops=fast_ops))
+    np.testing.assert_array_equal(labels, test[:, 0] + 100)
+    np.testing.assert_array_equal(images, 255 - pixels(test)[:, :24, :24])
+    _, labels = run_batches(distorted_inputs(str(tmp_path), 8, fast_ops=fast_ops), 1)
+    assert (labels >= 100).all()

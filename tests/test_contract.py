@@ -208,10 +208,13 @@ def number_of_threads():
 
 def limits_of_the_distortions():
     """Returns the limits of brightness and of contrast."""
-    with mock.patch.object(fast_image, "finish", wraps=fast_image.finish) as finish:
+    brightness, contrast = (
+        mock.patch.object(fast_image, name, wraps=getattr(fast_image, name))
+        for name in ("random_brightness", "random_contrast")
+    )
+    with brightness as random_brightness, contrast as random_contrast:
         cifar10.distorted_inputs()
-    brightness, contrast = finish.call_args[0][0].changes
-    return *brightness[1:], *contrast[1:]
+    return random_brightness.call_args.kwargs["max_delta"], *random_contrast.call_args.args[1:]
 
 
 def learning_rates():
@@ -255,9 +258,9 @@ LIVE_CONSTANTS = [
     ("both", "IMAGE_SIZE", 20, 28, crop_size),
     ("input", "MIN_FRACTION_OF_EXAMPLES_IN_QUEUE", 0.2, 0.8, fraction_in_queue),
     ("input", "NUM_PREPROCESS_THREADS", 3, 5, number_of_threads),
-    ("input", "MAX_BRIGHTNESS_DELTA", 5.0, 7.0, lambda: limits_of_the_distortions()[1]),
-    ("input", "MIN_CONTRAST_FACTOR", 0.3, 0.5, lambda: limits_of_the_distortions()[2]),
-    ("input", "MAX_CONTRAST_FACTOR", 1.2, 1.4, lambda: limits_of_the_distortions()[3]),
+    ("input", "MAX_BRIGHTNESS_DELTA", 5.0, 7.0, lambda: limits_of_the_distortions()[0]),
+    ("input", "MIN_CONTRAST_FACTOR", 0.3, 0.5, lambda: limits_of_the_distortions()[1]),
+    ("input", "MAX_CONTRAST_FACTOR", 1.2, 1.4, lambda: limits_of_the_distortions()[2]),
     ("model", "INITIAL_LEARNING_RATE", 0.5, 0.7, lambda: learning_rates()[0]),
     ("model", "NUM_EPOCHS_PER_DECAY", 30.0, 70, epochs_until_decay),
     ("model", "LEARNING_RATE_DECAY_FACTOR", 0.5, 0.7, decay_factor),

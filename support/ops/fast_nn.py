@@ -1,4 +1,4 @@
-"""Faster equivalents of `tf.nn` operations on CPUs, with the same signatures and results.
+"""Faster equivalents of `tf.nn` operations on CPUs, with the same arguments and results.
 
     nn = fast_nn if FLAGS.fast_ops else tf.nn
     norm1 = nn.lrn(pool1, 4, bias=1.0, alpha=0.001 / 9.0, beta=0.75, name="norm1")
@@ -21,17 +21,7 @@ def __getattr__(name):
     return getattr(tf.nn, name)
 
 
-def conv2d(
-    input,
-    filter=None,
-    strides=None,
-    padding=None,
-    use_cudnn_on_gpu=True,
-    data_format="NHWC",
-    dilations=(1, 1, 1, 1),
-    name=None,
-    filters=None,
-):
+def conv2d(input, filter, strides, padding, name=None, **others):
     """Convolves like `tf.nn.conv2d`, with Winograd's algorithm where that is faster.
 
     That is the case for float32 filters of 5 x 5 with at least MIN_CHANNELS input and output
@@ -39,22 +29,18 @@ def conv2d(
     results have an error of about 3e-6; the error of `tf.nn.conv2d` is 2e-7. Do not use it in 16
     bits, where the error would be too large.
 
-    Args: see `tf.nn.conv2d`.
+    Args: see `tf.nn.conv2d`, which handles all `others`.
 
     Returns:
       float32 [batch, height, width, channels] with stride 1 and padding SAME.
     """
-    input, filter = map(tf.convert_to_tensor, (input, filter if filters is None else filters))
     if (
         tensorflow_v1.GPUS
         or not tensorflow_v1.USES_ONEDNN
-        or (list(strides), padding, data_format) != ([1, 1, 1, 1], "SAME", "NHWC")
-        or list(dilations) != [1, 1, 1, 1]
+        or (strides, padding, others) != ([1, 1, 1, 1], "SAME", {})
         or not _can_use_winograd(input, filter)
     ):
-        return tf.nn.conv2d(
-            input, filter, strides, padding, use_cudnn_on_gpu, data_format, dilations, name
-        )
+        return tf.nn.conv2d(input, filter, strides, padding, name=name, **others)
     with tf.name_scope(name or "Conv2D") as scope:
         result = winograd.conv2d(input, filter)
         return tf.ensure_shape(result, [*input.shape[:3], filter.shape[3]], name=scope)
@@ -117,9 +103,6 @@ def lrn(input, depth_radius=5, bias=1.0, alpha=1.0, beta=0.5, name=None):
     # graph would refer to this function by a name that only this process knows.
     result.op._gradient_function = gradient
     return result
-
-
-local_response_normalization = lrn
 
 
 def locally_connected(images, filters):

@@ -46,8 +46,6 @@ def image_sheet(tag, images):
       tag: string.
       images: float32 [batch, height, width, 3]; the first MAX_SHEET_IMAGES are shown.
     """
-    if _has(tag):
-        return
     with tf.name_scope(SCOPE), tf.name_scope(f"{tag}_sheet"):
         images = images[:MAX_SHEET_IMAGES]
         low = tf.reduce_min(images, [1, 2, 3], keepdims=True)
@@ -86,14 +84,10 @@ def merge_collected():
 
 def _add(tag, operation, /, **inputs):
     """Adds a summary unless the graph already has one with the tag: two could not be merged."""
-    if not _has(tag):
+    collected = tf.get_collection_ref(tf.GraphKeys.SUMMARIES)
+    if all(summary.op.name != f"{SCOPE}{tag}" for summary in collected):
         with tf.name_scope(SCOPE):
-            tf.add_to_collection(tf.GraphKeys.SUMMARIES, operation(name=tag, **inputs))
-
-
-def _has(tag):
-    collected = tf.get_collection(tf.GraphKeys.SUMMARIES)
-    return any(summary.op.name == f"{SCOPE}{tag}" for summary in collected)
+            collected.append(operation(name=tag, **inputs))
 
 
 def _draw(graph_def):
@@ -121,7 +115,7 @@ def _new_file_name(folder):
     return f"events.out.tfevents.{second:010d}.{socket.gethostname()}.{os.getpid()}.{now}"
 
 
-class Writer:
+class Writer(contextlib.AbstractContextManager):
     """Writes an event file for TensorBoard; usable as a context manager.
 
     A `tf.summary.FileWriter` writes from a thread. If the file cannot be written, the thread prints
@@ -179,9 +173,6 @@ class Writer:
             raise UserError(
                 f"cannot write to {self._flag}={self._folder}: {first_line(error)}"
             ) from error
-
-    def __enter__(self):
-        return self
 
     def __exit__(self, *exception):
         self.close()

@@ -2,27 +2,16 @@
 
 import re
 
-from support.base.errors import UserError
 from support.ops import graph_notes, summaries
 from support.ops.tensorflow_v1 import tf
 
 
 def drop_missing(gradients):
-    """Returns the (gradient, variable) pairs that have a gradient, and warns about the others.
-
-    Raises:
-      UserError: no pair has a gradient.
-    """
+    """Returns the (gradient, variable) pairs with a gradient, and warns about the others."""
     missing = [variable.op.name for gradient, variable in gradients if gradient is None]
-    if len(missing) == len(gradients):
-        raise UserError(
-            "no gradient reaches any variable: the loss depends on none of them, or only through "
-            "tf.stop_gradient"
-        )
     if missing:
-        them = "it" if len(missing) == 1 else "them"
         names = ", ".join(missing)
-        tf.logging.warning("No gradient reaches %s: training leaves %s unchanged.", names, them)
+        tf.logging.warning("Training does not change %s: no gradient reaches it.", names)
     return [pair for pair in gradients if pair[0] is not None]
 
 

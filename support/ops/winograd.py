@@ -98,16 +98,15 @@ def _transforms(size):
     """
     num_tiles = -(-size // TILE_SIZE)
     data_matrix, _, product_matrix = _matrices()
-    of_data = np.zeros([NUM_POINTS, num_tiles, size], np.float32)
-    of_products = np.zeros([size, NUM_POINTS, num_tiles], np.float32)
+    padded_size = TILE_SIZE * num_tiles + FILTER_SIZE - 1
+    of_data = np.zeros([NUM_POINTS, num_tiles, padded_size], np.float32)
+    of_products = np.zeros([TILE_SIZE * num_tiles, NUM_POINTS, num_tiles], np.float32)
     for tile in range(num_tiles):
-        for i in range(NUM_POINTS):
-            position = TILE_SIZE * tile - FILTER_SIZE // 2 + i
-            if 0 <= position < size:
-                of_data[:, tile, position] = data_matrix[:, i]
-        for i in range(min(TILE_SIZE, size - TILE_SIZE * tile)):
-            of_products[TILE_SIZE * tile + i, :, tile] = product_matrix[i]
-    return of_data.reshape(-1, size), of_products.reshape(size, -1)
+        start = TILE_SIZE * tile
+        of_data[:, tile, start : start + NUM_POINTS] = data_matrix
+        of_products[start : start + TILE_SIZE, :, tile] = product_matrix
+    of_data = of_data[:, :, FILTER_SIZE // 2 :][:, :, :size]
+    return of_data.reshape(-1, size), of_products[:size].reshape(size, -1)
 
 
 @functools.cache

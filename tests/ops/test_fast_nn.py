@@ -1,6 +1,4 @@
-"""Tests of the faster operations against those of tf.nn, and of the module's other names."""
-
-import inspect
+"""Tests of the faster operations against those of tf.nn and NumPy."""
 
 import numpy as np
 import numpy_model
@@ -47,42 +45,25 @@ def assert_close(found, expected):
         np.testing.assert_allclose(values, reference, rtol=0, atol=1e-6 * np.abs(reference).max())
 
 
-@pytest.mark.parametrize("scale", [0.0, 1e-3, 1.0, 30.0, 1e4, 1e8])
+@pytest.mark.parametrize("scale", [0.0, 1.0, 1e8])
 def test_the_result_and_its_gradient_equal_a_computation_in_float64(scale):
     batch = make_input([128, 12, 12, 64], scale)
     assert_close(run(fast_nn.lrn, *batch, **TUTORIAL), compute_exactly(*batch, **TUTORIAL))
 
 
-@pytest.mark.parametrize("shape", [[3, 5, 7, 64], [2, 3, 3, 1]], ids=str)
 @pytest.mark.parametrize(
     "parameters",
     [
         {},
-        {"depth_radius": 0, "bias": 0.5},
         {"depth_radius": 1, "bias": 2.0, "alpha": 0.02, "beta": 1.3},
-        {"depth_radius": 63, "bias": 3, "alpha": 2, "beta": 1},
         {"depth_radius": 200, "beta": 0.75},
     ],
     ids=str,
 )
-def test_other_parameters_have_the_effect_that_they_have_in_tf_nn(parameters, shape):
-    batch = make_input(shape, 3.0)
+def test_other_parameters_have_the_effect_that_they_have_in_tf_nn(parameters):
+    batch = make_input([3, 5, 7, 64], 3.0)
     found = run(fast_nn.lrn, *batch, **parameters)
-    defaults = {"depth_radius": 5, "bias": 1, "alpha": 1, "beta": 0.5}
     assert_close(found, run(tf.nn.lrn, *batch, **parameters))
-    assert_close(found, compute_exactly(*batch, **{**defaults, **parameters}))
-
-
-def test_a_batch_of_unknown_size_is_accepted():
-    images = tf.placeholder(tf.float32, [None, 4, None, 64])
-    result = fast_nn.lrn(images, **TUTORIAL)
-    assert result.shape.as_list() == [None, 4, None, 64]
-    for shape in ([3, 4, 5, 64], [0, 4, 4, 64]):
-        batch, upstream = make_input(shape, 1.0)
-        with tf.Session() as session:
-            found = session.run(result, {images: batch})
-        expected, _ = compute_exactly(batch, upstream, **TUTORIAL)
-        np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
 def operation_types():
@@ -95,11 +76,10 @@ def test_a_cpu_runs_neither_lrn_operations_nor_the_gradient_that_tensorflow_deri
     assert operation_types().isdisjoint({"LRN", "LRNGrad", "RsqrtGrad", "SqrtGrad"})
 
 
-@pytest.mark.parametrize("beta", [0.75, 1.3])
-def test_tensorflow_derives_equal_gradients_from_a_stored_graph(monkeypatch, beta):
+def test_tensorflow_derives_equal_gradients_from_a_stored_graph(monkeypatch):
     monkeypatch.setattr(tensorflow_v1, "GPUS", [])
     batch = make_input([2, 3, 3, 10], 3.0)
-    parameters = {"depth_radius": 2, "bias": 2.0, "alpha": 0.1, "beta": beta}
+    parameters = {"depth_radius": 2, "bias": 2.0, "alpha": 0.1, "beta": 0.75}
     images = tf.constant(batch[0], name="images")
     result = fast_nn.lrn(images, **parameters, name="norm")
 
@@ -114,31 +94,25 @@ def test_tensorflow_derives_equal_gradients_from_a_stored_graph(monkeypatch, bet
     with tf.Graph().as_default():
         loaded = tf.import_graph_def(stored, return_elements=["norm:0", "images:0"], name="")
         derived = first_and_second_gradients(*loaded)
-        assert operation_types() >= {"RsqrtGrad"} or beta != 0.75
+        assert operation_types() >= {"RsqrtGrad"}
     assert_close(found, derived)
     assert_close(derived[:1], compute_exactly(*batch, **parameters)[1:])
 
 
-def test_tensorflows_operation_is_used_where_there_is_a_gpu(monkeypatch):
-    monkeypatch.setattr(tensorflow_v1, "GPUS", ["a GPU"])
-    run(fast_nn.lrn, *make_input([2, 3, 3, 10], 1.0), **TUTORIAL)
-    assert operation_types() >= {"LRN", "LRNGrad"}
-
-
 @pytest.mark.parametrize(
-    ("dtype", "shape", "bias"),
+    ("gpus", "dtype", "shape", "bias"),
     [
-        (tf.float16, [2, 3, 3, 10], 1.0),
-        (tf.float32, [2, 3, 3, None], 1.0),
-        (tf.float32, None, 1.0),
-        (tf.float32, [2, 3, 3, 10], 0.0),
+        (["a GPU"], tf.float32, [2, 3, 3, 10], 1.0),
+        ([], tf.float16, [2, 3, 3, 10], 1.0),
+        ([], tf.float32, [2, 3, 3, None], 1.0),
+        ([], tf.float32, [2, 3, 3, 10], 0.0),
     ],
     ids=str,
 )
-def test_tensorflows_operation_is_used_for_inputs_that_are_not_covered(
-    monkeypatch, dtype, shape, bias
+def test_tensorflows_operation_is_used_on_gpus_and_for_inputs_that_are_not_covered(
+    monkeypatch, gpus, dtype, shape, bias
 ):
-    monkeypatch.setattr(tensorflow_v1, "GPUS", [])
+    monkeypatch.setattr(tensorflow_v1, "GPUS", gpus)
     images = tf.placeholder(dtype, shape)
     operation = fast_nn.lrn(images, 3, bias=bias, alpha=0.25, beta=0.75, name="norm").op
     assert (operation.type, operation.name) == ("LRN", "norm")
@@ -146,34 +120,6 @@ def test_tensorflows_operation_is_used_for_inputs_that_are_not_covered(
     assert operation.get_attr("bias") == bias
     assert operation.get_attr("alpha") == 0.25
     assert operation.get_attr("beta") == 0.75
-
-
-def test_inputs_of_another_rank_are_refused_as_in_tf_nn():
-    with pytest.raises(ValueError, match="rank 4"):
-        fast_nn.lrn(tf.zeros([3, 3, 10]))
-
-
-def test_an_array_is_accepted_and_the_result_has_the_name_that_is_passed():
-    images = np.zeros([2, 3, 3, 10], np.float32)
-    assert fast_nn.lrn(images, name="norm1").op.name == "norm1"
-    with tf.name_scope("tower_0"):
-        assert fast_nn.lrn(images, name="norm1").op.name == "tower_0/norm1"
-
-
-@pytest.mark.parametrize("name", ["lrn", "conv2d"])
-def test_the_signature_is_that_of_tf_nn(name):
-    own, reference = (inspect.signature(getattr(nn, name)).parameters for nn in (fast_nn, tf.nn))
-    assert list(own) == list(reference)
-    for parameter, default in ((each, own[each].default) for each in own):
-        default = list(default) if parameter == "dilations" else default
-        assert default == reference[parameter].default
-    assert fast_nn.local_response_normalization is fast_nn.lrn
-
-
-def test_other_names_are_those_of_tf_nn():
-    assert fast_nn.max_pool is tf.nn.max_pool
-    with pytest.raises(AttributeError, match="max_poool"):
-        fast_nn.max_poool  # noqa: B018
 
 
 def test_locally_connected_layers_are_those_of_numpy():
@@ -204,24 +150,11 @@ def convolve(images_shape=(2, 12, 12, 64), filters_shape=(5, 5, 64, 64), dtype=t
     return fast_nn.conv2d(images, tf.zeros(filters_shape, dtype), **arguments, name="conv")
 
 
-@pytest.mark.parametrize("batch", [None, 40])
-def test_conv2d_with_5_x_5_filters_uses_winograds_algorithm(winograd_everywhere, batch):
-    result = convolve(images_shape=[batch, 12, 12, 64])
+def test_conv2d_with_5_x_5_filters_uses_winograds_algorithm(winograd_everywhere):
+    result = convolve(images_shape=[None, 12, 12, 64])
     assert result.op.name == "conv"
-    assert result.shape.as_list() == [batch, 12, 12, 64]
+    assert result.shape.as_list() == [None, 12, 12, 64]
     assert not conv2d_operations()
-
-
-def test_conv2d_takes_the_filters_by_either_name(winograd_everywhere):
-    images = tf.ones([2, 12, 12, 32])
-    arguments = {"strides": [1, 1, 1, 1], "padding": "SAME"}
-    results = [
-        fast_nn.conv2d(images, **{name: tf.ones([5, 5, 32, 32])}, **arguments)
-        for name in ("filter", "filters")
-    ]
-    with tf.Session() as session:
-        first, second = session.run(results)
-    np.testing.assert_array_equal(first, second)
 
 
 @pytest.mark.parametrize(
@@ -230,9 +163,7 @@ def test_conv2d_takes_the_filters_by_either_name(winograd_everywhere):
         {"dtype": tf.float16},
         {"strides": [1, 2, 2, 1]},
         {"padding": "VALID"},
-        {"padding": [[0, 0], [2, 2], [2, 2], [0, 0]]},
         {"dilations": [1, 2, 2, 1]},
-        {"images_shape": (2, 64, 12, 12), "data_format": "NCHW"},
         {"filters_shape": (3, 3, 64, 64)},
         {"images_shape": (2, 24, 24, 3), "filters_shape": (5, 5, 3, 64)},
         {"filters_shape": (5, 5, 64, 31)},

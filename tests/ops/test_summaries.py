@@ -6,9 +6,8 @@ import time
 
 import numpy as np
 import pytest
-from conftest import written_nodes
+from conftest import read_events, written_nodes, written_values
 from PIL import Image
-from tensorboard.backend.event_processing import event_accumulator
 
 from support.base.errors import UserError
 from support.ops import graph_notes, summaries
@@ -50,40 +49,20 @@ def read_sheet(images):
     return int(width), int(height), np.asarray(Image.open(io.BytesIO(png)))
 
 
-@pytest.mark.parametrize(("count", "shown", "rows"), [(4, 4, 1), (5, 5, 2), (128, 16, 4)])
+@pytest.mark.parametrize(("count", "shown", "rows"), [(5, 5, 2), (128, 16, 4)])
 def test_a_sheet_shows_up_to_16_images_in_rows_of_4_with_white_borders(count, shown, rows):
     images = np.random.default_rng(0).normal(0, 5, [count, 6, 4, 3]).astype(np.float32)
+    images[1] = 7.0  # one color: black
     width, height, sheet = read_sheet(images)
     assert (width, height) == (4 * 6, rows * 8)
     assert sheet.shape == (height, width, 3)
     cells = sheet.reshape(rows, 8, 4, 6, 3).swapaxes(1, 2).reshape(-1, 8, 6, 3).astype(float)
     images = images[:shown]
     low, high = (f(images, axis=(1, 2, 3), keepdims=True) for f in (np.min, np.max))
-    expected = 255 * (images - low) / (high - low)
+    expected = 255 * (images - low) / np.maximum(high - low, 1e-9)
     np.testing.assert_allclose(cells[:shown, 1:-1, 1:-1], expected, atol=1.01)
     cells[:shown, 1:-1, 1:-1] = 255
     assert (cells == 255).all()
-
-
-def test_images_of_one_color_are_black():
-    _, _, sheet = read_sheet(np.ones([3, 24, 24, 1], np.float32))  # one channel, or three
-    assert not sheet[1:25, 1:25].any()
-
-
-def test_a_second_summary_with_the_same_tag_is_left_out(graph):
-    for _ in range(2):
-        summaries.scalar("a/scalar", 1.0)
-        summaries.histogram("a/histogram", [1.0, 2.0])
-        summaries.image_sheet("a/sheet", tf.zeros([2, 4, 4, 3]))
-    with tf.Session() as session:
-        merged = tf.Summary.FromString(session.run(tf.summary.merge_all()))
-    assert sorted(value.tag for value in merged.value) == ["a/histogram", "a/scalar", "a/sheet"]
-
-
-def read_events(folder):
-    """Returns the events of all files in a folder, in the order in which TensorBoard reads them."""
-    paths = sorted(str(path) for path in folder.iterdir())
-    return [event for path in paths for event in tf.train.summary_iterator(path)]
 
 
 def make_summary(value):
@@ -124,10 +103,6 @@ def test_the_graph_in_tensorboard_has_no_summaries_no_checks_and_no_functions(tm
     assert graph.as_graph_def() == before
 
 
-def read_values(folder):
-    return [v.simple_value for event in read_events(folder) for v in event.summary.value]
-
-
 def add_file(folder, value):
     with summaries.Writer(folder, "--dir") as writer:
         writer.add_summary(make_summary(value), 1)
@@ -136,57 +111,31 @@ def add_file(folder, value):
 def test_a_new_file_is_the_last_one_although_the_clock_was_set_back(tmp_path, monkeypatch):
     add_file(tmp_path, 0)
     now = time.time_ns()
-    for hours in (1, 2):
-        monkeypatch.setattr(time, "time_ns", lambda hours=hours: now - hours * 3600 * 10**9)
-        add_file(tmp_path, hours)
-    assert read_values(tmp_path) == [0, 1, 2]
-    monkeypatch.setattr(time, "time_ns", lambda: now + 5 * 10**9)
-    add_file(tmp_path, 3)
-    assert read_values(tmp_path) == [0, 1, 2, 3]
+    for number, seconds in enumerate((-3600, -7200, 5), start=1):
+        monkeypatch.setattr(time, "time_ns", lambda seconds=seconds: now + seconds * 10**9)
+        add_file(tmp_path, number)
+    assert [value for _, _, value in written_values(tmp_path)] == [0, 1, 2, 3]
     assert max(os.listdir(tmp_path)).startswith(f"events.out.tfevents.{now // 10**9 + 5}.")
-
-
-def test_a_new_file_follows_those_of_other_writers(tmp_path):
-    later = int(time.time()) + 1000
-    names = [f"events.out.tfevents.{later}.zebra", f"events.out.tfevents.{later + 5}.a.1.0.v2"]
-    for name in [*names, "events.out.tfevents.", "events.out.tfevents.a", "events.out.tfevents.7"]:
-        (tmp_path / name).touch()
-    (tmp_path / "model.ckpt-9999999999.index").touch()
-    add_file(tmp_path, 1)
-    (name,) = [path.name for path in tmp_path.iterdir() if path.stat().st_size]
-    assert name.startswith(f"events.out.tfevents.{later + 6}.")
-    assert name > max(names)
 
 
 def test_a_folder_that_cannot_be_written_is_a_one_line_error(tmp_path):
     (tmp_path / "file").write_text("in the way")
-    for folder in (tmp_path / "file", "/proc"):
-        with pytest.raises(UserError, match=f"^cannot write to --dir={folder}: ") as caught:
-            summaries.Writer(str(folder), "--dir")
-        assert "\n" not in str(caught.value)
-
-
-def test_tensorboard_reads_the_files(tmp_path):
-    with summaries.Writer(tmp_path, "--dir") as writer:
-        writer.add_graph(tf.get_default_graph())
-        for step in range(3):
-            writer.add_summary(make_summary(step / 2), step)
-    events = event_accumulator.EventAccumulator(str(tmp_path)).Reload()
-    assert [(e.step, e.value) for e in events.Scalars("a")] == [(0, 0.0), (1, 0.5), (2, 1.0)]
-    assert events.Tags()["graph"]
+    with pytest.raises(UserError, match=f"^cannot write to --dir={tmp_path}/file: "):
+        summaries.Writer(str(tmp_path / "file"), "--dir")
 
 
 def test_scalars_are_merged_apart_from_histograms_and_images():
     assert summaries.merge_collected() == (None, None)
-    summaries.scalar("a", 1.0)
-    summaries.histogram("b", [1.0, 2.0])
-    summaries.image_sheet("c", tf.zeros([2, 4, 4, 3]))
+    for _ in range(2):  # the second summary with a tag is left out
+        summaries.scalar("a", 1.0)
+        summaries.histogram("b", [1.0, 2.0])
+        summaries.image_sheet("c", tf.zeros([2, 4, 4, 3]))
     tf.summary.scalar("d", 4.0)
     tf.summary.image("e", tf.zeros([1, 4, 4, 3]))
     merged = summaries.merge_collected()
     with tf.Session() as session:
         found = [tf.Summary.FromString(each).value for each in session.run(merged)]
-    assert [{value.tag for value in values} for values in found] == [
-        {"a", "d"},
-        {"b", "c", "e/image/0"},
+    assert [[value.tag for value in values] for values in found] == [
+        ["a", "d"],
+        ["b", "c", "e/image/0"],
     ]
