@@ -33,6 +33,7 @@ CIFAR-100 are converted from the folder or the archive. The records keep their o
 from absl import app, flags
 
 from support.base import command_line, options, streams
+from support.base.messages import printable
 from support.data import conversion, dataset, formats
 
 FLAGS = flags.FLAGS
@@ -66,7 +67,7 @@ def main(argv=None):
     train_count, test_count, class_names, *unreadable = result
     print(
         f"Wrote {train_count} training images and {test_count} test images of "
-        f"{dataset.describe_classes(class_names)} to {FLAGS.output}"
+        f"{dataset.describe_classes(class_names)} to {printable(FLAGS.output)}"
         + "".join(f"; unreadable files: {count}" for count in unreadable)
     )
 

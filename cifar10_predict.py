@@ -13,7 +13,6 @@ the model as a SavedModel.
 import contextlib
 import itertools
 import json
-import sys
 from typing import NamedTuple
 
 import numpy as np
@@ -23,6 +22,7 @@ import cifar10
 import cifar10_input
 from support.base import command_line, files, options
 from support.base.errors import CheckpointError, UserError, first_line
+from support.base.messages import printable, report
 from support.data import image_files, records
 from support.ops.tensorflow_v1 import (
     out_of_memory_explained,
@@ -125,7 +125,7 @@ def predict_files(model, paths):
                 _print_predictions(model, path, next(predictions))
             else:
                 unreadable += 1
-                print(image, file=sys.stderr, flush=True)
+                report(str(image))
                 if FLAGS.json:
                     print(json.dumps({"picture": path, "error": str(image)}), flush=True)
     image_files.report_skipped_files(skipped)
@@ -144,7 +144,7 @@ def _print_predictions(model, path, predictions):
         print(json.dumps(line), flush=True)
     else:
         classes = ", ".join(f"{name} {p:.3f}" for name, p in predictions)
-        print(f"{image_files.make_printable(path)}: {classes}", flush=True)
+        print(f"{printable(path)}: {classes}", flush=True)
 
 
 def export(model, export_dir):
@@ -192,7 +192,7 @@ def main(argv):
         if FLAGS.export_dir is not None:
             export(model, FLAGS.export_dir)
             path, step = model.checkpoint.path, model.checkpoint.step
-            print(f"Exported {path} (step {step}) to {FLAGS.export_dir}", file=sys.stderr)
+            report(f"Exported {path} (step {step}) to {FLAGS.export_dir}")
         predict_files(model, paths)
 
 

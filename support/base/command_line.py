@@ -15,6 +15,7 @@ from absl.testing import flagsaver
 
 from support.base import options, streams
 from support.base.errors import Interrupted, UserError
+from support.base.messages import printable, report, shorten
 from support.base.signals import StopSignals, running_script
 
 FLAGS = flags.FLAGS
@@ -40,7 +41,7 @@ def run(main, takes_arguments=False):
     """
     script = os.path.basename(sys.argv[0])
     asks_for_help = not {"--help", "-help", "--helpshort", "-h"}.isdisjoint(sys.argv[1:])
-    code = 1
+    code, advice = 1, ""
     app.define_help_flags()
     with streams.guarded() as stdout, flagsaver.flagsaver(), running_script():
         try:
@@ -52,7 +53,7 @@ def run(main, takes_arguments=False):
         except UserError as error:
             message = f"error: {error}"
         except app.UsageError as error:
-            message = f"error: {error}\nRun {script} --help to list its flags."
+            message, advice = f"error: {error}", f"Run {script} --help to list its flags."
         except Interrupted as interruption:
             code = 128 + interruption.signal_number
             name = signal.Signals(interruption.signal_number).name
@@ -63,7 +64,9 @@ def run(main, takes_arguments=False):
             if isinstance(error, BrokenPipeError):
                 sys.exit(0 if asks_for_help else 1)
             message = f"error: cannot write to standard output: {error.strerror}"
-        print(f"{script}: {message}", file=sys.stderr)
+        report(f"{script}: {message}")
+        if advice:
+            report(advice)
         sys.exit(code)
 
 
@@ -90,10 +93,18 @@ def _run_main(main, takes_arguments):
 
 
 def _configure_logging():
-    """Makes TensorFlow log messages from WARNING on, or from --verbosity if it is given."""
+    """Makes TensorFlow log printable messages, from WARNING or --verbosity on."""
     is_given = FLAGS["verbosity"].present
     level = converter.absl_to_standard(FLAGS.verbosity) if is_given else logging.WARNING
-    logging.getLogger("tensorflow").setLevel(level)
+    logger = logging.getLogger("tensorflow")
+    logger.setLevel(level)
+    logger.addFilter(_make_printable)
+
+
+def _make_printable(record):
+    lines = record.getMessage().splitlines()
+    record.msg, record.args = shorten("\n".join(map(printable, lines))), None
+    return True
 
 
 def _print_help():

@@ -15,6 +15,7 @@ import time
 import filelock
 
 from support.base.errors import DataError, UserError
+from support.base.messages import report
 
 # How flock fails on file systems that have no locks: NFS without a lock daemon, Lustre mounted
 # without `flock`, FUSE and others. 524 is the Linux kernel's own ENOTSUPP, which some pass on.
@@ -115,11 +116,9 @@ def _warn_of_missing_locks(path, error):
     cause = os.stat(folder).st_dev, error.errno
     if cause not in _without_locks:
         _without_locks.add(cause)
-        print(
+        report(
             f"Warning: the file system of {folder} does not support locks ({error.strerror}); make "
-            "sure that no two processes write to the same folder",
-            file=sys.stderr,
-            flush=True,
+            "sure that no two processes write to the same folder"
         )
 
 
@@ -154,7 +153,7 @@ def exclusive_creation(folder, flag="--data_dir"):
     """
 
     def report_wait(holder):
-        print(f"Waiting for {holder} to finish preparing {folder}", file=sys.stderr, flush=True)
+        report(f"Waiting for {holder} to finish preparing {folder}")
 
     path = _hidden_path(folder, "lock")
     try:

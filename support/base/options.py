@@ -25,6 +25,7 @@ FLAGS = flags.FLAGS
 FLAGS.mark_as_parsed()
 flags.disclaim_key_flags()  # the flags that this module defines belong to the module that calls it
 
+MAX_FOLDERS = 200  # in a path; Python creates missing ones by recursion
 _names = set()  # of the flags that this module was asked to define
 
 
@@ -191,7 +192,7 @@ def local_path(path):
       path: string, bytes or `os.PathLike`.
 
     Raises:
-      ValueError: it is a URL, or there is no such user.
+      ValueError: it is a URL, there is no such user, or it has more than MAX_FOLDERS.
     """
     path = os.fsdecode(path)
     expanded = os.path.expanduser(path)
@@ -200,6 +201,8 @@ def local_path(path):
         problem = f"{scheme[0]}/ is not supported"
     elif expanded.startswith("~"):
         problem = f"there is no home folder for {path.partition('/')[0]}"
+    elif path.count("/") > MAX_FOLDERS:
+        raise ValueError(f"a path may name at most {MAX_FOLDERS} folders")
     else:
         return expanded
     raise ValueError(f"{problem}; write ./{path} if it is a local path")

@@ -13,6 +13,7 @@ import threading
 import time
 
 from support.base.errors import UserError
+from support.base.messages import report
 from support.cluster.server import (
     POLL_INTERVAL,
     find_missing,
@@ -183,5 +184,5 @@ def _explain_loss(task, lost):
 
 def _end_at_once(message):
     """Prints an error and ends the process with exit code 1, without cleanup, from any thread."""
-    print(f"{os.path.basename(sys.argv[0])}: error: {message}", file=sys.stderr, flush=True)
+    report(f"{os.path.basename(sys.argv[0])}: error: {message}")
     os._exit(1)

@@ -2,7 +2,6 @@
 
 import ipaddress
 import socket
-import sys
 import time
 
 from support.base.errors import UserError, first_line
@@ -31,7 +30,7 @@ class Wait:
         if self.seconds >= self._timeout:
             raise UserError(error)
         if self.seconds >= self._notice_delay and not self._is_announced:
-            print(notice, file=sys.stderr, flush=True)
+            report(notice)
             self._is_announced = True
 
 

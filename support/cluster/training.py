@@ -1,8 +1,7 @@
 """The worker of a cluster that the model and the training session use."""
 
-import sys
-
 from support.base import worker
+from support.base.messages import report
 from support.cluster.server import Wait, explain_timeout, is_reachable
 from support.cluster.synchronization import DONE, FAILED, READY, STATE, SynchronizedStep
 from support.ops.tensorflow_v1 import tf
@@ -105,7 +104,7 @@ class Worker(worker.Worker):
                     explain_timeout(name, self._timeout),
                 )
             elif (wait := self._missing.pop(peer, None)) is not None:
-                print(f"{name} is back after {wait.seconds:.1f} s", file=sys.stderr, flush=True)
+                report(f"{name} is back after {wait.seconds:.1f} s")
 
     def explain_end(self):
         """Returns why this worker has ended before the last step, for an error message."""

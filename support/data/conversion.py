@@ -2,19 +2,18 @@
 
 import hashlib
 import os
-import sys
 import tempfile
 
 import numpy as np
 
 from support.base import files
 from support.base.errors import DataError
+from support.base.messages import report
 from support.base.progress import show_progress
 from support.data import dataset, matlab, records
 from support.data.image_files import (
     ImageError,
     find_files,
-    make_printable,
     read_images,
     report_skipped_files,
     sort_visible,
@@ -58,7 +57,7 @@ class ImageFolders:
                 f"{parent} must have {dataset.MIN_CLASSES} to {dataset.MAX_CLASSES} folders, one "
                 f"for each class; it has {len(names)}"
             )
-        folders = {make_printable(dataset.normalize_name(name)): name for name in names}
+        folders = {dataset.normalize_name(name): name for name in names}
         if len(folders) < len(names):
             raise DataError(
                 f"the names of two folders in {parent} differ only in leading or trailing spaces "
@@ -68,10 +67,7 @@ class ImageFolders:
         self._parent = parent
         self._folders = [os.path.join(parent, folders[name]) for name in self.class_names]
         if num_files:
-            print(
-                f"Skipping files in {parent} that are not in a class folder: {num_files}",
-                file=sys.stderr,
-            )
+            report(f"Skipping files in {parent} that are not in a class folder: {num_files}")
 
     def __len__(self):
         return sum(1 for folder in self._folders for _ in find_files(folder))
@@ -177,7 +173,7 @@ def find_splits(folder, test_fraction=None):
             )
     used = train + test
     for name in sorted(set(folders) - set(used)):
-        print(f"Skipping {folder}/{name}, which is neither {' nor '.join(used)}", file=sys.stderr)
+        report(f"Skipping {folder}/{name}, which is neither {' nor '.join(used)}")
     train, test = (ImageFolders(os.path.join(folder, name)) for name in used)
     if unmatched := sorted(set(train.class_names) ^ set(test.class_names)):
         raise DataError(
@@ -278,9 +274,8 @@ def convert(train, test, output, seed=0, test_fraction=None):
         _copy_records(file, order[is_test], staging, records.TEST_FILES)
         dataset.write_class_names(staging, train.class_names)
     if count := np.isin(entries["pixels"][is_test], entries["pixels"][~is_test]).sum():
-        print(
+        report(
             f"Test images with the same pixels as a training image: {count}; they make the "
-            "precision look better than it is",
-            file=sys.stderr,
+            "precision look better than it is"
         )
     return (~is_test).sum(), is_test.sum(), train.class_names, unreadable_count

@@ -2,14 +2,13 @@
 
 import contextlib
 import os
-import sys
 import unicodedata
 from typing import NamedTuple
 
 import numpy as np
 
 from support.base.errors import DataError
-from support.base.messages import printable
+from support.base.messages import printable, report
 from support.data import records
 
 CLASS_NAMES_FILE = "batches.meta.txt"
@@ -187,9 +186,9 @@ def check_dataset(folder, num_classes=NUM_CLASSES):
                 raise DataError(f"{path} {problem}; {cure}")
         if not eval_data and len(paths) < len(records.TRAIN_FILES):
             count = f"{len(paths)} of {len(records.TRAIN_FILES)}"
-            print(f"Training files in {folder}: {count}", file=sys.stderr)
+            report(f"Training files in {folder}: {count}")
         labels = np.concatenate([records.read_labels(path) for path in paths])
         missing = np.setdiff1d(range(len(class_names)), labels)
         if missing.size:
             description = describe_classes([class_names[label] for label in missing])
-            print(f"The dataset has no {kind} images of {description}", file=sys.stderr)
+            report(f"The dataset has no {kind} images of {description}")

@@ -1,18 +1,19 @@
 """Downloads the CIFAR-10 archive, verifies it and extracts it."""
 
-import contextlib
-import http.client
+import http
 import os
 import pathlib
+import queue
 import shutil
-import sys
 import tarfile
+import threading
 import time
 import urllib.error
 import urllib.request
 
 from support.base import files
 from support.base.errors import DataError
+from support.base.messages import mask_secrets, report
 from support.base.progress import show_progress
 from support.data import dataset, formats, records
 
@@ -23,6 +24,11 @@ RECORD_FILES = (*records.TRAIN_FILES, *records.TEST_FILES)
 ARCHIVE_FILES = (*RECORD_FILES, dataset.CLASS_NAMES_FILE, "readme.html")
 
 DOWNLOAD_TIMEOUT = 20.0  # seconds without data before a connection counts as failed
+HEAD_TIMEOUT = 60.0  # seconds until the head of the response is complete
+MIN_RATE = 1000  # bytes per second, on average over RATE_PERIOD; the server is known to be slow
+RATE_PERIOD = 60.0  # seconds
+MAX_ARCHIVE_BYTES = 200_000_000  # the archive has 170,052,171
+MAX_DIGITS = 16  # of Content-Length
 RETRY_DELAYS = (1.0, 3.0, 10.0)  # seconds before each retry; progress restarts the sequence
 CHUNK_BYTES = 1 << 20
 RETRY_ADVICE = (
@@ -89,24 +95,22 @@ def _download(url, archive, sha256):
     if "://" not in url:
         url = pathlib.Path(os.path.expanduser(url)).absolute().as_uri()
     data_dir = os.path.dirname(archive)
-    print(
-        f"No dataset in {data_dir}. Downloading CIFAR-10 from {url} (to use your own images "
-        "instead, run cifar10_convert.py)",
-        file=sys.stderr,
+    report(
+        f"No dataset in {data_dir}. Downloading CIFAR-10 from {mask_secrets(url)} (to use your own "
+        "images instead, run cifar10_convert.py)"
     )
     versions = [each for each in formats.VERSIONS if each.flag == "cifar10_python"]
     if found := formats.find_version(os.path.expanduser("~/.keras/datasets"), versions):
         command = formats.suggest_conversion(*found, data_dir)
-        print(f"To use the copy from Keras, press Ctrl-C and run {command}", file=sys.stderr)
+        report(f"To use the copy from Keras, press Ctrl-C and run {command}")
     part = f"{archive}.part"
     try:
         _fetch_with_retries(url, part)
     except KeyboardInterrupt:
         if os.path.exists(part):
-            print(
+            report(
                 f"Kept {os.path.getsize(part)} bytes in {part}; run the same command again to "
-                "resume the download",
-                file=sys.stderr,
+                "resume the download"
             )
         raise
     digest = files.hash_file(part)
@@ -114,23 +118,14 @@ def _download(url, archive, sha256):
         size = os.path.getsize(part)
         os.remove(part)
         raise DataError(
-            f"{url} is not the expected archive, but perhaps a web page: the SHA-256 of its "
-            f"{size} bytes is {digest}, not {sha256}; {RETRY_ADVICE}"
+            f"{mask_secrets(url)} is not the expected archive, but perhaps a web page: the SHA-256 "
+            f"of its {size} bytes is {digest}, not {sha256}; {RETRY_ADVICE}"
         )
     os.replace(part, archive)
 
 
 class _DownloadError(Exception):
     """The connection failed; the message gives the reason."""
-
-
-@contextlib.contextmanager
-def _network_errors():
-    """Turns the errors of a connection into `_DownloadError`, to tell them from those of a disk."""
-    try:
-        yield
-    except (OSError, ValueError, http.client.HTTPException) as error:  # ValueError: a wrong URL
-        raise _DownloadError(getattr(error, "reason", error)) from error
 
 
 def _fetch_with_retries(url, part):
@@ -146,10 +141,10 @@ def _fetch_with_retries(url, part):
                 delays = iter(RETRY_DELAYS)
             delay = None if url.startswith("file:") else next(delays, None)
             if delay is None:
-                raise DataError(f"cannot download {url}: {error}; {RETRY_ADVICE}") from error
-            print(
-                f"Download failed ({error}); retrying in {delay:g} s", file=sys.stderr, flush=True
-            )
+                raise DataError(
+                    f"cannot download {mask_secrets(url)}: {error}; {RETRY_ADVICE}"
+                ) from error
+            report(f"Download failed ({error}); retrying in {delay:g} s")
             time.sleep(delay)
 
 
@@ -160,35 +155,70 @@ def _size_of(path):
 def _fetch(url, part):
     """Downloads the rest of `url` to `part`, or all of it if the server does not support ranges."""
     offset = _size_of(part)
-    headers = {"Range": f"bytes={offset}-"} if offset else {}
-    with _network_errors():
-        try:
-            request = urllib.request.Request(url, headers=headers)
-            response = urllib.request.urlopen(request, timeout=DOWNLOAD_TIMEOUT)
-        except urllib.error.HTTPError as error:
-            error.close()  # it is also the response, and keeps the connection open
-            if offset and error.code == http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
-                return  # there are no more bytes
-            raise _DownloadError(error) from error
-    with response:
-        if response.status != http.HTTPStatus.PARTIAL_CONTENT:
-            offset = 0  # the server sends the whole file
-        length = response.headers["Content-Length"]
-        total = offset + int(length) if length else None
-        with (
-            open(part, "ab" if offset else "wb") as output,
-            show_progress(f"Downloading {ARCHIVE_NAME}", total, "B", offset, True) as bar,
-        ):
-            while chunk := _read(response):
-                output.write(chunk)
-                bar.update(len(chunk))
+    answers = queue.Queue(maxsize=4)
+    # In a thread, because a server that sends a byte from time to time never lets a read time out.
+    threading.Thread(target=_receive, args=(url, offset, answers), daemon=True).start()
+    if (head := _next(answers, HEAD_TIMEOUT)) is None:
+        return  # there are no more bytes
+    status, length = head
+    if status != http.HTTPStatus.PARTIAL_CONTENT:
+        offset = 0  # the server sends the whole file
+    total = None if length is None else offset + length
+    with (
+        open(part, "ab" if offset else "wb", opener=files.open_without_links) as output,
+        show_progress(f"Downloading {ARCHIVE_NAME}", total, "B", offset, True) as bar,
+    ):
+        deadline, start = time.monotonic() + RATE_PERIOD, offset
+        while chunk := _next(answers, DOWNLOAD_TIMEOUT):
+            output.write(chunk)
+            bar.update(len(chunk))
+            if bar.n > MAX_ARCHIVE_BYTES:
+                os.remove(part)
+                raise DataError(f"{mask_secrets(url)} is not CIFAR-10: it is too large")
+            if time.monotonic() > deadline:
+                if bar.n - start < MIN_RATE * RATE_PERIOD:
+                    raise _DownloadError(f"it is slower than {MIN_RATE} bytes per second")
+                deadline, start = time.monotonic() + RATE_PERIOD, bar.n
     if total and bar.n < total:
         raise _DownloadError(f"the connection ended after {bar.n} of {total} bytes")
 
 
-def _read(response):
-    with _network_errors():
-        return response.read1(CHUNK_BYTES)
+def _receive(url, offset, answers):
+    """Puts what a server answers into a queue.
+
+    That is the status and the length of the body, or None if there is nothing after `offset`; and
+    the pieces of the body, the last of which is empty. An exception ends the answer.
+    """
+    try:
+        request = urllib.request.Request(url)
+        if offset:
+            request.add_header("Range", f"bytes={offset}-")
+        with urllib.request.urlopen(request, timeout=DOWNLOAD_TIMEOUT) as response:
+            length = response.headers["Content-Length"] or ""
+            is_number = length.isdecimal() and len(length) < MAX_DIGITS
+            answers.put((response.status, int(length) if is_number else None))
+            while chunk := response.read1(CHUNK_BYTES):
+                answers.put(chunk)
+        answers.put(b"")
+    except urllib.error.HTTPError as error:
+        error.close()  # it is also the response, and keeps the connection open
+        is_end = offset and error.code == http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE
+        answers.put(None if is_end else error)
+    except Exception as error:  # raised again, by `_next`
+        answers.put(error)
+
+
+def _next(answers, timeout):
+    """Returns the next of the answers. Raises _DownloadError if it is late or an exception."""
+    try:
+        answer = answers.get(timeout=timeout)
+    except queue.Empty:
+        raise _DownloadError(f"no answer within {timeout:g} s") from None
+    if isinstance(answer, urllib.error.HTTPError):
+        raise _DownloadError(answer) from answer
+    if isinstance(answer, Exception):
+        raise _DownloadError(getattr(answer, "reason", answer)) from answer
+    return answer
 
 
 def _extract(archive, folder):

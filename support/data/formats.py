@@ -4,18 +4,15 @@ These are the Python version of CIFAR-10, which Keras and torchvision download, 
 the Python version of CIFAR-100. See https://www.cs.toronto.edu/~kriz/cifar.html.
 """
 
-import contextlib
 import os
-import pathlib
 import shlex
 import tarfile
-import zlib
 from typing import NamedTuple
 
 import numpy as np
 
 from support.base import files
-from support.base.errors import DataError
+from support.base.errors import DataError, foreign_file
 from support.data import dataset, pickles, records
 
 
@@ -69,6 +66,7 @@ DEFAULT_NAMES = {
     "fine": tuple(f"class {label}" for label in range(100)),
     "coarse": tuple(f"class {label}" for label in range(20)),
 }
+MAX_FILE_BYTES = 200_000_000  # the largest file has 153,700,000
 CIFAR_100_LABELS = ("coarse", "fine")  # the first two bytes of a record
 IMAGE_SHAPE = [32, 32, 3]  # height, width, depth
 
@@ -166,7 +164,7 @@ def _require_version(path, flag):
     if found := find_version(path, versions):
         return found
     if os.path.isfile(path):
-        with _errors_explained(path), tarfile.open(path) as archive:
+        with foreign_file(path), tarfile.open(path) as archive:
             names = {os.path.basename(name) for name in archive.getnames()}
         for version in versions:
             if version.test_file in names:
@@ -185,23 +183,22 @@ def _read_files(version, path):
         for name in names:
             file_path = os.path.join(path, name)
             if os.path.isfile(file_path):
-                with _errors_explained(file_path):
-                    yield name, pathlib.Path(file_path).read_bytes()
+                with foreign_file(file_path), open(file_path, "rb") as file:
+                    yield name, _read(file)
         return
-    with _errors_explained(path), tarfile.open(path) as archive:
+    with foreign_file(path), tarfile.open(path) as archive:
         for member in archive:
             name = os.path.basename(member.name)
             if name in names and member.isfile():
-                yield name, archive.extractfile(member).read()
+                yield name, _read(archive.extractfile(member))
 
 
-@contextlib.contextmanager
-def _errors_explained(path):
-    """Turns the errors of a file that is unreadable or not a valid archive into DataError."""
-    try:
-        yield
-    except (OSError, EOFError, tarfile.TarError, zlib.error) as error:
-        raise DataError(f"{path} cannot be read ({error})") from error
+def _read(file):
+    """Returns the content of a file, unless it is much too large: an archive can claim any size."""
+    content = file.read(MAX_FILE_BYTES + 1)
+    if len(content) > MAX_FILE_BYTES:
+        raise ValueError(f"a file in it has more than {MAX_FILE_BYTES:,} bytes")
+    return content
 
 
 def _parse_class_names(content, name, path, label_kind):
@@ -215,10 +212,8 @@ def _parse_class_names(content, name, path, label_kind):
     if not isinstance(listed, list) or not all(isinstance(each, bytes | str) for each in listed):
         raise DataError(f"{path}: {name} has no list {NAME_LISTS[label_kind]}")
     decoded = (each.decode() if isinstance(each, bytes) else each for each in listed)
-    try:
+    with foreign_file(f"{path}: {name}"):
         return tuple(map(dataset.normalize_name, decoded))
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: {name} cannot be read ({error})") from error
 
 
 def _parse_records(content, name, path, label_kind):
@@ -246,8 +241,5 @@ def _parse_records(content, name, path, label_kind):
 
 def _unpickle(content, name, path):
     """Returns the dict in a pickle, with strings as keys."""
-    try:
+    with foreign_file(f"{path}: {name}"):
         return pickles.load_dict(content)
-    except Exception as error:  # loading a damaged pickle can raise any error
-        reason = str(error) or type(error).__name__
-        raise DataError(f"{path}: {name} cannot be read ({reason})") from error

@@ -7,19 +7,20 @@ import contextlib
 import functools
 import os
 import pathlib
-import sys
 import warnings
 
 import numpy as np
 from PIL import Image, ImageOps
 
 from support.base.errors import UserError
+from support.base.messages import printable, report
 from support.data import records
 
 FORMATS = ("PNG", "JPEG", "GIF", "BMP", "WEBP")
 FORMATS_TEXT = "PNG, JPEG, GIF, BMP or WebP"
 SUFFIXES = (".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".gif", ".bmp", ".webp")
-MAX_PIXELS = 250_000_000
+MAX_PIXELS = 250_000_000  # they take up to 3 GB of memory
+MAX_SCANS = 10  # of a progressive JPEG image with MAX_PIXELS; as many as usual
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # Pillow warns above it, and refuses above twice as many
 # Folders that other programs create; those whose names start with a period are hidden anyway.
 FOREIGN_FOLDERS = {"@eaDir", "__MACOSX", "lost+found"}
@@ -29,13 +30,7 @@ class ImageError(Exception):
     """An image file cannot be read. The message is one line that starts with the path."""
 
     def __init__(self, path, reason):
-        super().__init__(f"{make_printable(path)}: {' '.join(str(reason).split())}")
-
-
-def make_printable(path):
-    """Returns a path as one printable line, with all other characters and bytes escaped."""
-    text = os.fspath(path)
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+        super().__init__(printable(f"{os.fspath(path)}: {' '.join(str(reason).split())}"))
 
 
 def sort_visible(names):
@@ -91,9 +86,7 @@ def read_images(paths):
 def report_skipped_files(count):
     """Prints the number of files for which `read_images` yielded None, unless it is 0."""
     if count:
-        print(
-            f"Skipped files that are not readable {FORMATS_TEXT} images: {count}", file=sys.stderr
-        )
+        report(f"Skipped files that are not readable {FORMATS_TEXT} images: {count}")
 
 
 def read_image(path):
@@ -114,6 +107,7 @@ def read_image(path):
     try:
         # Pillow warns of very large images and of damaged metadata. Both are harmless here.
         with warnings.catch_warnings(action="ignore"), Image.open(path, formats=FORMATS) as image:
+            _check_scans(image)
             return _scale_and_crop(_convert_to_interpolable(image))
     except Image.UnidentifiedImageError as error:
         raise ImageError(path, f"it is not a {FORMATS_TEXT} image") from error
@@ -122,6 +116,17 @@ def read_image(path):
     except Exception as error:  # Pillow's decoders raise errors of any type on damaged files
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise ImageError(path, f"it cannot be read ({reason})") from error
+
+
+def _check_scans(image):
+    """Raises ValueError if a JPEG image has so many scans that decoding it could take minutes."""
+    if image.format == "JPEG":
+        position = image.fp.tell()
+        image.fp.seek(0)
+        scans = image.fp.read().count(b"\xff\xda")  # a marker that pixels cannot contain
+        image.fp.seek(position)
+        if scans * image.width * image.height > MAX_SCANS * MAX_PIXELS:
+            raise ValueError(f"it has {scans} scans, which would take minutes")
 
 
 def stack_images(images):
@@ -192,8 +197,4 @@ def _convert_to_8_bits(image):
 @functools.cache
 def _report_scaling():
     """Reports on stderr, once, that 16-bit images are scaled."""
-    print(
-        "Scaling 16-bit grayscale images: the largest value of each becomes white",
-        file=sys.stderr,
-        flush=True,
-    )
+    report("Scaling 16-bit grayscale images: the largest value of each becomes white")

@@ -9,7 +9,7 @@ import os
 import numpy as np
 
 from support.base import files
-from support.base.errors import DataError
+from support.base.errors import DataError, foreign_file
 
 # A record is a label byte and the pixels of one image: all red values, row by row, then all green
 # ones, then all blue ones.
@@ -104,8 +104,9 @@ class ChangeDetector:
 
     def __init__(self, folder, eval_data):
         paths = record_files(folder, eval_data)
-        self._before = {path: os.stat(path) for path in paths}
-        self._digests = {path: files.hash_file(path) for path in paths}
+        with foreign_file(f"the dataset in {folder}"):
+            self._before = {path: os.stat(path) for path in paths}
+            self._digests = {path: files.hash_file(path) for path in paths}
 
     def check(self):
         """Raises DataError if the content of a file changed, or if it can no longer be read.

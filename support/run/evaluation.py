@@ -3,13 +3,13 @@
 import contextlib
 import math
 import os
-import sys
 import time
 
 import numpy as np
 
 from support.base import files, progress
 from support.base.errors import CheckpointError, UserError, first_line
+from support.base.messages import report
 from support.ops.tensorflow_v1 import is_nonfinite_histogram, out_of_memory_explained, tf
 from support.run import charts, checkpoints
 
@@ -57,7 +57,7 @@ def _wait_for_checkpoint(folder, previous, check_trainer):
     """Waits for a checkpoint other than the `previous` one, and returns its path."""
     newest = checkpoints.find_latest_checkpoint(folder)
     if newest is None and previous is None:
-        print(f"Waiting for a checkpoint in {folder}", file=sys.stderr, flush=True)
+        report(f"Waiting for a checkpoint in {folder}")
     while newest in (None, previous):
         check_trainer()
         time.sleep(1)
@@ -89,15 +89,12 @@ def limit_examples(available, limit, is_default):
       is_default: bool; whether the limit is the default, which the user did not choose.
     """
     if available < limit:
-        print(
-            f"--num_examples={limit}, but there are only {available} images: evaluating all of "
-            "them",
-            file=sys.stderr,
+        report(
+            f"--num_examples={limit}, but there are only {available} images: evaluating all of them"
         )
     elif available > limit and is_default:
-        print(
-            f"There are {available} images: evaluating the first {limit} of them (--num_examples)",
-            file=sys.stderr,
+        report(
+            f"There are {available} images: evaluating the first {limit} of them (--num_examples)"
         )
     return min(available, limit)
 

@@ -24,6 +24,7 @@ from typing import NamedTuple
 
 from support.base import files, streams
 from support.base.errors import Interrupted, UserError, first_line, foreign_file
+from support.base.messages import mask_secrets, report
 from support.base.signals import DeferredSignals
 from support.base.worker import ALONE
 from support.data import records
@@ -144,10 +145,9 @@ class TrainingRun:
         if newest is None:
             return True
         if newest.step >= max_steps:
-            print(
+            report(
                 f"{newest.path} has reached step {newest.step} of --max_steps={max_steps}: nothing "
-                "to do",
-                file=sys.stderr,
+                "to do"
             )
             return False
         newest.check_settings(self._settings, "--train_dir")
@@ -322,7 +322,10 @@ class TrainingRun:
         start = {
             "time": time.time(),
             "script": os.path.basename(sys.argv[0]),
-            "flags": self._options.flags or {},
+            "flags": {
+                name: mask_secrets(value) if isinstance(value, str) else value
+                for name, value in (self._options.flags or {}).items()
+            },
             "seed": self._seed,
             "class_names": self._settings.class_names,
             "examples_per_epoch": self._settings.examples_per_epoch,
