@@ -214,10 +214,10 @@ def _next(answers, timeout):
         answer = answers.get(timeout=timeout)
     except queue.Empty:
         raise _DownloadError(f"no answer within {timeout:g} s") from None
-    if isinstance(answer, urllib.error.HTTPError):
-        raise _DownloadError(answer) from answer
     if isinstance(answer, Exception):
-        raise _DownloadError(getattr(answer, "reason", answer)) from answer
+        # The reason of an HTTPError lacks the status.
+        is_complete = isinstance(answer, urllib.error.HTTPError)
+        raise _DownloadError(answer if is_complete else getattr(answer, "reason", answer))
     return answer
 
 

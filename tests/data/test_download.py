@@ -4,10 +4,12 @@ import contextlib
 import hashlib
 import http.server
 import io
+import itertools
 import os
 import re
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import tarfile
@@ -451,3 +453,78 @@ def test_a_link_device_or_folder_in_place_of_records_is_not_extracted(tmp_path, 
         download.maybe_download_and_extract(tmp_path / "data", sha256=sha256)
     assert os.listdir(tmp_path / "data") == [ARCHIVE]
     assert victim.read_text() == "mine"
+
+
+# --- Hostile servers.
+
+
+@contextlib.contextmanager
+def raw_server(pieces):
+    """Yields the URL of a server that answers each request with pieces of bytes, endlessly."""
+
+    def answer(connection):
+        with connection, contextlib.suppress(OSError):
+            connection.recv(10_000)
+            for piece in itertools.chain(pieces[:-1], itertools.repeat(pieces[-1])):
+                connection.sendall(piece)
+                time.sleep(0.01)
+
+    def serve():
+        with contextlib.suppress(OSError):  # until the socket is closed
+            while True:
+                threading.Thread(target=answer, args=[server.accept()[0]], daemon=True).start()
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        threading.Thread(target=serve, daemon=True).start()
+        yield f"http://127.0.0.1:{server.getsockname()[1]}/a?sig=secret"
+
+
+OK = b"HTTP/1.1 200 OK\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    ("pieces", "message"),
+    [
+        ([b"HTTP/1.1 100 Continue\r\n\r\n"], "no answer within 0.5 s"),
+        ([b"HTTP/1.1 200 OK\r\nA: ", b"a"], "no answer within 0.5 s"),
+        ([OK, b"a"], "slower than 1000 bytes per second"),
+        ([b"HTTP/1.1 404 \x1b[31mred\rgreen\r\n\r\n", b""], r"\\x1b\[31mred"),
+        ([b"HTTP/1.1 200 OK\r\nContent-Length: " + b"9" * 5000 + b"\r\n\r\n", b"a"], "slower than"),
+    ],
+)
+def test_a_hostile_server_is_given_up_without_its_secrets(
+    tmp_path, monkeypatch, capsys, pieces, message
+):
+    monkeypatch.setattr(download, "HEAD_TIMEOUT", 0.5)
+    monkeypatch.setattr(download, "RATE_PERIOD", 0.5)
+    with raw_server(pieces) as url:
+        with pytest.raises(DataError, match=message) as error:
+            download.maybe_download_and_extract(tmp_path, url)
+        printed = f"{error.value}\n{capsys.readouterr().err}"
+    assert all(line.isprintable() for line in printed.splitlines())
+    assert "secret" not in printed
+    assert "/a?***" in printed
+
+
+def test_a_password_in_a_url_is_not_printed(tmp_path, capsys):
+    with pytest.raises(DataError) as error:
+        download.maybe_download_and_extract(tmp_path, "http://ann:secret@127.0.0.1:1/a")
+    assert "secret" not in f"{error.value}{capsys.readouterr().err}"
+
+
+def test_an_endless_file_is_given_up_and_deleted(tmp_path, monkeypatch):
+    monkeypatch.setattr(download, "MAX_ARCHIVE_BYTES", 5_000)
+    with raw_server([OK, b"a" * 1000]) as url, pytest.raises(DataError, match="it is too large"):
+        download.maybe_download_and_extract(tmp_path, url)
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_partial_download_that_is_a_link_is_refused(tmp_path, archive):
+    content, sha256 = archive
+    victim = tmp_path / "victim"
+    victim.write_bytes(b"mine")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / PART).symlink_to(victim)
+    with Server(content) as server, pytest.raises(DataError, match="symbolic links"):
+        download.maybe_download_and_extract(tmp_path / "data", server.url, sha256)
+    assert victim.read_bytes() == b"mine"
