@@ -71,7 +71,7 @@ def maybe_download_and_extract(data_dir, url=DATA_URL, sha256=ARCHIVE_SHA256):
 
 
 def _refuse_other_versions(data_dir, url):
-    """Raises DataError if `data_dir` has, or `url` names, CIFAR in a format to be converted."""
+    """Raises DataError if `data_dir` has, or `url` names, CIFAR in a format to convert."""
     found = formats.find_version(data_dir) or formats.find_version(os.path.expanduser(url))
     action = "convert it"
     for version in formats.VERSIONS:
@@ -114,7 +114,7 @@ def _download(url, archive, sha256):
         size = os.path.getsize(part)
         os.remove(part)
         raise DataError(
-            f"{url} is not the expected archive, but perhaps a web page: the SHA-256 of its "
+            f"{url} is not the expected archive (it may be a web page): the SHA-256 of its "
             f"{size} bytes is {digest}, not {sha256}; {RETRY_ADVICE}"
         )
     os.replace(part, archive)
@@ -126,10 +126,10 @@ class _DownloadError(Exception):
 
 @contextlib.contextmanager
 def _network_errors():
-    """Turns the errors of a connection into `_DownloadError`, to tell them from those of a disk."""
+    """Turns connection errors into `_DownloadError`, to distinguish them from disk errors."""
     try:
         yield
-    except (OSError, ValueError, http.client.HTTPException) as error:  # ValueError: a wrong URL
+    except (OSError, ValueError, http.client.HTTPException) as error:  # ValueError: a bad URL
         raise _DownloadError(getattr(error, "reason", error)) from error
 
 
