@@ -91,7 +91,7 @@ def training_settings(class_names=None, examples_per_step=None):
 
     Args:
       class_names: tuple of strings; those of the dataset if None.
-      examples_per_step: int; images per step, over all towers or workers. None without training.
+      examples_per_step: int; images per step, over all towers or workers. None if not training.
     """
     found = find_dataset(class_names)
     return TrainingSettings(
@@ -124,7 +124,8 @@ def _variable_on_cpu(name, shape, initializer):
 def _variable_with_weight_decay(name, shape, stddev, wd, read=False):
     """Creates a variable with truncated normal values, and adds its weight decay to the losses.
 
-    Returns the variable; or its value if `read`, which then crosses a network only once a step.
+    Returns the variable, or its value if `read` is true. In a cluster, the value then crosses the
+    network only once per step.
     """
     variable = _variable_on_cpu(name, shape, tf.truncated_normal_initializer(stddev=stddev))
     value = tf.convert_to_tensor(variable)
@@ -144,7 +145,7 @@ def _tag(operation):
 
 
 def _activation_summary(x):
-    """Shows a histogram and the sparsity of a layer's output, `LAYER/LAYER`, in TensorBoard."""
+    """Shows a histogram and the sparsity of `x`, the output of a layer, in TensorBoard."""
     if tf.get_variable_scope().reuse:  # another tower: only the first one is summarized
         return
     layer = re.sub(r"^(.*)/\1$", r"\1", _name_without_tower(x.op))
@@ -280,10 +281,11 @@ def loss(logits, labels, scope=None):
 
 
 def _add_loss_summaries(total_loss, tower_losses=None):
-    """Shows the losses and their moving averages; returns the operation that updates these.
+    """Shows the losses in TensorBoard; returns the operation that updates their moving averages.
 
     The loss of a single batch is noisy. TensorBoard shows the moving average under the name of the
     loss, and the value of the batch, averaged over the towers, with `_raw` appended.
+    `tower_losses` has a list of losses for each tower, all in the same order.
     """
     if tower_losses is None:  # there are no towers
         tower_losses = [tf.get_collection("losses")]
@@ -359,7 +361,7 @@ def train(total_loss, global_step, worker=ALONE):
       The operation that trains on one batch.
 
     Raises:
-      UserError: no variable has a gradient.
+      ValueError: no variable has a gradient.
     """
     learning_rate = decayed_learning_rate(global_step, FLAGS.batch_size * worker.count)
     loss_averages_op = _add_loss_summaries(total_loss)

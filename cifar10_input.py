@@ -125,7 +125,7 @@ def distort(image, image_ops):
         a block. If a block does not support what you add, images are distorted one at a time.
 
     Returns:
-      float32 [24, 24, 3], or another --crop_size, with mean 0 and variance 1; or a block.
+      float32 [24, 24, 3], where 24 is --crop_size, with mean 0 and variance 1; or a block.
     """
     size, low, high = FLAGS.crop_size, FLAGS.min_contrast_factor, FLAGS.max_contrast_factor
     image = image_ops.random_crop(image, [size, size, records.DEPTH])
@@ -160,7 +160,8 @@ def central_crops(images):
       images: uint8 [32, 32, 3] or [n, 32, 32, 3]; values from 0 to 255.
 
     Returns:
-      float32 [24, 24, 3] or [n, 24, 24, 3], or another --crop_size; with mean 0 and variance 1.
+      float32 [24, 24, 3] or [n, 24, 24, 3], where 24 is --crop_size; each image has mean 0 and
+      variance 1.
 
     Raises:
       ValueError: the images have another shape.
@@ -249,7 +250,7 @@ def distorted_inputs(data_dir, batch_size, shard=None):
         `index`. All records if None.
 
     Returns:
-      images: float32 [batch_size, 24, 24, 3], or another --crop_size; standardized.
+      images: float32 [batch_size, 24, 24, 3], where 24 is --crop_size; standardized.
       labels: int32 [batch_size]; 0 to the number of classes - 1.
 
     Raises:
@@ -305,7 +306,7 @@ def inputs(eval_data, data_dir, batch_size, num_epochs=None):
         the last batch, which may be smaller, the queue raises `tf.errors.OutOfRangeError`.
 
     Returns:
-      images: float32 [batch_size, 24, 24, 3], or another --crop_size; standardized. With
+      images: float32 [batch_size, 24, 24, 3], where 24 is --crop_size; standardized. With
         `num_epochs`, the batch size is unknown.
       labels: int32 [batch_size]; 0 to the number of classes - 1.
 

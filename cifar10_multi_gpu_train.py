@@ -28,7 +28,7 @@ options.define("run")
 
 
 def tower_loss(scope, images, labels):
-    """Builds a tower, and returns the total loss of its batch, float32 [].
+    """Builds a tower and returns the total loss of its batch, float32 [].
 
     Args:
       scope: string; the name scope of the tower, for example `tower_0/`.
@@ -51,7 +51,7 @@ def average_gradients(tower_grads):
       ValueError: the towers do not have gradients for the same variables.
     """
     average_grads = []
-    # `strict`: towers share the variables that `tf.get_variable` creates, and have no others.
+    # `strict`, because all towers must share the same variables, created by `tf.get_variable`.
     for grads_and_vars in zip(*tower_grads, strict=True):
         grads = [grad for grad, _ in grads_and_vars]
         variable = grads_and_vars[0][1]

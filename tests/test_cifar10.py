@@ -393,7 +393,7 @@ def test_a_variable_without_a_gradient_keeps_its_value_and_the_others_are_traine
 
 
 @pytest.mark.parametrize(("is_chief", "update"), [(True, 2.0), (False, 0.0)])
-def test_each_step_updates_what_the_workers_share_in_a_cluster_only_by_the_chief(is_chief, update):
+def test_only_the_chief_of_a_cluster_updates_what_the_workers_share_in_each_step(is_chief, update):
     worker = types.SimpleNamespace(
         is_chief=is_chief,
         count=2,

@@ -106,7 +106,7 @@ def test_images_become_the_records_that_cifar10_predict_would_read(images, tmp_p
     path = tmp_path / "images" / "train" / "dog" / "16_bits.png"
     Image.fromarray(np.arange(1024, dtype=np.uint16).reshape(32, 32)).save(path)
     images[0][path] = read_image(path)
-    capsys.readouterr()  # once, a line says that such images are scaled
+    capsys.readouterr()  # the line that says that such images are scaled appears only once
     cifar10_convert.main()
     folder = tmp_path / "out"
     assert dataset.read_class_names(folder) == tuple(NAMES)

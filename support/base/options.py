@@ -138,7 +138,7 @@ class Flag(flags.Flag):
 
     def _set_default(self, value):
         using_default_value = self.using_default_value
-        super()._set_default(value)  # or raises
+        super()._set_default(value)  # may raise
         # `FLAGS.set_default` replaces the constant, but not a given value.
         self._constant, self.using_default_value = None, using_default_value
 
@@ -454,7 +454,7 @@ _GROUPS = {
 
 
 def define(*groups):
-    """Defines the flags of some groups of the table for the calling module, unless they exist."""
+    """Defines the flags of groups in the table for the calling module, unless they exist."""
     for group in groups:
         for function, *arguments in _GROUPS[group]:
             function(*arguments)

@@ -91,7 +91,7 @@ def _resolve(address, timeout):
 
 
 def _check_own_address(address, found):
-    """Raises UserError unless one of the found addresses is a free port of this machine."""
+    """Raises UserError unless a server can listen at one of the found addresses."""
     # TensorFlow would accept an address of another machine, and would print several lines about a
     # port in use. A name can have addresses of an IP version that this machine does not use.
     for family, kind, _, _, socket_address in found:

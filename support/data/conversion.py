@@ -61,7 +61,7 @@ class ImageFolders:
         if len(folders) < len(names):
             raise DataError(
                 f"the names of two folders in {parent} differ only in leading or trailing spaces "
-                "or in the Unicode form of their letters"
+                "or in the Unicode form of their letters; rename or merge them"
             )
         self.class_names = tuple(sorted(folders))
         self._parent = parent
@@ -79,7 +79,7 @@ class ImageFolders:
 
 
 def _list_folders(parent):
-    """Returns the names of a folder's subfolders, and the number of its files; or DataError."""
+    """Returns the names of subfolders and the number of files. Raises DataError if unreadable."""
     try:
         names = sort_visible(os.listdir(parent))
     except OSError as error:
@@ -230,7 +230,7 @@ def _check_classes(entries, class_names):
 
 
 def _copy_records(file, positions, folder, names):
-    """Copies the records at some positions of a file to new files, to each of them in turn."""
+    """Distributes the records at some positions of a file to new files; none of these is empty."""
     for number, name in enumerate(names[: positions.size]):
         with open(os.path.join(folder, name), "wb") as copy:
             for position in positions[number :: len(names)].tolist():

@@ -77,7 +77,7 @@ def maybe_download_and_extract(data_dir, url=DATA_URL, sha256=ARCHIVE_SHA256):
 
 
 def _refuse_other_versions(data_dir, url):
-    """Raises DataError if `data_dir` has, or `url` names, CIFAR in a format to be converted."""
+    """Raises DataError if `data_dir` has, or `url` names, CIFAR in a format to convert."""
     found = formats.find_version(data_dir) or formats.find_version(os.path.expanduser(url))
     action = "convert it"
     for version in formats.VERSIONS:
@@ -118,7 +118,7 @@ def _download(url, archive, sha256):
         size = os.path.getsize(part)
         os.remove(part)
         raise DataError(
-            f"{mask_secrets(url)} is not the expected archive, but perhaps a web page: the SHA-256 "
+            f"{mask_secrets(url)} is not the expected archive (it may be a web page): the SHA-256 "
             f"of its {size} bytes is {digest}, not {sha256}; {RETRY_ADVICE}"
         )
     os.replace(part, archive)

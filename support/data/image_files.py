@@ -34,7 +34,7 @@ class ImageError(Exception):
 
 
 def sort_visible(names):
-    """Returns the names in a folder in order, without hidden ones and those of other programs."""
+    """Sorts the names in a folder, without hidden ones and those of other programs."""
     return sorted(n for n in names if not n.startswith(".") and n not in FOREIGN_FOLDERS)
 
 
@@ -103,7 +103,7 @@ def read_image(path):
       ImageError: the file is missing, damaged, in another format, or larger than MAX_PIXELS.
     """
     if os.path.exists(path) and not os.path.isfile(path):  # reading a pipe could block forever
-        raise ImageError(path, "it is not a regular file, or a folder that cannot be read")
+        raise ImageError(path, "it is neither a regular file nor a readable folder")
     try:
         # Pillow warns of very large images and of damaged metadata. Both are harmless here.
         with warnings.catch_warnings(action="ignore"), Image.open(path, formats=FORMATS) as image:
@@ -140,6 +140,7 @@ def stack_images(images):
 
     Raises:
       UserError: the images have another type or shape.
+      ValueError: the shapes of the images in the list differ.
     """
     stacked = np.asarray(images)
     if stacked.dtype != np.uint8 or list(stacked.shape[1:]) != records.image_shape():

@@ -4,11 +4,11 @@
     image = image_ops.random_brightness(image, max_delta=63)
 
 An operation costs about as much for one small image as for dozens, so a thread distorts a `Block`
-of images at a time. The operations only draw a random number for each image; `finish` then computes
+of images at a time. An operation only draws a random number for each image; `finish` then computes
 the result in one pass.
 
-A block supports only what has the same effect as distorting each image by itself. It is no tensor,
-so everything else raises an exception: other operations, operators, indices, and tensors as
+A block supports only what has the same effect as distorting each image by itself. It is not a
+tensor, so everything else raises an exception: other operations, operators, indices, and tensors as
 arguments.
 """
 
@@ -101,7 +101,7 @@ def per_image_standardization(image):
 
 
 def _change(image, is_contrast, low, high):
-    """Draws changes of brightness or contrast. A tensor as limit is refused by `float`."""
+    """Draws a change of brightness or contrast for each image. `float` refuses tensors."""
     amount = tf.random.uniform([image.count, 1, 1, 1], float(low), float(high))
     return image.replace(changes=(*image.changes, (is_contrast, amount)))
 

@@ -29,7 +29,7 @@ def conv2d(input, filter, strides, padding, name=None, **others):
     results have an error of about 3e-6; the error of `tf.nn.conv2d` is 2e-7. Do not use it in 16
     bits, where the error would be too large.
 
-    Args: see `tf.nn.conv2d`, which handles all `others`.
+    Args: see `tf.nn.conv2d`, which is used if there are `others`.
 
     Returns:
       float32 [batch, height, width, channels] with stride 1 and padding SAME.

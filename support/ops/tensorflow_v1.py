@@ -154,7 +154,7 @@ def find_bfloat16_support(cpuinfo="/proc/cpuinfo"):
     if platform.machine() == "x86_64" and not USES_ONEDNN:
         return "none"
     words = set(_read(cpuinfo).split())
-    # Names on x86 and on Arm.
+    # Names on x86 and on Arm. Outside Linux, there is no such file.
     if not words or words & {"amx_bf16", "avx512_bf16", "avx_ne_convert", "bf16"}:
         return "native"
     return "emulated" if "avx512f" in words else "none"
@@ -240,7 +240,7 @@ def find_processor_name(cpuinfo="/proc/cpuinfo"):
 
 
 def _read(cpuinfo):
-    """Returns the text of a file; an empty one if there is no such file, as outside Linux."""
+    """Returns the text of a file, or an empty string if it is missing, as outside Linux."""
     path = pathlib.Path(cpuinfo)
     return path.read_text() if path.exists() else ""
 

@@ -11,7 +11,9 @@ def drop_missing(gradients):
     missing = [variable.op.name for gradient, variable in gradients if gradient is None]
     if missing:
         names = ", ".join(missing)
-        tf.logging.warning("Training does not change %s: no gradient reaches it.", names)
+        tf.logging.warning(
+            "Training does not change these variables, because no gradient reaches them: %s", names
+        )
     return [pair for pair in gradients if pair[0] is not None]
 
 

@@ -170,7 +170,7 @@ def find_checkpoint_to_resume(train_dir):
             )
         return None
     if _read_state(train_dir) is None:  # left by a kill during the first save
-        _write_state(train_dir, [os.path.basename(newest)])  # `save` then deletes it in its turn
+        _write_state(train_dir, [os.path.basename(newest)])  # so that `save` deletes it later
     try:
         return read(newest)
     except CheckpointError as error:

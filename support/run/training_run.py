@@ -271,7 +271,8 @@ class TrainingRun:
         except (tf.errors.DataLossError, tf.errors.OutOfRangeError) as error:
             raise UserError(
                 f"cannot start in --train_dir={self._options.train_dir}: {first_line(error)}; "
-                "choose another folder, or move that checkpoint and the file `checkpoint` away"
+                "choose another folder, or move the newest checkpoint and the file `checkpoint` "
+                "away to resume from an older one"
             ) from error
 
     @contextlib.contextmanager

@@ -143,7 +143,7 @@ def fail_to_lock(monkeypatch):
 
 
 @pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, 524])
-def test_a_file_system_without_locks_costs_a_warning(tmp_path, capsys, fail_to_lock, number):
+def test_a_file_system_without_locks_gives_a_warning(tmp_path, capsys, fail_to_lock, number):
     fail_to_lock(number)
     with files.lock(tmp_path / "a.lock"), files.lock(tmp_path / "b.lock", on_wait=print):
         pass

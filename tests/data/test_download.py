@@ -273,7 +273,7 @@ def test_an_existing_archive_with_another_sha256_is_refused(tmp_path):
 
 def test_a_download_with_another_sha256_is_refused_and_deleted(tmp_path):
     with Server(b"<!DOCTYPE html><title>Log in</title>") as server:
-        check_failure(tmp_path, server.url, "is not the expected archive, but perhaps a web page")
+        check_failure(tmp_path, server.url, "is not the expected archive .it may be a web page.")
     assert len(server.requests) == 1
 
 

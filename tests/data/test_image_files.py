@@ -101,7 +101,7 @@ def write_rgb_png(path, width, height, bits, rows, transparent=None):
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + header + data + chunk(b"IEND", b""))
 
 
-def test_of_16_bit_colors_the_upper_8_bits_are_read_and_the_transparent_one_becomes_white(tmp_path):
+def test_the_upper_8_bits_of_16_bit_colors_are_read_and_the_transparent_one_is_white(tmp_path):
     pixels = draw_scene(32)
     values = (pixels * 256.0 + 255).astype(">u2")
     values[:16] = color = (0x0102, 0x0304, 0x0506)
@@ -189,7 +189,7 @@ def test_paths_that_are_not_images_are_reported_with_the_reason(tmp_path):
     (tmp_path / "two\nlines.png").write_text("This is not an image.")
     reasons = {
         "gone.png": "it cannot be read .No such file or directory.",
-        "pipe.png": "it is not a regular file",
+        "pipe.png": "it is neither a regular file nor a readable folder",
         "empty.png": "it is not a PNG, JPEG, .* image",
         "image.tiff": "it is not a PNG, JPEG, .* image",
         "two\nlines.png": "it is not a PNG, JPEG, .* image",
@@ -261,7 +261,7 @@ def test_a_folder_that_cannot_be_read_is_found_and_refused(tmp_path, monkeypatch
         return scandir(path)
 
     monkeypatch.setattr(os, "scandir", refuse)  # root may read every folder
-    refusal = "it is not a regular file, or a folder that cannot be read"
+    refusal = "it is neither a regular file nor a readable folder"
     assert read_results([tmp_path]) == {"closed": refusal}
 
 

@@ -216,7 +216,7 @@ def test_crops_flips_and_contrasts_of_the_training_input_are_uniform(tmp_path, i
 
 
 @pytest.mark.parametrize("fast_ops", [True, False])
-def test_equal_limits_of_the_contrast_are_possible(tmp_path, image, fast_ops):
+def test_the_limits_of_the_contrast_may_be_equal(tmp_path, image, fast_ops):
     limits = {"min_contrast_factor": 0.5, "max_contrast_factor": 0.5}
     check_contrasts(0.5, 0.5)(training_images(tmp_path, fast_ops, 100, **limits), image)
 
@@ -333,14 +333,14 @@ def test_an_operation_does_not_change_the_block_that_it_gets():
         lambda image, ops: ops.random_crop(ops.random_contrast(image, 0.2, 1.8), [24, 24, 3]),
         lambda image, ops: ops.random_brightness(ops.per_image_standardization(image), 1),
         lambda image, ops: tf.zeros([5, 24, 24, 3]),
-        # These are refused by `tf.image`, too.
+        # `tf.image` refuses these, too.
         lambda image, ops: ops.random_brightness(image, -1),
         lambda image, ops: ops.random_contrast(image, 1.0, 1.0),
         lambda image, ops: ops.random_crop(image, [33, 8, 3]),
         lambda image, ops: ops.random_crop(image, [8, 8, 1]),
     ],
 )
-def test_blocks_do_not_support_what_they_cannot_do_as_for_each_image(warnings, distort):
+def test_blocks_do_not_support_what_would_have_another_effect_on_single_images(warnings, distort):
     assert not fast_image.supports(distort)
     (line,) = warnings
     assert line.startswith("Distorting one image at a time, which takes about five times as long")

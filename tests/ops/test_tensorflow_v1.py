@@ -230,7 +230,7 @@ def test_only_the_error_for_exhausted_memory_is_explained():
         raise tf.errors.NotFoundError(None, None, "gone")
 
 
-def test_the_processor_has_the_name_that_linux_or_else_python_knows(tmp_path, monkeypatch):
+def test_linux_or_else_python_gives_the_name_of_the_processor(tmp_path, monkeypatch):
     cpuinfo = "processor\t: 0\nmodel name\t: Some Processor @ 2.00GHz\nprocessor\t: 1\n"
     (tmp_path / "cpuinfo").write_text(cpuinfo)
     name = tensorflow_v1.find_processor_name(tmp_path / "cpuinfo")
@@ -247,6 +247,6 @@ def test_the_error_of_a_histogram_that_is_not_finite_is_recognized(graph, value)
     assert tensorflow_v1.is_nonfinite_histogram(caught.value)
 
 
-def test_other_errors_are_not_taken_for_that_of_a_histogram():
+def test_other_errors_are_not_mistaken_for_those_of_histograms():
     failure = tf.errors.InvalidArgumentError(None, None, "assertion failed")
     assert not tensorflow_v1.is_nonfinite_histogram(failure)

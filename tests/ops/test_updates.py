@@ -10,7 +10,13 @@ pytestmark = pytest.mark.usefixtures("graph")
 
 @pytest.mark.parametrize(
     ("missing", "message"),
-    [([], []), (["x", "y"], ["Training does not change x, y: no gradient reaches it."])],
+    [
+        ([], []),
+        (
+            ["x", "y"],
+            ["Training does not change these variables, because no gradient reaches them: x, y"],
+        ),
+    ],
 )
 def test_variables_without_a_gradient_are_left_out_and_named(warnings, missing, message):
     pairs = [

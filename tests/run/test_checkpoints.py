@@ -392,7 +392,7 @@ def test_tensorflow_finds_and_restores_what_is_saved_here_and_counts_it(tmp_path
 
 
 @pytest.mark.parametrize("count", [0, 1])
-def test_a_kill_after_a_file_or_none_is_deleted_leaves_checkpoints_with_their_settings(
+def test_a_kill_before_or_after_a_deletion_leaves_checkpoints_with_their_settings(
     tmp_path, monkeypatch, count
 ):
     save_as_trainer(tmp_path, steps=[1, 2], max_to_keep=2)

@@ -167,7 +167,7 @@ def test_checkpoints_are_saved_and_kept_as_the_options_say(tmp_path):
     assert saved_steps(tmp_path) == {5, 6}
 
 
-def test_checkpoints_are_saved_in_time_although_the_clock_goes_back(tmp_path, monkeypatch):
+def test_checkpoints_are_saved_on_time_even_if_the_clock_is_set_back(tmp_path, monkeypatch):
     now = time.time()
 
     def set_back(step):
