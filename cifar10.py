@@ -326,7 +326,7 @@ def decayed_learning_rate(global_step, examples_per_step):
     num_batches_per_epoch = examples_per_epoch / examples_per_step
     decay_steps = max(1, int(num_batches_per_epoch * FLAGS.num_epochs_per_decay))
     if offset := graph_notes.images_offset():  # count images instead of steps
-        global_step = global_step * examples_per_step + offset
+        global_step = tf.cast(global_step, tf.int64) * examples_per_step + offset
         decay_steps = max(examples_per_step, examples_per_epoch * FLAGS.num_epochs_per_decay)
     learning_rate = tf.train.exponential_decay(
         FLAGS.initial_learning_rate,

@@ -39,36 +39,40 @@ MAX_CONTRAST_FACTOR = 1.8
 # Some of these constants are the defaults of flags.
 options.register_constants(globals())
 options.define("input")
-FLAGS["crop_size"].rules.append(  # no larger than an image; large enough to be pooled twice
-    (
-        lambda size: 8 <= size <= min(records.HEIGHT, records.WIDTH),
-        f"it must be 8 to {min(records.HEIGHT, records.WIDTH)}",
-    )
-)
+max_size = min(records.HEIGHT, records.WIDTH)  # of crops; they are pooled twice, so 8 at least
+FLAGS["crop_size"].rules.append((lambda n: 8 <= n <= max_size, f"it must be 8 to {max_size}"))
 
 
 class CIFAR10Record:
-    """One record.
+    """One record, or a block of n records: then each shape has n in front.
 
     Attributes:
       height, width, depth: int; 32, 32 and 3.
       key: string []; the file and the number of the record in it, as `file:record`.
       label: int32 [1]; 0 to the number of classes - 1.
-      uint8image: uint8 [height, width, depth].
+      depth_major: uint8 [depth, height, width]; the image as it is stored.
     """
 
     height = records.HEIGHT
     width = records.WIDTH
     depth = records.DEPTH
 
+    @property
+    def uint8image(self):
+        """The image, uint8 [height, width, depth]."""
+        with tf.device("/cpu:0"):  # not a transpose: for uint8, oneDNN may log an error
+            return tf.stack(tf.unstack(self.depth_major, axis=-3), axis=-1)
 
-def read_cifar10(filename_queue):
-    """Reads one record.
 
-    All threads that run the operations share one reader. Each call creates a new reader.
+def read_cifar10(filename_queue, block_size=None):
+    """Reads one record, or a block of records: `block_size`, or fewer at the end of a file.
+
+    All threads that run the operations share one reader. Each call creates a new reader. If you
+    edit this function, count axes from the end: `[..., ::-1, :, :]`, not `[::-1]`.
 
     Args:
       filename_queue: a queue of file names, for example from `tf.train.string_input_producer`.
+      block_size: int; None for one record.
 
     Returns:
       A `CIFAR10Record`.
@@ -76,44 +80,18 @@ def read_cifar10(filename_queue):
     result = CIFAR10Record()
     with tf.device("/cpu:0"):
         reader = tf.FixedLengthRecordReader(record_bytes=records.RECORD_BYTES)
-        result.key, value = reader.read(filename_queue)
-        result.label, depth_major = _decode(value)
-        result.uint8image = _depth_last(depth_major)
+        if block_size is None:
+            result.key, value = reader.read(filename_queue)
+        else:
+            result.key, value = reader.read_up_to(filename_queue, block_size)
+        leading = [-1] * value.shape.ndims  # the axis of the block, if any
+        record_bytes = tf.reshape(tf.decode_raw(value, tf.uint8), [*leading, records.RECORD_BYTES])
+        result.label = tf.cast(record_bytes[..., : records.LABEL_BYTES], tf.int32)
+        result.depth_major = tf.reshape(
+            record_bytes[..., records.LABEL_BYTES :],
+            [*leading, result.depth, result.height, result.width],
+        )
     return result
-
-
-def _read_block(filename_queue):
-    """Reads a block: RECORDS_PER_BLOCK records, or fewer at the end of a file.
-
-    Returns:
-      keys: string [n]; `file:record` each.
-      labels: int32 [n, 1].
-      planes: uint8 [n, 3, 32, 32].
-    """
-    reader = tf.FixedLengthRecordReader(record_bytes=records.RECORD_BYTES)
-    keys, values = reader.read_up_to(filename_queue, RECORDS_PER_BLOCK)
-    return keys, *_decode(values)
-
-
-def _decode(value):
-    """Decodes a record, string [], or records, string [n].
-
-    If you edit this function, count axes from the end: `[..., ::-1, :, :]`, not `[::-1]`.
-
-    Returns:
-      label: int32 [1] or [n, 1]; 0 to the number of classes - 1.
-      depth_major: uint8 [3, 32, 32] or [n, 3, 32, 32].
-    """
-    leading = [-1] * value.shape.ndims
-    bytes_ = tf.reshape(tf.decode_raw(value, tf.uint8), [*leading, records.RECORD_BYTES])
-    label = tf.cast(bytes_[..., : records.LABEL_BYTES], tf.int32)
-    shape = [*leading, records.DEPTH, records.HEIGHT, records.WIDTH]
-    return label, tf.reshape(bytes_[..., records.LABEL_BYTES :], shape)
-
-
-def _depth_last(images):
-    """[..., 3, 32, 32] to [..., 32, 32, 3]. For uint8, oneDNN may log an error in a transpose."""
-    return tf.stack(tf.unstack(images, axis=-3), axis=-1)
 
 
 def distort(image, image_ops):
@@ -143,11 +121,12 @@ def distort(image, image_ops):
 def _read_and_distort(filename_queue):
     """Returns a key, label and image, or blocks of them if `distort` can process blocks."""
     if FLAGS.fast_ops and fast_image.supports(distort):  # calls `distort` to find out
-        keys, labels, planes = _read_block(filename_queue)
-        return keys, labels, fast_image.finish(distort(fast_image.Block(planes), fast_image))
-    record = read_cifar10(filename_queue)
-    with conditionals_without_functions():
-        image = distort(tf.cast(record.uint8image, tf.float32), tf.image)
+        record = read_cifar10(filename_queue, RECORDS_PER_BLOCK)
+        image = fast_image.finish(distort(fast_image.Block(record.depth_major), fast_image))
+    else:
+        record = read_cifar10(filename_queue)
+        with conditionals_without_functions():
+            image = distort(tf.cast(record.uint8image, tf.float32), tf.image)
     return record.key, record.label, image
 
 
@@ -179,19 +158,15 @@ def _generate_image_and_label_batch(
     """Collects examples in a queue and dequeues them in batches.
 
     Args:
-      image: float32 [height, width, 3].
-      label: int32 [1].
-      min_queue_examples: int; with `shuffle`, the minimum number of examples that each batch leaves
-        in the queue. Without it, only the capacity depends on this number.
+      image: float32 [height, width, 3]; with `enqueue_many`, [n, height, width, 3].
+      label: int32 [1]; with `enqueue_many`, [n, 1].
+      min_queue_examples: int; with `shuffle`, the minimum that each batch leaves in the queue.
       batch_size: int.
       shuffle: bool; draw the examples of a batch from the queue at random.
-      **arguments: passed to `tf.train.shuffle_batch` or `tf.train.batch`. `num_threads` is
-        --num_preprocess_threads unless given. With `enqueue_many`, `image` and `label` have an
-        additional first dimension.
+      **arguments: passed to `tf.train.shuffle_batch` or `tf.train.batch`.
 
     Returns:
-      images: float32 [batch_size, height, width, 3].
-      labels: int32 [batch_size].
+      Images, float32 [batch_size, height, width, 3], and labels, int32 [batch_size].
     """
     num_threads = arguments.setdefault("num_threads", FLAGS.num_preprocess_threads)
     if shuffle:
@@ -271,13 +246,9 @@ def distorted_inputs(data_dir, batch_size, shard=None):
             "This will take a few minutes.",
             flush=True,
         )
+        is_block = image.shape.ndims == 4
         return _generate_image_and_label_batch(
-            image,
-            label,
-            min_queue_examples,
-            batch_size,
-            shuffle=True,
-            enqueue_many=image.shape.ndims == 4,
+            image, label, min_queue_examples, batch_size, shuffle=True, enqueue_many=is_block
         )
 
 
@@ -306,26 +277,16 @@ def inputs(eval_data, data_dir, batch_size, num_epochs=None):
         the last batch, which may be smaller, the queue raises `tf.errors.OutOfRangeError`.
 
     Returns:
-      images: float32 [batch_size, 24, 24, 3], where 24 is --crop_size; standardized. With
-        `num_epochs`, the batch size is unknown.
-      labels: int32 [batch_size]; 0 to the number of classes - 1.
-
-    Raises:
-      ValueError: a file is missing.
+      Images and labels as from `distorted_inputs`; with `num_epochs`, the batch size is unknown.
     """
     options.values()  # checks the flags again: a constant may have been edited
     with tf.device("/cpu:0"), tf.name_scope("inputs"):
         filenames = records.record_files(data_dir, eval_data)
         filename_queue = _filename_queue(filenames, num_epochs, shuffle=False)
-        if FLAGS.fast_ops:
-            _, label, planes = _read_block(filename_queue)
-            image = central_crops(_depth_last(planes))
-        else:
-            record = read_cifar10(filename_queue)
-            label, image = record.label, central_crops(record.uint8image)
+        record = read_cifar10(filename_queue, RECORDS_PER_BLOCK if FLAGS.fast_ops else None)
         return _generate_image_and_label_batch(
-            image,
-            label,
+            central_crops(record.uint8image),
+            record.label,
             min_queue_examples=batch_size + 4 * RECORDS_PER_BLOCK,
             batch_size=batch_size,
             shuffle=False,

@@ -378,20 +378,22 @@ def test_the_image_sheet_shows_the_batch_that_the_model_gets(tmp_path, monkeypat
 
 
 @both_pipelines
-def test_edits_of_the_decoding_and_of_the_central_crops_take_effect_in_both_pipelines(
+def test_edits_of_the_reader_and_of_the_central_crops_take_effect_in_both_pipelines(
     tmp_path, monkeypatch, fast_ops
 ):
     _, test = write_dataset(tmp_path)
-    decode = cifar10_input._decode
+    read = cifar10_input.read_cifar10
 
-    def edited_decode(value):
-        label, depth_major = decode(value)
-        return label + 100, 255 - depth_major
+    def edited_read(*arguments):
+        record = read(*arguments)
+        record.label += 100
+        record.depth_major = 255 - record.depth_major
+        return record
 
     def edited_crops(images):
         return tf.cast(images[..., :24, :24, :], tf.float32)
 
-    monkeypatch.setattr(cifar10_input, "_decode", edited_decode)
+    monkeypatch.setattr(cifar10_input, "read_cifar10", edited_read)
     monkeypatch.setattr(cifar10_input, "central_crops", edited_crops)
     images, labels = read_all(inputs(True, str(tmp_path), 8, num_epochs=1, fast_ops=fast_ops))
     np.testing.assert_array_equal(labels, test[:, 0] + 100)

@@ -174,7 +174,7 @@ def _fetch(url, part):
         if response.status != http.HTTPStatus.PARTIAL_CONTENT:
             offset = 0  # the server sends the whole file
         length = response.headers["Content-Length"]
-        total = offset + int(length) if length else None
+        total = offset + int(length) if length and length.isdecimal() else None
         with (
             open(part, "ab" if offset else "wb") as output,
             show_progress(f"Downloading {ARCHIVE_NAME}", total, "B", offset, True) as bar,
