@@ -64,7 +64,7 @@ class CIFAR10Record:
             return tf.stack(tf.unstack(self.depth_major, axis=-3), axis=-1)
 
 
-def read_cifar10(filename_queue, block_size=None):
+def read_cifar10(filename_queue, block_size=None, shard=(0, 1)):
     """Reads one record, or a block of records: `block_size`, or fewer at the end of a file.
 
     All threads that run the operations share one reader. Each call creates a new reader. If you
@@ -73,13 +73,17 @@ def read_cifar10(filename_queue, block_size=None):
     Args:
       filename_queue: a queue of file names, for example from `tf.train.string_input_producer`.
       block_size: int; None for one record.
+      shard: (index, count); read every `count`-th record of each file, beginning with `index`.
 
     Returns:
       A `CIFAR10Record`.
     """
     result = CIFAR10Record()
+    skipped_bytes, hop_bytes = (number * records.RECORD_BYTES for number in shard)
     with tf.device("/cpu:0"):
-        reader = tf.FixedLengthRecordReader(record_bytes=records.RECORD_BYTES)
+        reader = tf.FixedLengthRecordReader(
+            record_bytes=records.RECORD_BYTES, header_bytes=skipped_bytes, hop_bytes=hop_bytes
+        )
         if block_size is None:
             result.key, value = reader.read(filename_queue)
         else:
@@ -118,16 +122,16 @@ def distort(image, image_ops):
     return image_ops.per_image_standardization(image)
 
 
-def _read_and_distort(filename_queue):
-    """Returns a key, label and image, or blocks of them if `distort` can process blocks."""
+def _read_and_distort(filename_queue, shard):
+    """Returns an image and its label, or blocks of them if `distort` can process blocks."""
     if FLAGS.fast_ops and fast_image.supports(distort):  # calls `distort` to find out
-        record = read_cifar10(filename_queue, RECORDS_PER_BLOCK)
+        record = read_cifar10(filename_queue, RECORDS_PER_BLOCK, shard)
         image = fast_image.finish(distort(fast_image.Block(record.depth_major), fast_image))
     else:
-        record = read_cifar10(filename_queue)
+        record = read_cifar10(filename_queue, shard=shard)
         with conditionals_without_functions():
             image = distort(tf.cast(record.uint8image, tf.float32), tf.image)
-    return record.key, record.label, image
+    return image, record.label
 
 
 def central_crops(images):
@@ -211,7 +215,7 @@ def find_dataset(data_dir, class_names=None):
     )
 
 
-def distorted_inputs(data_dir, batch_size, shard=None):
+def distorted_inputs(data_dir, batch_size, shard=(0, 1)):
     """Creates the training input: shuffled and distorted examples, repeated forever.
 
     The queue yields its first batch when it holds --min_fraction_of_examples_in_queue of an epoch,
@@ -221,8 +225,7 @@ def distorted_inputs(data_dir, batch_size, shard=None):
     Args:
       data_dir: the folder with the record files `data_batch_1.bin` to `data_batch_5.bin`.
       batch_size: int; examples per batch.
-      shard: (index, count); read only every `count`-th record of each file, starting with number
-        `index`. All records if None.
+      shard: see `read_cifar10`.
 
     Returns:
       images: float32 [batch_size, 24, 24, 3], where 24 is --crop_size; standardized.
@@ -230,14 +233,16 @@ def distorted_inputs(data_dir, batch_size, shard=None):
 
     Raises:
       ValueError: a file is missing.
-      UserError: a shard has no records.
+      UserError: a file has fewer records than there are shards.
     """
     options.values()  # checks the flags again: a constant may have been edited
     with tf.device("/cpu:0"), tf.name_scope("distorted_inputs"):
         filenames = records.record_files(data_dir, eval_data=False)
-        key, label, image = _read_and_distort(_filename_queue(filenames))
-        if shard is not None:
-            label, image = _select_shard(key, label, image, filenames, shard)
+        filename_queue = _filename_queue(filenames)
+        size = min(map(os.path.getsize, filenames)) // records.RECORD_BYTES
+        if size < shard[1]:
+            raise UserError(f"--shard_data: {shard[1]} workers, but a file has {size} records")
+        image, label = _read_and_distort(filename_queue, shard)
         min_fraction_of_examples_in_queue = FLAGS.min_fraction_of_examples_in_queue
         examples_per_epoch = find_dataset(data_dir).num_examples_per_epoch_for_train
         min_queue_examples = int(examples_per_epoch * min_fraction_of_examples_in_queue)
@@ -250,19 +255,6 @@ def distorted_inputs(data_dir, batch_size, shard=None):
         return _generate_image_and_label_batch(
             image, label, min_queue_examples, batch_size, shuffle=True, enqueue_many=is_block
         )
-
-
-def _select_shard(key, label, image, filenames, shard):
-    """Returns the labels [n, 1] and images [n, ...] of the records that are in a shard."""
-    index, count = shard
-    size = max(os.path.getsize(name) // records.RECORD_BYTES for name in filenames)
-    if size < count:
-        raise UserError(f"--shard_data: {count} workers, but the largest file has {size} records")
-    if key.shape.ndims == 0:  # one record
-        key, label, image = (tensor[tf.newaxis] for tensor in (key, label, image))
-    number = tf.strings.to_number(tf.strings.regex_replace(key, "(?s).*:", ""), tf.int64)
-    is_selected = tf.equal(number % count, index)
-    return tf.boolean_mask(label, is_selected), tf.boolean_mask(image, is_selected)
 
 
 def inputs(eval_data, data_dir, batch_size, num_epochs=None):
