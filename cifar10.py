@@ -10,7 +10,6 @@ about 18.5 million multiply-adds per image (the original text says 19.5). The ar
 Alex Krizhevsky's cuda-convnet, with fully connected instead of locally connected layers at the top.
 """
 
-import math
 import re
 
 from absl import flags
@@ -20,14 +19,8 @@ from support.base import options
 from support.base.worker import ALONE
 from support.data import dataset, download, synthetic
 from support.data.settings import TrainingSettings
-from support.ops import fast_nn, graph_notes, summaries, updates
-from support.ops.tensorflow_v1 import (
-    GPUS,
-    computes_in_16_bits,
-    conditionals_without_functions,
-    tf,
-    with_loss_scaling,
-)
+from support.ops import fast_nn, graph_notes, summaries, tensorflow_v1, updates
+from support.ops.tensorflow_v1 import conditionals_without_functions, tf
 
 FLAGS = flags.FLAGS
 
@@ -69,8 +62,7 @@ options.define("model")  # --weight_decay and others; see the table in support/b
 def maybe_download_and_extract():
     """Downloads or generates the dataset if it is missing, checks it, and returns its folder.
 
-    Raises:
-      DataError: the dataset cannot be downloaded or generated, or a record is invalid.
+    Raises DataError if it cannot be downloaded or generated, or if a record is invalid.
     """
     if FLAGS.synthetic_data:
         folder = synthetic.maybe_generate(FLAGS.data_dir)
@@ -89,9 +81,8 @@ def find_dataset(class_names=None):
 def training_settings(class_names=None, examples_per_step=None):
     """Returns the `TrainingSettings` that the flags and the dataset describe.
 
-    Args:
-      class_names: tuple of strings; those of the dataset if None.
-      examples_per_step: int; images per step, over all towers or workers. None if not training.
+    `class_names` are those of the dataset if None. `examples_per_step` is the number of images per
+    step, over all towers or workers; None if not training.
     """
     found = find_dataset(class_names)
     return TrainingSettings(
@@ -104,7 +95,7 @@ def training_settings(class_names=None, examples_per_step=None):
     )
 
 
-def distorted_inputs(batch_size=None, shard=None):
+def distorted_inputs(batch_size=None, shard=(0, 1)):
     """Returns the training input that the flags describe; see `cifar10_input.distorted_inputs`."""
     batch_size = batch_size or FLAGS.batch_size
     return cifar10_input.distorted_inputs(find_dataset().folder, batch_size, shard)
@@ -153,11 +144,6 @@ def _activation_summary(x):
     summaries.sparsity(f"sparsity/{layer}", x)
 
 
-def _nn():
-    """Returns the module whose operations the layers use."""
-    return fast_nn if FLAGS.fast_ops else tf.nn
-
-
 def _convolution(images, name, channels, bias):
     """5 x 5 convolution, bias and ReLU: float32 [batch, n, n, m] to [batch, n, n, channels]."""
     with tf.variable_scope(name):
@@ -165,23 +151,24 @@ def _convolution(images, name, channels, bias):
         kernel = _variable_with_weight_decay("weights", shape, stddev=5e-2, wd=None, read=True)
         biases = _variable_on_cpu("biases", [channels], tf.constant_initializer(bias))
         # In 16 bits, the error of fast_nn.conv2d would be too large.
-        conv2d = tf.nn.conv2d if computes_in_16_bits(FLAGS.use_fp16) else _nn().conv2d
+        is_fast = FLAGS.fast_ops and not tensorflow_v1.computes_in_16_bits(FLAGS.use_fp16)
+        conv2d = fast_nn.conv2d if is_fast else tf.nn.conv2d
         conv = conv2d(images, kernel, strides=[1, 1, 1, 1], padding="SAME")
-        activation = _nn().relu(_nn().bias_add(conv, biases), name=name)
+        activation = tf.nn.relu(tf.nn.bias_add(conv, biases), name=name)
         _activation_summary(activation)
         return activation
 
 
 def _max_pool(images, name):
     """3 x 3 max pooling, stride 2: float32 [b, n, n, m] to [b, ceil(n / 2), ceil(n / 2), m]."""
-    ksize, strides = [1, 3, 3, 1], [1, 2, 2, 1]
-    return _nn().max_pool(images, ksize=ksize, strides=strides, padding="SAME", name=name)
+    return tf.nn.max_pool(images, [1, 3, 3, 1], [1, 2, 2, 1], padding="SAME", name=name)
 
 
 def _normalize(images, name):
     """Local response normalization across channels: float32 [batch, n, n, m], shape unchanged."""
     # Radius and alpha as in cuda-convnet, which divides alpha by the size of the window.
-    return _nn().lrn(images, 4, bias=1.0, alpha=0.001 / 9.0, beta=0.75, name=name)
+    nn = fast_nn if FLAGS.fast_ops else tf.nn
+    return nn.lrn(images, 4, bias=1.0, alpha=0.001 / 9.0, beta=0.75, name=name)
 
 
 def _fully_connected(features, name, units, stddev, wd, relu=True):
@@ -191,11 +178,8 @@ def _fully_connected(features, name, units, stddev, wd, relu=True):
         shape = [features.shape.as_list()[1], units]
         weights = _variable_with_weight_decay("weights", shape, stddev, wd, read=True)
         biases = _variable_on_cpu("biases", [units], tf.constant_initializer(bias))
-        product = tf.matmul(features, weights)
-        if relu:
-            activation = tf.nn.relu(product + biases, name=name)
-        else:
-            activation = tf.add(product, biases, name=name)
+        output = tf.matmul(features, weights) + biases
+        activation = (tf.nn.relu if relu else tf.identity)(output, name=name)
         _activation_summary(activation)
         return activation
 
@@ -212,11 +196,6 @@ def _locally_connected(images, name, channels, stddev, wd):
         activation = tf.nn.relu(product + biases, name=name)
         _activation_summary(activation)
         return activation
-
-
-def _flatten(images):
-    """[batch, n, n, m] to [batch, n * n * m]."""
-    return tf.reshape(images, [-1, math.prod(images.shape.as_list()[1:])], name="features")
 
 
 def inference(images, num_classes=None):
@@ -246,18 +225,17 @@ def inference(images, num_classes=None):
         # Source: layers-conv-local-11pct.cfg and layer-params-conv-local-11pct.cfg of cuda-convnet.
         local3 = _locally_connected(pool2, "local3", channels=32, stddev=0.04, wd=wd)
         local4 = _locally_connected(local3, "local4", channels=32, stddev=0.04, wd=wd)
-        features, softmax_wd = _flatten(local4), wd  # [batch, 1152]
+        features = tf.reshape(local4, [-1, local4.shape[1:].num_elements()])  # [batch, 1152]
+        softmax_wd = wd
     else:
-        flat = _flatten(pool2)  # [batch, 2304]
+        flat = tf.reshape(pool2, [-1, pool2.shape[1:].num_elements()])  # [batch, 2304]
         local3 = _fully_connected(flat, "local3", 384, stddev=0.04, wd=wd)
         local4 = _fully_connected(local3, "local4", 192, stddev=0.04, wd=wd)
         features, softmax_wd = local4, None  # [batch, 192]
 
     # No softmax here: the loss takes logits, which is faster and numerically more stable.
     stddev = 1.0 / features.shape.as_list()[1]
-    return _fully_connected(
-        features, "softmax_linear", num_classes, stddev, wd=softmax_wd, relu=False
-    )  # [batch, num_classes]
+    return _fully_connected(features, "softmax_linear", num_classes, stddev, softmax_wd, relu=False)
 
 
 def loss(logits, labels, scope=None):
@@ -309,24 +287,17 @@ def _add_loss_summaries(total_loss, tower_losses=None):
 
 
 def decayed_learning_rate(global_step, examples_per_step):
-    """Returns the learning rate at a step, and shows it in TensorBoard.
+    """Returns the learning rate, float32 [], at a step, int64 [], and shows it in TensorBoard.
 
-    By default, it drops to a tenth every 350 epochs. With N towers, an epoch takes 1/N as many
-    steps. If the number of images per step has changed when a run is resumed, the schedule counts
-    the images that the run has seen instead of its steps.
-
-    Args:
-      global_step: int64 []; the number of updates so far.
-      examples_per_step: int; images that one update consumes, over all towers or workers.
-
-    Returns:
-      float32 [].
+    By default, it drops to a tenth every 350 epochs. `examples_per_step` is the number of images
+    that all towers or workers use in a step. If it has changed when a run is resumed, the schedule
+    counts the images that the run has seen instead of its steps.
     """
     examples_per_epoch = find_dataset().num_examples_per_epoch_for_train
     num_batches_per_epoch = examples_per_epoch / examples_per_step
     decay_steps = max(1, int(num_batches_per_epoch * FLAGS.num_epochs_per_decay))
     if offset := graph_notes.images_offset():  # count images instead of steps
-        global_step = global_step * examples_per_step + offset
+        global_step = tf.cast(global_step, tf.int64) * examples_per_step + offset
         decay_steps = max(examples_per_step, examples_per_epoch * FLAGS.num_epochs_per_decay)
     learning_rate = tf.train.exponential_decay(
         FLAGS.initial_learning_rate,
@@ -344,8 +315,8 @@ def decayed_learning_rate(global_step, examples_per_step):
 def make_optimizer(learning_rate):
     """Returns a gradient descent optimizer for a rate, float32 []; float16 adds loss scaling."""
     optimizer = tf.train.GradientDescentOptimizer(learning_rate)
-    if FLAGS.use_fp16 and GPUS:  # bfloat16, which CPUs use, has the range of float32
-        optimizer = with_loss_scaling(optimizer)
+    if FLAGS.use_fp16 and tensorflow_v1.GPUS:  # bfloat16, which CPUs use, has the range of float32
+        optimizer = tensorflow_v1.with_loss_scaling(optimizer)
     return optimizer
 
 
@@ -359,9 +330,6 @@ def train(total_loss, global_step, worker=ALONE):
 
     Returns:
       The operation that trains on one batch.
-
-    Raises:
-      ValueError: no variable has a gradient.
     """
     learning_rate = decayed_learning_rate(global_step, FLAGS.batch_size * worker.count)
     loss_averages_op = _add_loss_summaries(total_loss)
@@ -375,19 +343,11 @@ def train(total_loss, global_step, worker=ALONE):
 
 
 def update_variables(optimizer, gradients, global_step, worker=ALONE):
-    """Applies gradients, counts the step, and then updates the moving averages.
+    """Returns the operation that applies gradients, counts the step and updates the averages.
 
+    `gradients` is a list of (gradient, variable); without a gradient, a variable keeps its value.
     Operations in the collection `tf.GraphKeys.UPDATE_OPS` run as well, for example those of batch
-    normalization.
-
-    Args:
-      optimizer: from `make_optimizer`.
-      gradients: list of (gradient, variable). Without a gradient, a variable keeps its value.
-      global_step: int64 [] variable.
-      worker: as for `train`; the gradients of all workers are averaged.
-
-    Returns:
-      The operation that does all of this.
+    normalization. For the other arguments, see `train`.
     """
     gradients = updates.drop_missing(gradients)
     updates.summarize_gradients(optimizer, gradients)
@@ -402,9 +362,9 @@ def update_variables(optimizer, gradients, global_step, worker=ALONE):
 
         # Gradients are noisy, so the variables keep moving around a minimum. The average of recent
         # values is usually closer to it, so evaluation uses the averages.
+        # At step n, the decay is at most (1 + n) / (10 + n).
         variable_averages = tf.train.ExponentialMovingAverage(
-            FLAGS.moving_average_decay,
-            global_step,  # at step n, the decay is at most (1 + n) / (10 + n)
+            FLAGS.moving_average_decay, global_step
         )
         with tf.control_dependencies([count_op]), conditionals_without_functions():
             variables_averages_op = variable_averages.apply(tf.trainable_variables())

@@ -23,56 +23,38 @@ options.DEFINE_path(
     "eval_dir", "/tmp/cifar10_eval", "Folder for summaries and results.", options.checkpoint_path
 )
 options.DEFINE_boolean("run_once", False, "Evaluate the newest checkpoint, then exit.")
-options.DEFINE_integer(
-    "num_examples",
-    options.Constant("NUM_EXAMPLES_PER_EPOCH_FOR_EVAL"),
-    "Maximum number of images to evaluate.",
-    1,
-)
+NUM_EXAMPLES = options.Constant("NUM_EXAMPLES_PER_EPOCH_FOR_EVAL")
+options.DEFINE_integer("num_examples", NUM_EXAMPLES, "Maximum number of images to evaluate.", 1)
 options.DEFINE_enum(
-    "eval_data",
-    "test",
-    ["test", "train_eval"],
-    "Which images to evaluate: the test file, or the training files (train_eval).",
+    "eval_data", "test", ["test", "train_eval"], "Evaluate the test file or the training files."
 )
 options.DEFINE_integer(
-    "eval_interval_secs",
-    300,
-    "Minimum number of seconds between the starts of two evaluations.",
-    0,
+    "eval_interval_secs", 300, "Minimum number of seconds between the starts of evaluations.", 0
 )
 options.define("checkpoint")
 
 
 @streams.tolerate_lost_output()
 def eval_once(
-    saver,
-    summary_writer,
-    top_k_op,
-    summary_op,
-    checkpoint=None,
-    num_examples=None,
-    outputs=None,
+    saver, summary_writer, top_k_op, summary_op, checkpoint=None, num_examples=None, outputs=None
 ):
     """Evaluates one checkpoint, prints precision @ 1 and writes it as a summary.
 
     Args:
       saver: `tf.train.Saver` of the variables.
       summary_writer: `tf.summary.FileWriter` or `summaries.Writer`.
-      top_k_op: bool [batch]; whether each prediction is correct. (`tf.nn.in_top_k` counts ties as
-        correct, too.) Its input should end after one epoch, so that each image counts once.
+      top_k_op: bool [batch]; whether each prediction is correct. Its input should end after one
+        epoch, so that each image counts once.
       summary_op: string []; the serialized summaries to write for the first batch, or None.
       checkpoint: `checkpoints.Checkpoint`; the newest one in --checkpoint_dir if None.
-      num_examples: int; the number of images to evaluate; it is an error if there are fewer. If
-        None, at most --num_examples images are evaluated.
+      num_examples: int; the number of images that must be there; at most --num_examples if None.
       outputs: dict of tensors from `evaluation.make_outputs`, for more results; or None.
 
     Returns:
       float; precision @ 1, from 0 to 1.
 
     Raises:
-      UserError: there is no checkpoint, or there are too few images, or there is too little memory.
-      CheckpointError: the checkpoint cannot be restored, or has or produces non-finite values.
+      UserError: there is no usable checkpoint, or there are too few images or too little memory.
     """
     checkpoint = checkpoint or checkpoints.use_newest(FLAGS.checkpoint_dir)
     class_names = cifar10.find_dataset().class_names
@@ -98,11 +80,8 @@ def evaluate(last_step=None, check_trainer=lambda: None):
     If --checkpoint_dir is a checkpoint instead of a folder, only that one is evaluated.
 
     Args:
-      last_step: int; stop after evaluating a checkpoint of this step or a later one. Never if None.
+      last_step: int; stop after a checkpoint of this step or a later one. Never if None.
       check_trainer: called once a second while waiting for a checkpoint; may raise UserError.
-
-    Raises:
-      UserError: --eval_dir, the dataset or, with --run_once, the checkpoint cannot be used.
     """
     options.values()  # checks them: a constant may have been edited
     checkpoint_dir, eval_test = FLAGS.checkpoint_dir, FLAGS.eval_data == "test"
@@ -113,11 +92,9 @@ def evaluate(last_step=None, check_trainer=lambda: None):
         checkpoints.use_newest(checkpoint_dir, lambda newest: newest.check_settings(settings))
     folder = cifar10.find_dataset().folder
     detector = records.ChangeDetector(folder, eval_test)
-    num_examples = evaluation.limit_examples(
-        records.count_records(folder, eval_test),
-        FLAGS.num_examples,
-        FLAGS["num_examples"].using_default_value,
-    )
+    available = records.count_records(folder, eval_test)
+    is_default = FLAGS["num_examples"].using_default_value
+    num_examples = evaluation.limit_examples(available, FLAGS.num_examples, is_default)
     with tf.Graph().as_default() as graph, summaries.Writer(FLAGS.eval_dir, "--eval_dir") as writer:
         images, labels = cifar10.inputs(eval_test, num_epochs=1)
         logits = cifar10.inference(images)

@@ -39,81 +39,63 @@ MAX_CONTRAST_FACTOR = 1.8
 # Some of these constants are the defaults of flags.
 options.register_constants(globals())
 options.define("input")
-FLAGS["crop_size"].rules.append(  # no larger than an image; large enough to be pooled twice
-    (
-        lambda size: 8 <= size <= min(records.HEIGHT, records.WIDTH),
-        f"it must be 8 to {min(records.HEIGHT, records.WIDTH)}",
-    )
-)
+max_size = min(records.HEIGHT, records.WIDTH)  # of crops; they are pooled twice, so 8 at least
+FLAGS["crop_size"].rules.append((lambda n: 8 <= n <= max_size, f"it must be 8 to {max_size}"))
 
 
 class CIFAR10Record:
-    """One record.
+    """One record, or a block of n records: then each shape has n in front.
 
     Attributes:
       height, width, depth: int; 32, 32 and 3.
       key: string []; the file and the number of the record in it, as `file:record`.
       label: int32 [1]; 0 to the number of classes - 1.
-      uint8image: uint8 [height, width, depth].
+      depth_major: uint8 [depth, height, width]; the image as it is stored.
     """
 
     height = records.HEIGHT
     width = records.WIDTH
     depth = records.DEPTH
 
+    @property
+    def uint8image(self):
+        """The image, uint8 [height, width, depth]."""
+        with tf.device("/cpu:0"):  # not a transpose: for uint8, oneDNN may log an error
+            return tf.stack(tf.unstack(self.depth_major, axis=-3), axis=-1)
 
-def read_cifar10(filename_queue):
-    """Reads one record.
 
-    All threads that run the operations share one reader. Each call creates a new reader.
+def read_cifar10(filename_queue, block_size=None, shard=(0, 1)):
+    """Reads one record, or a block of records: `block_size`, or fewer at the end of a file.
+
+    All threads that run the operations share one reader. Each call creates a new reader. If you
+    edit this function, count axes from the end: `[..., ::-1, :, :]`, not `[::-1]`.
 
     Args:
       filename_queue: a queue of file names, for example from `tf.train.string_input_producer`.
+      block_size: int; None for one record.
+      shard: (index, count); read every `count`-th record of each file, beginning with `index`.
 
     Returns:
       A `CIFAR10Record`.
     """
     result = CIFAR10Record()
+    skipped_bytes, hop_bytes = (number * records.RECORD_BYTES for number in shard)
     with tf.device("/cpu:0"):
-        reader = tf.FixedLengthRecordReader(record_bytes=records.RECORD_BYTES)
-        result.key, value = reader.read(filename_queue)
-        result.label, depth_major = _decode(value)
-        result.uint8image = _depth_last(depth_major)
+        reader = tf.FixedLengthRecordReader(
+            record_bytes=records.RECORD_BYTES, header_bytes=skipped_bytes, hop_bytes=hop_bytes
+        )
+        if block_size is None:
+            result.key, value = reader.read(filename_queue)
+        else:
+            result.key, value = reader.read_up_to(filename_queue, block_size)
+        leading = [-1] * value.shape.ndims  # the axis of the block, if any
+        record_bytes = tf.reshape(tf.decode_raw(value, tf.uint8), [*leading, records.RECORD_BYTES])
+        result.label = tf.cast(record_bytes[..., : records.LABEL_BYTES], tf.int32)
+        result.depth_major = tf.reshape(
+            record_bytes[..., records.LABEL_BYTES :],
+            [*leading, result.depth, result.height, result.width],
+        )
     return result
-
-
-def _read_block(filename_queue):
-    """Reads a block: RECORDS_PER_BLOCK records, or fewer at the end of a file.
-
-    Returns:
-      keys: string [n]; `file:record` each.
-      labels: int32 [n, 1].
-      planes: uint8 [n, 3, 32, 32].
-    """
-    reader = tf.FixedLengthRecordReader(record_bytes=records.RECORD_BYTES)
-    keys, values = reader.read_up_to(filename_queue, RECORDS_PER_BLOCK)
-    return keys, *_decode(values)
-
-
-def _decode(value):
-    """Decodes a record, string [], or records, string [n].
-
-    If you edit this function, count axes from the end: `[..., ::-1, :, :]`, not `[::-1]`.
-
-    Returns:
-      label: int32 [1] or [n, 1]; 0 to the number of classes - 1.
-      depth_major: uint8 [3, 32, 32] or [n, 3, 32, 32].
-    """
-    leading = [-1] * value.shape.ndims
-    bytes_ = tf.reshape(tf.decode_raw(value, tf.uint8), [*leading, records.RECORD_BYTES])
-    label = tf.cast(bytes_[..., : records.LABEL_BYTES], tf.int32)
-    shape = [*leading, records.DEPTH, records.HEIGHT, records.WIDTH]
-    return label, tf.reshape(bytes_[..., records.LABEL_BYTES :], shape)
-
-
-def _depth_last(images):
-    """[..., 3, 32, 32] to [..., 32, 32, 3]. For uint8, oneDNN may log an error in a transpose."""
-    return tf.stack(tf.unstack(images, axis=-3), axis=-1)
 
 
 def distort(image, image_ops):
@@ -140,15 +122,16 @@ def distort(image, image_ops):
     return image_ops.per_image_standardization(image)
 
 
-def _read_and_distort(filename_queue):
-    """Returns a key, label and image, or blocks of them if `distort` can process blocks."""
+def _read_and_distort(filename_queue, shard):
+    """Returns an image and its label, or blocks of them if `distort` can process blocks."""
     if FLAGS.fast_ops and fast_image.supports(distort):  # calls `distort` to find out
-        keys, labels, planes = _read_block(filename_queue)
-        return keys, labels, fast_image.finish(distort(fast_image.Block(planes), fast_image))
-    record = read_cifar10(filename_queue)
-    with conditionals_without_functions():
-        image = distort(tf.cast(record.uint8image, tf.float32), tf.image)
-    return record.key, record.label, image
+        record = read_cifar10(filename_queue, RECORDS_PER_BLOCK, shard)
+        image = fast_image.finish(distort(fast_image.Block(record.depth_major), fast_image))
+    else:
+        record = read_cifar10(filename_queue, shard=shard)
+        with conditionals_without_functions():
+            image = distort(tf.cast(record.uint8image, tf.float32), tf.image)
+    return image, record.label
 
 
 def central_crops(images):
@@ -179,19 +162,15 @@ def _generate_image_and_label_batch(
     """Collects examples in a queue and dequeues them in batches.
 
     Args:
-      image: float32 [height, width, 3].
-      label: int32 [1].
-      min_queue_examples: int; with `shuffle`, the minimum number of examples that each batch leaves
-        in the queue. Without it, only the capacity depends on this number.
+      image: float32 [height, width, 3]; with `enqueue_many`, [n, height, width, 3].
+      label: int32 [1]; with `enqueue_many`, [n, 1].
+      min_queue_examples: int; with `shuffle`, the minimum that each batch leaves in the queue.
       batch_size: int.
       shuffle: bool; draw the examples of a batch from the queue at random.
-      **arguments: passed to `tf.train.shuffle_batch` or `tf.train.batch`. `num_threads` is
-        --num_preprocess_threads unless given. With `enqueue_many`, `image` and `label` have an
-        additional first dimension.
+      **arguments: passed to `tf.train.shuffle_batch` or `tf.train.batch`.
 
     Returns:
-      images: float32 [batch_size, height, width, 3].
-      labels: int32 [batch_size].
+      Images, float32 [batch_size, height, width, 3], and labels, int32 [batch_size].
     """
     num_threads = arguments.setdefault("num_threads", FLAGS.num_preprocess_threads)
     if shuffle:
@@ -236,7 +215,7 @@ def find_dataset(data_dir, class_names=None):
     )
 
 
-def distorted_inputs(data_dir, batch_size, shard=None):
+def distorted_inputs(data_dir, batch_size, shard=(0, 1)):
     """Creates the training input: shuffled and distorted examples, repeated forever.
 
     The queue yields its first batch when it holds --min_fraction_of_examples_in_queue of an epoch,
@@ -246,8 +225,7 @@ def distorted_inputs(data_dir, batch_size, shard=None):
     Args:
       data_dir: the folder with the record files `data_batch_1.bin` to `data_batch_5.bin`.
       batch_size: int; examples per batch.
-      shard: (index, count); read only every `count`-th record of each file, starting with number
-        `index`. All records if None.
+      shard: see `read_cifar10`.
 
     Returns:
       images: float32 [batch_size, 24, 24, 3], where 24 is --crop_size; standardized.
@@ -255,14 +233,16 @@ def distorted_inputs(data_dir, batch_size, shard=None):
 
     Raises:
       ValueError: a file is missing.
-      UserError: a shard has no records.
+      UserError: a file has fewer records than there are shards.
     """
     options.values()  # checks the flags again: a constant may have been edited
     with tf.device("/cpu:0"), tf.name_scope("distorted_inputs"):
         filenames = records.record_files(data_dir, eval_data=False)
-        key, label, image = _read_and_distort(_filename_queue(filenames))
-        if shard is not None:
-            label, image = _select_shard(key, label, image, filenames, shard)
+        filename_queue = _filename_queue(filenames)
+        size = min(map(os.path.getsize, filenames)) // records.RECORD_BYTES
+        if size < shard[1]:
+            raise UserError(f"--shard_data: {shard[1]} workers, but a file has {size} records")
+        image, label = _read_and_distort(filename_queue, shard)
         min_fraction_of_examples_in_queue = FLAGS.min_fraction_of_examples_in_queue
         examples_per_epoch = find_dataset(data_dir).num_examples_per_epoch_for_train
         min_queue_examples = int(examples_per_epoch * min_fraction_of_examples_in_queue)
@@ -271,27 +251,10 @@ def distorted_inputs(data_dir, batch_size, shard=None):
             "This will take a few minutes.",
             flush=True,
         )
+        is_block = image.shape.ndims == 4
         return _generate_image_and_label_batch(
-            image,
-            label,
-            min_queue_examples,
-            batch_size,
-            shuffle=True,
-            enqueue_many=image.shape.ndims == 4,
+            image, label, min_queue_examples, batch_size, shuffle=True, enqueue_many=is_block
         )
-
-
-def _select_shard(key, label, image, filenames, shard):
-    """Returns the labels [n, 1] and images [n, ...] of the records that are in a shard."""
-    index, count = shard
-    size = max(os.path.getsize(name) // records.RECORD_BYTES for name in filenames)
-    if size < count:
-        raise UserError(f"--shard_data: {count} workers, but the largest file has {size} records")
-    if key.shape.ndims == 0:  # one record
-        key, label, image = (tensor[tf.newaxis] for tensor in (key, label, image))
-    number = tf.strings.to_number(tf.strings.regex_replace(key, "(?s).*:", ""), tf.int64)
-    is_selected = tf.equal(number % count, index)
-    return tf.boolean_mask(label, is_selected), tf.boolean_mask(image, is_selected)
 
 
 def inputs(eval_data, data_dir, batch_size, num_epochs=None):
@@ -306,26 +269,16 @@ def inputs(eval_data, data_dir, batch_size, num_epochs=None):
         the last batch, which may be smaller, the queue raises `tf.errors.OutOfRangeError`.
 
     Returns:
-      images: float32 [batch_size, 24, 24, 3], where 24 is --crop_size; standardized. With
-        `num_epochs`, the batch size is unknown.
-      labels: int32 [batch_size]; 0 to the number of classes - 1.
-
-    Raises:
-      ValueError: a file is missing.
+      Images and labels as from `distorted_inputs`; with `num_epochs`, the batch size is unknown.
     """
     options.values()  # checks the flags again: a constant may have been edited
     with tf.device("/cpu:0"), tf.name_scope("inputs"):
         filenames = records.record_files(data_dir, eval_data)
         filename_queue = _filename_queue(filenames, num_epochs, shuffle=False)
-        if FLAGS.fast_ops:
-            _, label, planes = _read_block(filename_queue)
-            image = central_crops(_depth_last(planes))
-        else:
-            record = read_cifar10(filename_queue)
-            label, image = record.label, central_crops(record.uint8image)
+        record = read_cifar10(filename_queue, RECORDS_PER_BLOCK if FLAGS.fast_ops else None)
         return _generate_image_and_label_batch(
-            image,
-            label,
+            central_crops(record.uint8image),
+            record.label,
             min_queue_examples=batch_size + 4 * RECORDS_PER_BLOCK,
             batch_size=batch_size,
             shuffle=False,

@@ -13,12 +13,8 @@ import cifar10
 from support.base import command_line, options
 from support.base.errors import UserError
 from support.cluster import task
-from support.ops.tensorflow_v1 import (
-    tf,
-    warn_of_shared_devices,
-    warn_of_unusable_gpus,
-    warn_of_unused_gpus,
-)
+from support.ops import tensorflow_v1
+from support.ops.tensorflow_v1 import tf
 from support.run.training_run import Options, TrainingRun
 
 FLAGS = flags.FLAGS
@@ -46,9 +42,6 @@ def average_gradients(tower_grads):
 
     Returns:
       list of (average gradient, variable). If a variable has no gradient, its average is None.
-
-    Raises:
-      ValueError: the towers do not have gradients for the same variables.
     """
     average_grads = []
     # `strict`, because all towers must share the same variables, created by `tf.get_variable`.
@@ -61,15 +54,7 @@ def average_gradients(tower_grads):
 
 
 def build_training(num_gpus, batch_size):
-    """Builds the towers, and the update with their averaged gradients.
-
-    Args:
-      num_gpus: int; the number of towers.
-      batch_size: int; images per tower and step.
-
-    Returns:
-      The operation that trains one step, and the mean loss of the towers, float32 [].
-    """
+    """Builds the towers; returns the operation that trains one step, and their mean loss."""
     with tf.device("/cpu:0"):
         global_step = tf.train.get_or_create_global_step()
         images, labels = cifar10.distorted_inputs(batch_size * num_gpus)
@@ -107,8 +92,8 @@ def train():
     settings = cifar10.training_settings(examples_per_step=FLAGS.batch_size * num_gpus)
     with TrainingRun(run_options, settings) as run:
         if run.has_steps_left():
-            warn_of_shared_devices(num_gpus)
-            warn_of_unused_gpus(num_gpus)
+            tensorflow_v1.warn_of_shared_devices(num_gpus)
+            tensorflow_v1.warn_of_unused_gpus(num_gpus)
             with run.graph(FLAGS.seed):
                 train_op, loss = build_training(num_gpus, FLAGS.batch_size)
                 with run.session(loss) as sess:
@@ -122,7 +107,7 @@ def main(argv=None):
             "TF_CONFIG describes a cluster, but this script trains on one machine: run "
             "cifar10_train.py on all machines of the cluster, or unset TF_CONFIG"
         )
-    warn_of_unusable_gpus()
+    tensorflow_v1.warn_of_unusable_gpus()
     cifar10.maybe_download_and_extract()
     train()
 

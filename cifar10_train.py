@@ -17,12 +17,8 @@ import cifar10
 from support.base import command_line, options
 from support.base.worker import ALONE
 from support.cluster import launch, server, task
-from support.ops.tensorflow_v1 import (
-    session_config,
-    tf,
-    warn_of_unusable_gpus,
-    warn_of_unused_gpus,
-)
+from support.ops import tensorflow_v1
+from support.ops.tensorflow_v1 import tf
 from support.run.training_run import Options, TrainingRun
 
 FLAGS = flags.FLAGS
@@ -33,8 +29,7 @@ options.define("run", "cluster")
 def train(worker=ALONE):
     """Trains up to --max_steps, resuming from the newest checkpoint in --train_dir if any.
 
-    Args:
-      worker: `support.base.worker.Worker`; the one that this process runs in a cluster.
+    `worker` is the `support.base.worker.Worker` that this process runs in a cluster.
     """
     run_options = Options.select(options.values(), cifar10.find_dataset().folder)
     settings = cifar10.training_settings(examples_per_step=FLAGS.batch_size * worker.count)
@@ -55,7 +50,7 @@ def train(worker=ALONE):
 
 def train_in_cluster(this_task):
     """Runs one task of a cluster: a parameter server, a worker or an evaluator."""
-    config = session_config(FLAGS.use_fp16)
+    config = tensorflow_v1.session_config(FLAGS.use_fp16)
     timeout = FLAGS.cluster_timeout_secs
     if this_task.type == "ps":
         launch.serve_parameters(this_task, config, timeout)
@@ -69,18 +64,17 @@ def train_in_cluster(this_task):
     else:
         this_server = server.start_server(this_task, config, timeout)
         cifar10.maybe_download_and_extract()
-        settings = cifar10.training_settings(
-            examples_per_step=FLAGS.batch_size * len(this_task.workers)
-        )
+        examples_per_step = FLAGS.batch_size * len(this_task.workers)
+        settings = cifar10.training_settings(examples_per_step=examples_per_step)
         launch.run_worker(this_task, this_server, train, settings, timeout, FLAGS.shard_data)
 
 
 def main(argv=None):
-    warn_of_unusable_gpus()
+    tensorflow_v1.warn_of_unusable_gpus()
     this_task = task.find_task()
     if this_task is None:
         cifar10.maybe_download_and_extract()
-        warn_of_unused_gpus(1)
+        tensorflow_v1.warn_of_unused_gpus(1)
         train()
     else:
         train_in_cluster(this_task)

@@ -333,7 +333,7 @@ def test_averages_and_summaries_follow_the_update_of_the_variables():
 
 
 def test_float16_scales_the_loss_and_skips_updates_that_overflow(monkeypatch):
-    monkeypatch.setattr(cifar10, "GPUS", ["a GPU"])
+    monkeypatch.setattr(tensorflow_v1, "GPUS", ["a GPU"])
     FLAGS.use_fp16 = True
     weight = tf.get_variable("weight", initializer=[1.0])
     factor = tf.placeholder(tf.float32, [])
@@ -363,7 +363,7 @@ def test_float16_scales_the_loss_and_skips_updates_that_overflow(monkeypatch):
 
 @pytest.mark.parametrize(("use_fp16", "gpus"), [(False, ["a GPU"]), (True, [])])
 def test_the_loss_is_not_scaled_without_float16(monkeypatch, use_fp16, gpus):
-    monkeypatch.setattr(cifar10, "GPUS", gpus)
+    monkeypatch.setattr(tensorflow_v1, "GPUS", gpus)
     FLAGS.use_fp16 = use_fp16
     assert isinstance(cifar10.make_optimizer(0.1), tf.train.GradientDescentOptimizer)
     assert tf.local_variables() == []
@@ -377,7 +377,7 @@ def test_a_variable_without_a_gradient_keeps_its_value_and_the_others_are_traine
     features = tf.stop_gradient(cifar10._convolution(images, "conv1", 8, bias=0.0))
     tf.get_variable("unused", initializer=[5.0])
     logits = cifar10._fully_connected(
-        cifar10._flatten(features), "softmax_linear", 10, 0.05, wd=None, relu=False
+        tf.reshape(features, [4, 24 * 24 * 8]), "softmax_linear", 10, 0.05, wd=None, relu=False
     )
     total_loss = cifar10.loss(logits, tf.range(4))
     train_op = cifar10.train(total_loss, tf.train.get_or_create_global_step())

@@ -215,9 +215,10 @@ def new_folder(flag, folder):
       DataError: from `exclusive_creation`.
       UserError: from `check_new_folder`.
     """
+    check_new_folder(flag, folder)
     path = os.path.realpath(folder)
     with exclusive_creation(path, flag):
-        check_new_folder(flag, folder)  # in the lock: another process may have just created it
+        check_new_folder(flag, folder)  # another process may have just created it
         with atomic_folder(path) as staging:
             yield staging
 

@@ -271,7 +271,7 @@ def DEFINE_boolean(name, default, help_string):
     _define(Flag(flags.BooleanParser(), name, default, help_string, boolean=True))
 
 
-def DEFINE_integer(name, default, help_string, lower_bound=None, upper_bound=None):
+def DEFINE_integer(name, default, help_string, lower_bound=None, upper_bound=2**31 - 1):
     """Defines a flag for an integer within bounds."""
     parser = flags.IntegerParser(lower_bound, upper_bound)
     _define(Flag(parser, name, default, help_string), _within_bounds(parser))
@@ -309,7 +309,6 @@ def _within_bounds(parser):
 
 # --- The table.
 
-_MAX_INT = 2**31 - 1
 _SVHN_URL = "http://ufldl.stanford.edu/housenumbers/"
 
 # The groups of flags: for each flag, the function that defines it and its arguments.
@@ -374,25 +373,25 @@ _GROUPS = {
          "Folder for checkpoints and summaries. A run that is already there is resumed, never "
          "deleted.", checkpoint_path),
         (DEFINE_integer, "max_steps", 1000000,
-         "Total number of steps, including those of earlier runs in train_dir.", 1, _MAX_INT),
+         "Total number of steps, including those of earlier runs in train_dir.", 1),
         (DEFINE_integer, "log_frequency", 10,
-         "Steps between lines of progress.", 1, _MAX_INT),
+         "Steps between lines of progress.", 1),
         (DEFINE_integer, "save_checkpoint_secs", 600,
-         "Seconds between checkpoints.", 1, _MAX_INT),
+         "Seconds between checkpoints.", 1),
         (DEFINE_integer, "save_checkpoint_steps", None,
-         "Steps between checkpoints, instead of save_checkpoint_secs.", 1, _MAX_INT),
+         "Steps between checkpoints, instead of save_checkpoint_secs.", 1),
         (DEFINE_integer, "max_checkpoints_to_keep", 5,
          "Number of checkpoints to keep. Older checkpoints of the same run are deleted.",
-         1, _MAX_INT),
+         1),
         (DEFINE_integer, "save_summaries_steps", 100,
-         "Steps between scalars for TensorBoard. 0 turns off all summaries.", 0, _MAX_INT),
+         "Steps between scalars for TensorBoard. 0 turns off all summaries.", 0),
         (DEFINE_integer, "save_histograms_steps", 1000,
          "Steps between histograms and images for TensorBoard, which take much more space than "
-         "scalars. 0 turns them off.", 0, _MAX_INT),
+         "scalars. 0 turns them off.", 0),
         (DEFINE_integer, "seed", None,
          "Seed for the initial variables and all random operations. By default, each run draws "
          "a new seed. On a CPU with num_preprocess_threads=1, the seed determines every loss.",
-         0, _MAX_INT),
+         0),
         (DEFINE_boolean, "log_device_placement", False,
          "Print the device of every operation: hundreds of lines."),
     ],
@@ -447,7 +446,7 @@ _GROUPS = {
         (DEFINE_integer, "shuffle_seed", 0,
          "Seed that determines the order of the records, and which images --test_fraction "
          "selects. The same images and seed produce the same files. The order of CIFAR-10 and "
-         "CIFAR-100 is kept.", 0),
+         "CIFAR-100 is kept.", 0, None),
     ],
 }
 # fmt: on

@@ -10,7 +10,7 @@ class Worker:
       index: int; the number of the worker among all that train. The chief is 0.
       count: int; the number of workers, including the chief.
       is_chief: bool; whether this process restores and saves checkpoints.
-      shard: (index, count) of the part of the records to read; None to read all of them.
+      shard: (index, count) of the part of the records to read; (0, 1) for all of them.
       target: string; what sessions connect to.
       device_filters: list of strings for the `tf.ConfigProto` of sessions; the devices that a
         session connects to. Empty for all devices.
@@ -20,7 +20,7 @@ class Worker:
     index = 0
     count = 1
     is_chief = True
-    shard = None
+    shard = (0, 1)
     target = ""
     device_filters = ()
     is_over = False

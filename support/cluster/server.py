@@ -1,5 +1,6 @@
 """The TensorFlow server of this task, and connections to the servers of other tasks."""
 
+import errno
 import ipaddress
 import socket
 import time
@@ -81,7 +82,7 @@ def _resolve(address, timeout):
     while True:
         try:
             return socket.getaddrinfo(*split_address(address), type=socket.SOCK_STREAM)
-        except OSError as error:
+        except (OSError, UnicodeError) as error:  # UnicodeError: not the name of a host
             wait.check(
                 f"Waiting until the host name of {address} can be resolved",
                 f"cannot resolve {address} from TF_CONFIG: {error}; correct the address, or wait "
@@ -104,6 +105,8 @@ def _check_own_address(address, found):
                 return
         except OSError as error:
             reason = error.strerror
+            if error.errno == errno.EADDRINUSE:
+                break
     raise UserError(
         f"cannot start a server at {address}: {reason}; TF_CONFIG must give this task the address "
         "of this machine and a free port"
@@ -114,7 +117,7 @@ def is_reachable(address):
     """Returns whether a server accepts connections at `host:port`."""
     try:
         socket.create_connection(split_address(address), timeout=2.0).close()
-    except OSError:
+    except (OSError, UnicodeError):
         return False
     return True
 

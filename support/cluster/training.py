@@ -31,7 +31,7 @@ class Worker(worker.Worker):
         self.device_filters = ["/job:ps", task.device]
         self.index = task.workers.index((task.type, task.index))
         self.count = len(task.workers)
-        self.shard = (self.index, self.count) if shard_data else None
+        self.shard = (self.index, self.count) if shard_data else (0, 1)
         self._task = task
         self._statuses = statuses
         self._timeout = timeout

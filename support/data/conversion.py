@@ -58,10 +58,11 @@ class ImageFolders:
                 f"for each class; it has {len(names)}"
             )
         folders = {dataset.normalize_name(name): name for name in names}
-        if len(folders) < len(names):
+        if len(folders) < len(names) or "" in folders:
             raise DataError(
                 f"the names of two folders in {parent} differ only in leading or trailing spaces "
-                "or in the Unicode form of their letters; rename or merge them"
+                "or in the Unicode form of their letters, or a name consists of spaces; rename or "
+                "merge them"
             )
         self.class_names = tuple(sorted(folders))
         self._parent = parent

@@ -145,6 +145,10 @@ def convert(path, flag, output, label_kind=""):
     for name in (*train_files, version.test_file):
         if name not in parsed:
             raise DataError(f"{path} has no file {name}")
+        if not len(parsed[name]):
+            raise DataError(f"{path}: {name} has no images")
+        if (largest := parsed[name][:, 0].max()) >= len(class_names):
+            raise DataError(f"{path}: {name} has label {largest}, but {len(class_names)} classes")
     train = [parsed[name] for name in train_files]
     if len(version.train_files) == 1:
         train = np.array_split(train[0], min(len(records.TRAIN_FILES), len(train[0])))

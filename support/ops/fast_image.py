@@ -43,6 +43,7 @@ class Block:
         self.is_mirrored = None  # bool [n, 1]
         self.changes = ()  # (is_contrast, float32 [n, 1, 1, 1]) for each change of the values
         self.is_standardized = False
+        self.control_dependencies = _control_dependencies()
 
     def __array__(self, *arguments, **named):
         """Refuses operations of TensorFlow and NumPy."""
@@ -52,9 +53,15 @@ class Block:
         """Returns a block with other attributes. Operations do not change their argument."""
         if self.is_standardized:
             raise TypeError("a distortion after per_image_standardization")
+        if self.control_dependencies != _control_dependencies():  # some create no operation
+            raise TypeError("tf.control_dependencies")
         block = copy.copy(self)
         vars(block).update(attributes)
         return block
+
+
+def _control_dependencies():
+    return tf.get_default_graph()._current_control_dependencies()
 
 
 def random_crop(value, size):

@@ -37,7 +37,7 @@ def conv2d(input, filter, strides, padding, name=None, **others):
     if (
         tensorflow_v1.GPUS
         or not tensorflow_v1.USES_ONEDNN
-        or (strides, padding, others) != ([1, 1, 1, 1], "SAME", {})
+        or (list(strides), padding, others) != ([1, 1, 1, 1], "SAME", {})
         or not _can_use_winograd(input, filter)
     ):
         return tf.nn.conv2d(input, filter, strides, padding, name=name, **others)

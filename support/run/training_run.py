@@ -237,6 +237,7 @@ class TrainingRun:
         `stack` is the `ExitStack` that closes the files.
         """
         if self._checkpoint is not None:
+            self._checkpoint.check_settings(self._settings, "--train_dir")
             variables = checkpoints.find_variables(use_moving_averages=False)
             self._checkpoint.check_variables(variables, "--train_dir")
         offset = graph_notes.images_offset()

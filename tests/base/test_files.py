@@ -294,8 +294,19 @@ def test_an_existing_file_or_folder_is_not_a_new_folder(tmp_path, name):
     (tmp_path / "folder" / "a").write_text("mine")
     (tmp_path / "broken link").symlink_to("missing")
     message = f"^--output={tmp_path}/{name} already exists; choose a new folder$"
-    with pytest.raises(UserError, match=message):
-        files.check_new_folder("--output", tmp_path / name)
+    with pytest.raises(UserError, match=message), files.new_folder("--output", tmp_path / name):
+        pass
+    assert len(os.listdir(tmp_path)) == 3
+
+
+def test_an_output_folder_that_cannot_be_read_is_a_one_line_error(tmp_path, monkeypatch):
+    def refuse(folder):
+        raise PermissionError(errno.EACCES, "Permission denied", folder)
+
+    monkeypatch.setattr(os, "listdir", refuse)
+    message = f"^--output={tmp_path} cannot be read .Permission denied.$"
+    with pytest.raises(UserError, match=message), files.new_folder("--output", tmp_path):
+        pass
 
 
 def test_json_lines_are_appended_with_the_time(tmp_path):

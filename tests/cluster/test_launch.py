@@ -47,7 +47,7 @@ def test_the_script_passes_on_the_timeout_and_the_shard(tmp_path, monkeypatch):
         assert timeout == 7
         train(launch.Worker(task, "", [], timeout, shard_data))
 
-    def distorted_inputs(batch_size=None, shard=None):
+    def distorted_inputs(batch_size=None, shard=(0, 1)):
         assert shard == (0, 3)
         raise InterruptedError  # before it builds the model
 

@@ -51,13 +51,20 @@ def test_a_parameter_server_uses_no_gpu(monkeypatch, type_, gpus):
 def test_an_address_that_cannot_be_used_is_refused_with_the_reason():
     with socket.create_server(("127.0.0.1", 0)) as listener:
         used = f"127.0.0.1:{listener.getsockname()[1]}"
-        for address in (used, "198.51.100.1:9999"):
+        # localhost may also be ::1, where the port is free.
+        for address in (used, used.replace("127.0.0.1", "localhost"), "198.51.100.1:9999"):
             with pytest.raises(
                 UserError,
                 match=f"^cannot start a server at {address}: (Address already in use|"
                 "Can.*t assign requested address); TF_CONFIG must give this task the address of ",
             ):
                 start_server(single(address), session_config())
+
+
+def test_an_address_that_is_no_host_name_cannot_be_resolved_or_reached():
+    with pytest.raises(UserError, match="^cannot resolve a..b:1 from TF_CONFIG: "):
+        start_server(single("a..b:1"), session_config())
+    assert not is_reachable("a..b:1")
 
 
 def test_a_port_in_use_at_another_address_of_this_machine_is_refused():

@@ -316,6 +316,11 @@ def test_an_operation_does_not_change_the_block_that_it_gets():
     assert fast_image.random_crop(block, [8, 9, 3]).shape == [8, 9, 3]
 
 
+def standardize_after(operation, image, ops):
+    with tf.control_dependencies([operation]):  # such as tf.print
+        return ops.per_image_standardization(image)
+
+
 @pytest.mark.parametrize(
     "distort",
     [
@@ -333,6 +338,7 @@ def test_an_operation_does_not_change_the_block_that_it_gets():
         lambda image, ops: ops.random_crop(ops.random_contrast(image, 0.2, 1.8), [24, 24, 3]),
         lambda image, ops: ops.random_brightness(ops.per_image_standardization(image), 1),
         lambda image, ops: tf.zeros([5, 24, 24, 3]),
+        lambda image, ops: standardize_after(tf.no_op(), image, ops),
         # `tf.image` refuses these, too.
         lambda image, ops: ops.random_brightness(image, -1),
         lambda image, ops: ops.random_contrast(image, 1.0, 1.0),
