@@ -6,10 +6,12 @@ more.
 
 import io
 import json
+import os
 import pickle
 import random
 import shutil
 import socket
+import subprocess
 import tarfile
 import threading
 import time
@@ -20,11 +22,12 @@ import scipy.io
 from conftest import make_records
 from PIL import Image
 
-from support.base.errors import UserError
+from support.base import options
+from support.base.errors import DataError, UserError
 from support.cluster.task import find_task
 from support.data import conversion, dataset, download, formats, image_files, records
 from support.data.settings import TrainingSettings, format_settings
-from support.ops.tensorflow_v1 import tf
+from support.ops.tensorflow_v1 import session_config, tf
 from support.run import checkpoints, training_run
 
 SECONDS = 10  # for one test with a few mutations
@@ -213,3 +216,102 @@ def test_a_mutated_file_is_read_or_refused_in_one_line(tmp_path, original, read,
     assert messages
     assert all(message.isprintable() and len(message) < 2100 for message in messages)
     assert time.monotonic() - start < SECONDS * max(1, count / 100)
+
+
+# --- What mutations rarely find.
+
+
+@pytest.mark.parametrize(
+    "value", [[1, 2], [[1.0]], float("inf"), float("nan"), -5, 1.5, 2.0**70, True, b"seven"]
+)
+@pytest.mark.parametrize("use", [checkpoints.use_newest, checkpoints.find_checkpoint_to_resume])
+def test_a_global_step_is_one_finite_integer(tmp_path, value, use):
+    with tf.Graph().as_default(), tf.Session(config=session_config()) as session:
+        tf.get_variable("global_step", initializer=value, trainable=False)
+        session.run(tf.global_variables_initializer())
+        tf.train.Saver().save(session, str(tmp_path / "model.ckpt"), 1)
+    with pytest.raises(UserError, match="model.ckpt-1 cannot be read "):
+        use(str(tmp_path))
+    (tmp_path / "checkpoint").unlink()
+    with pytest.raises(UserError, match="there is no checkpoint in|none of the checkpoints in "):
+        use(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "names", [["a", ""], ["a", "b\nc"], ["a", " b"], ["a", "a"], ["a", "x" * 201], ["a", "\x85b"]]
+)
+def test_class_names_that_would_be_read_differently_are_not_written(tmp_path, names):
+    with pytest.raises(DataError):
+        dataset.write_class_names(tmp_path, names)
+
+
+def test_a_blank_line_in_the_names_of_cifar_100_does_not_shift_the_labels(tmp_path):
+    names = [f"fine {label}" for label in range(100)]
+    names[50] = ""
+    (tmp_path / "fine_label_names.txt").write_text("\n".join(names))
+    for name in ("train.bin", "test.bin"):
+        make_100 = np.column_stack([np.zeros(5, np.uint8), make_records(5)])
+        make_100.tofile(tmp_path / name)
+    with pytest.raises(DataError, match="cannot be the lines of batches.meta.txt"):
+        formats.convert(str(tmp_path), "cifar100", str(tmp_path / "out"), "fine")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_archive_that_claims_a_huge_file_is_refused_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(formats, "MAX_FILE_BYTES", 1_000_000)
+    subprocess.run(["truncate", "-s", "4G", "test_batch"], cwd=tmp_path, check=True)
+    command = ["tar", "--sparse", "-cf", "a.tar", "test_batch"]
+    subprocess.run(command, cwd=tmp_path, check=True)
+    with pytest.raises(DataError, match="a file in it has more than 1,000,000 bytes"):
+        formats.convert(str(tmp_path / "a.tar"), "cifar10_python", str(tmp_path / "out"))
+
+
+@pytest.mark.parametrize("mode", ["gz", "bz2", "xz"])
+def test_a_damaged_compressed_archive_is_a_one_line_error(tmp_path, mode):
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, f"w:{mode}") as members:
+        members.add(__file__, "test_batch")
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2 :] = b"x" * 100
+    path.write_bytes(content)
+    with pytest.raises(DataError, match="a.tar cannot be read"):
+        formats.convert(str(path), "cifar10_python", str(tmp_path / "out"))
+
+
+def test_a_jpeg_image_with_endless_scans_is_refused_at_once(tmp_path):
+    content = encode(Image.new("L", (3000, 3000)), "JPEG", progressive=True)
+    start = content.rindex(b"\xff\xda")
+    (tmp_path / "a.jpg").write_bytes(content[:start] + content[start:-2] * 20_000 + content[-2:])
+    start = time.process_time()
+    with pytest.raises(image_files.ImageError, match=r"it has 200\d\d scans, which would take"):
+        image_files.read_image(tmp_path / "a.jpg")
+    assert time.process_time() - start < 5
+    (tmp_path / "b.jpg").write_bytes(content)
+    image_files.read_image(tmp_path / "b.jpg")
+
+
+def test_records_that_are_truncated_while_they_are_checked_are_no_crash(tmp_path, monkeypatch):
+    path = tmp_path / "data_batch_1.bin"
+    make_records(300).tofile(path)
+    size = os.path.getsize(path)
+    monkeypatch.setattr(os.path, "getsize", lambda name: size)
+    os.truncate(path, 4096)
+    records.find_problem(str(path), 10)  # a memory map would end the process
+    assert len(records.read_labels(path)) == 2
+
+
+def test_secrets_in_flags_are_not_recorded(tmp_path):
+    flags = {"data_url": "https://ann:secret@host/a?signature=secret", "batch_size": 8}
+    run_options = training_run.Options(str(tmp_path), 0, flags=flags)
+    with training_run.TrainingRun(run_options, SETTINGS) as run, run.graph():
+        tf.train.get_or_create_global_step()
+        with run.session(tf.constant(1.0)):
+            pass
+    text = (tmp_path / "run.json").read_text()
+    assert json.loads(text)[0]["flags"]["data_url"] == "https://***@host/a?***"
+    assert "secret" not in text
+
+
+def test_a_path_of_too_many_folders_is_refused_as_a_flag():
+    with pytest.raises(ValueError, match="at most 200 folders"):
+        options.tensorflow_path("a/" * 2000)
