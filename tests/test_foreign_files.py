@@ -266,6 +266,14 @@ def test_an_archive_that_claims_a_huge_file_is_refused_at_once(tmp_path, monkeyp
         formats.convert(str(tmp_path / "a.tar"), "cifar10_python", str(tmp_path / "out"))
 
 
+def test_an_archive_with_a_huge_header_is_refused_at_once(tmp_path):
+    member = tarfile.TarInfo("././@LongLink")
+    member.type, member.size = tarfile.GNUTYPE_LONGNAME, 4 << 30
+    (tmp_path / "a.tar").write_bytes(member.tobuf(tarfile.GNU_FORMAT) + bytes(10_000))
+    with pytest.raises(DataError, match="a header in it has 4294967296 bytes"):
+        formats.convert(str(tmp_path / "a.tar"), "cifar10_python", str(tmp_path / "out"))
+
+
 @pytest.mark.parametrize("mode", ["gz", "bz2", "xz"])
 def test_a_damaged_compressed_archive_is_a_one_line_error(tmp_path, mode):
     path = tmp_path / "a.tar"
@@ -288,6 +296,16 @@ def test_a_jpeg_image_with_endless_scans_is_refused_at_once(tmp_path):
     assert time.process_time() - start < 5
     (tmp_path / "b.jpg").write_bytes(content)
     image_files.read_image(tmp_path / "b.jpg")
+
+
+def test_a_multi_picture_image_with_endless_scans_is_refused_at_once(tmp_path):
+    large = Image.new("RGB", (3000, 3000))
+    large.save(tmp_path / "a.mpo", "MPO", save_all=True, append_images=[large], progressive=True)
+    content = (tmp_path / "a.mpo").read_bytes()
+    start = content.index(b"\xff\xda")
+    (tmp_path / "a.mpo").write_bytes(content[:start] + b"\xff\xda" * 20_000 + content[start:])
+    with pytest.raises(image_files.ImageError, match=r"it has 200\d\d scans, which would take"):
+        image_files.read_image(tmp_path / "a.mpo")
 
 
 def test_records_that_are_truncated_while_they_are_checked_are_no_crash(tmp_path, monkeypatch):

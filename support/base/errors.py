@@ -3,7 +3,7 @@
 import contextlib
 import re
 
-from support.base.messages import printable, shorten
+from support.base.messages import mask_secrets, printable, shorten
 
 
 class UserError(Exception):
@@ -11,7 +11,7 @@ class UserError(Exception):
 
     def __init__(self, message):
         # Quoted text may span several lines.
-        super().__init__(shorten(printable(" ".join(message.split()))))
+        super().__init__(shorten(printable(mask_secrets(" ".join(message.split())))))
 
 
 class DataError(UserError):

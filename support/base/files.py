@@ -65,7 +65,7 @@ def lock(path, on_wait=None):
 
 
 def open_without_links(path, flags):
-    """Opens a file of ours, as an opener for `open`; creates it if the flags say so.
+    """Opens a file of ours to write it, as an opener for `open`; creates it if the flags say so.
 
     In a folder like `/tmp`, somebody else may have prepared a link of that name, through which we
     would overwrite a file elsewhere.
@@ -73,7 +73,24 @@ def open_without_links(path, flags):
     Raises:
       OSError: the path is a link, among others.
     """
-    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
+    # Without O_NONBLOCK, opening a named pipe would wait forever.
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+
+
+def read_regular(path, max_bytes):
+    """Returns the content of a regular file: bytes.
+
+    Raises:
+      OSError: the file cannot be read, or is a pipe or a device, for example.
+      ValueError: it has more than `max_bytes` bytes.
+    """
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise OSError(errno.EINVAL, "it is not a regular file", path)
+        content = file.read(max_bytes + 1)
+    if len(content) > max_bytes:
+        raise ValueError(f"it has more than {max_bytes:,} bytes")
+    return content
 
 
 def refuse_folder_of_others(flag, folder):
@@ -81,15 +98,18 @@ def refuse_folder_of_others(flag, folder):
 
     That user could read and replace what is written there.
     """
-    parent = os.path.dirname(os.path.abspath(folder))
+    path = pathlib.Path(os.path.abspath(folder))
     with contextlib.suppress(OSError):  # it is missing, or cannot be read: reported later
-        owners = {os.stat(folder).st_uid, os.lstat(folder).st_uid}
-        is_shared = os.stat(parent).st_mode & stat.S_IWOTH
-        if is_shared and owners - {os.geteuid(), 0}:
-            raise UserError(
-                f"{flag}={folder} belongs to another user, in a folder that everybody can write "
-                "to; choose another folder"
-            )
+        for part in (path, *path.parents):
+            if not os.path.lexists(part) or os.path.ismount(part):
+                continue
+            owners = {os.stat(part).st_uid, os.lstat(part).st_uid}
+            is_shared = os.stat(part.parent).st_mode & stat.S_IWOTH
+            if is_shared and owners - {os.geteuid(), 0}:
+                raise UserError(
+                    f"{flag}={folder}: {part} belongs to another user, in a folder that everybody "
+                    "can write to; choose another folder"
+                )
 
 
 def _acquire(file_lock, path, on_wait):
@@ -132,7 +152,8 @@ def _write_holder(path):
 
 def _read_holder(path):
     with contextlib.suppress(FileNotFoundError):
-        content = pathlib.Path(path).read_bytes()[:MAX_HOLDER_BYTES]
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+            content = file.read(MAX_HOLDER_BYTES) or b""  # None: a pipe
         if holder := content.decode(errors="replace").strip():
             return holder
     return "another process"

@@ -7,6 +7,7 @@ contain control characters, which a terminal would obey.
 import os
 import re
 import sys
+import unicodedata
 
 MAX_LENGTH = 2000  # characters of a message; only text from outside can be longer
 
@@ -14,7 +15,16 @@ MAX_LENGTH = 2000  # characters of a message; only text from outside can be long
 def printable(text):
     """Returns a string or a path as one line of printable characters; escapes all others."""
     text = os.fspath(text)
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+    return "".join(c if _is_harmless(c) else repr(c)[1:-1] for c in text)
+
+
+def _is_harmless(character):
+    # Spaces of all widths, and the marks in Persian words and in combined emoji.
+    return (
+        character.isprintable()
+        or unicodedata.category(character) == "Zs"
+        or character in "\u200c\u200d"
+    )
 
 
 def shorten(message):
@@ -25,10 +35,16 @@ def shorten(message):
 
 def report(message):
     """Prints a message on stderr, as one printable line."""
-    print(shorten(printable(message)), file=sys.stderr, flush=True)
+    print(shorten(printable(mask_secrets(message))), file=sys.stderr, flush=True)
 
 
-def mask_secrets(text):
-    """Returns a text in which the user names, passwords and queries of URLs are masked."""
+def mask_secrets(text, url=""):
+    """Returns a text in which the user names, passwords and queries of URLs are masked.
+
+    Those of `url` are masked wherever they stand, as messages quote parts of a URL.
+    """
+    for secret in re.findall(r"(?<=://)[^/?#]*(?=@)|(?<=[?#]).+", url):
+        for part in filter(None, re.split("[:&]", secret)):
+            text = text.replace(part, "***")
     text = re.sub(r"(?<=://)[^/?#\s]*@", "***@", text)
-    return re.sub(r"(?<=\w)(://[^?#\s]*\?)[^#\s]+", r"\1***", text)
+    return re.sub(r"(?<=\w)(://[^?#\s]*[?#])\S+", r"\1***", text)

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from support.base import files
 from support.base.errors import DataError
 from support.base.messages import printable, report
 from support.data import records
@@ -26,6 +27,7 @@ NUM_EXAMPLES_PER_EPOCH_FOR_EVAL = 10000
 
 MIN_CLASSES, MAX_CLASSES = 2, 256  # of any dataset; a label is one byte
 MAX_NAME_LENGTH = 200  # characters
+MAX_NAMES_BYTES = 1_000_000
 MAX_LISTED_CLASSES = 12  # in messages
 
 
@@ -104,8 +106,8 @@ def read_class_names(folder, num_classes=NUM_CLASSES):
     path = os.path.join(folder, CLASS_NAMES_FILE)
     cure = "write one name per line, or delete the file to use CIFAR-10's ten classes"
     try:
-        with open(path, encoding="utf-8-sig") as file:
-            names = tuple(filter(None, map(normalize_name, file)))
+        lines = files.read_regular(path, MAX_NAMES_BYTES).decode("utf-8-sig").split("\n")
+        names = tuple(filter(None, map(normalize_name, lines)))
     except (FileNotFoundError, NotADirectoryError):
         if num_classes == NUM_CLASSES:
             return CLASS_NAMES

@@ -28,6 +28,7 @@ HEAD_TIMEOUT = 60.0  # seconds until the head of the response is complete
 MIN_RATE = 1000  # bytes per second, on average over RATE_PERIOD; the server is known to be slow
 RATE_PERIOD = 60.0  # seconds
 MAX_ARCHIVE_BYTES = 200_000_000  # the archive has 170,052,171
+MAX_ATTEMPTS = 100
 MAX_DIGITS = 16  # of Content-Length
 RETRY_DELAYS = (1.0, 3.0, 10.0)  # seconds before each retry; progress restarts the sequence
 CHUNK_BYTES = 1 << 20
@@ -96,7 +97,7 @@ def _download(url, archive, sha256):
         url = pathlib.Path(os.path.expanduser(url)).absolute().as_uri()
     data_dir = os.path.dirname(archive)
     report(
-        f"No dataset in {data_dir}. Downloading CIFAR-10 from {mask_secrets(url)} (to use your own "
+        f"No dataset in {data_dir}. Downloading CIFAR-10 from {url} (to use your own "
         "images instead, run cifar10_convert.py)"
     )
     versions = [each for each in formats.VERSIONS if each.flag == "cifar10_python"]
@@ -118,7 +119,7 @@ def _download(url, archive, sha256):
         size = os.path.getsize(part)
         os.remove(part)
         raise DataError(
-            f"{mask_secrets(url)} is not the expected archive (it may be a web page): the SHA-256 "
+            f"{url} is not the expected archive (it may be a web page): the SHA-256 "
             f"of its {size} bytes is {digest}, not {sha256}; {RETRY_ADVICE}"
         )
     os.replace(part, archive)
@@ -128,23 +129,28 @@ class _DownloadError(Exception):
     """The connection failed; the message gives the reason."""
 
 
+class _TooSlowError(_DownloadError):
+    """The connection is too slow, so that its bytes do not count as progress."""
+
+
 def _fetch_with_retries(url, part):
     """Calls `_fetch` until it succeeds; gives up after RETRY_DELAYS without progress."""
     delays = iter(RETRY_DELAYS)
-    largest_size = _size_of(part)
+    largest_size, attempts = _size_of(part), 0
     while True:
         try:
             return _fetch(url, part)
         except _DownloadError as error:
-            if _size_of(part) > largest_size:
+            reason = mask_secrets(str(error), url)
+            attempts += 1
+            if _size_of(part) > largest_size and not isinstance(error, _TooSlowError):
                 largest_size = _size_of(part)
                 delays = iter(RETRY_DELAYS)
-            delay = None if url.startswith("file:") else next(delays, None)
+            is_final = url.startswith("file:") or attempts == MAX_ATTEMPTS
+            delay = None if is_final else next(delays, None)
             if delay is None:
-                raise DataError(
-                    f"cannot download {mask_secrets(url)}: {error}; {RETRY_ADVICE}"
-                ) from error
-            report(f"Download failed ({error}); retrying in {delay:g} s")
+                raise DataError(f"cannot download {url}: {reason}; {RETRY_ADVICE}") from error
+            report(f"Download failed ({reason}); retrying in {delay:g} s")
             time.sleep(delay)
 
 
@@ -155,9 +161,17 @@ def _size_of(path):
 def _fetch(url, part):
     """Downloads the rest of `url` to `part`, or all of it if the server does not support ranges."""
     offset = _size_of(part)
-    answers = queue.Queue(maxsize=4)
+    answers, is_over = queue.SimpleQueue(), threading.Event()
     # In a thread, because a server that sends a byte from time to time never lets a read time out.
-    threading.Thread(target=_receive, args=(url, offset, answers), daemon=True).start()
+    threading.Thread(target=_receive, args=(url, offset, answers, is_over), daemon=True).start()
+    try:
+        _store(url, part, offset, answers)
+    finally:
+        is_over.set()
+
+
+def _store(url, part, offset, answers):
+    """Writes the answers of a server to `part`."""
     if (head := _next(answers, HEAD_TIMEOUT)) is None:
         return  # there are no more bytes
     status, length = head
@@ -174,17 +188,17 @@ def _fetch(url, part):
             bar.update(len(chunk))
             if bar.n > MAX_ARCHIVE_BYTES:
                 os.remove(part)
-                raise DataError(f"{mask_secrets(url)} is not CIFAR-10: it is too large")
+                raise DataError(f"{url} is not CIFAR-10: it is too large")
             if time.monotonic() > deadline:
                 if bar.n - start < MIN_RATE * RATE_PERIOD:
-                    raise _DownloadError(f"it is slower than {MIN_RATE} bytes per second")
+                    raise _TooSlowError(f"it is slower than {MIN_RATE} bytes per second")
                 deadline, start = time.monotonic() + RATE_PERIOD, bar.n
     if total and bar.n < total:
         raise _DownloadError(f"the connection ended after {bar.n} of {total} bytes")
 
 
-def _receive(url, offset, answers):
-    """Puts what a server answers into a queue.
+def _receive(url, offset, answers, is_over):
+    """Puts what a server answers into a queue, until the event `is_over`.
 
     That is the status and the length of the body, or None if there is nothing after `offset`; and
     the pieces of the body, the last of which is empty. An exception ends the answer.
@@ -197,7 +211,7 @@ def _receive(url, offset, answers):
             length = response.headers["Content-Length"] or ""
             is_number = length.isdecimal() and len(length) < MAX_DIGITS
             answers.put((response.status, int(length) if is_number else None))
-            while chunk := response.read1(CHUNK_BYTES):
+            while not is_over.is_set() and (chunk := response.read1(CHUNK_BYTES)):
                 answers.put(chunk)
         answers.put(b"")
     except urllib.error.HTTPError as error:

@@ -67,6 +67,14 @@ DEFAULT_NAMES = {
     "coarse": tuple(f"class {label}" for label in range(20)),
 }
 MAX_FILE_BYTES = 200_000_000  # the largest file has 153,700,000
+MAX_HEADER_BYTES = 100_000  # in an archive, of the name of a file, for example
+_NAMES_AND_ATTRIBUTES = (
+    tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+    tarfile.XHDTYPE,
+    tarfile.XGLTYPE,
+    tarfile.SOLARIS_XHDTYPE,
+)
 CIFAR_100_LABELS = ("coarse", "fine")  # the first two bytes of a record
 IMAGE_SHAPE = [32, 32, 3]  # height, width, depth
 
@@ -168,7 +176,7 @@ def _require_version(path, flag):
     if found := find_version(path, versions):
         return found
     if os.path.isfile(path):
-        with foreign_file(path), tarfile.open(path) as archive:
+        with foreign_file(path), tarfile.open(path, tarinfo=_Member) as archive:
             names = {os.path.basename(name) for name in archive.getnames()}
         for version in versions:
             if version.test_file in names:
@@ -187,14 +195,23 @@ def _read_files(version, path):
         for name in names:
             file_path = os.path.join(path, name)
             if os.path.isfile(file_path):
-                with foreign_file(file_path), open(file_path, "rb") as file:
-                    yield name, _read(file)
+                with foreign_file(file_path):
+                    yield name, files.read_regular(file_path, MAX_FILE_BYTES)
         return
-    with foreign_file(path), tarfile.open(path) as archive:
+    with foreign_file(path), tarfile.open(path, tarinfo=_Member) as archive:
         for member in archive:
             name = os.path.basename(member.name)
             if name in names and member.isfile():
                 yield name, _read(archive.extractfile(member))
+
+
+class _Member(tarfile.TarInfo):
+    """A member whose name, link and attributes are short: they may claim gigabytes."""
+
+    def _proc_member(self, archive):
+        if self.type in _NAMES_AND_ATTRIBUTES and self.size > MAX_HEADER_BYTES:
+            raise tarfile.ReadError(f"a header in it has {self.size} bytes")
+        return super()._proc_member(archive)
 
 
 def _read(file):
@@ -232,6 +249,8 @@ def _parse_records(content, name, path, label_kind):
         return np.column_stack([labels, images])
     batch = _unpickle(content, name, path)
     images, labels = batch.get("data"), batch.get(LABEL_KINDS[label_kind])
+    if isinstance(labels, np.ndarray):
+        labels = labels.tolist()
     if not isinstance(labels, list) or not all(label in range(256) for label in labels):
         raise DataError(f"{path}: {name} has no valid {LABEL_KINDS[label_kind]}")
     shape = (len(labels), records.IMAGE_BYTES)

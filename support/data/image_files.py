@@ -120,10 +120,13 @@ def read_image(path):
 
 def _check_scans(image):
     """Raises ValueError if a JPEG image has so many scans that decoding it could take minutes."""
-    if image.format == "JPEG":
+    if image.format in ("JPEG", "MPO"):  # MPO: several JPEG images in a file
         position = image.fp.tell()
         image.fp.seek(0)
-        scans = image.fp.read().count(b"\xff\xda")  # a marker that pixels cannot contain
+        scans, last = 0, b""
+        while piece := image.fp.read(1 << 20):
+            scans += (last + piece).count(b"\xff\xda")  # a marker that pixels cannot contain
+            last = piece[-1:]
         image.fp.seek(position)
         if scans * image.width * image.height > MAX_SCANS * MAX_PIXELS:
             raise ValueError(f"it has {scans} scans, which would take minutes")

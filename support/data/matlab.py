@@ -10,16 +10,22 @@ import numpy as np
 
 from support.base.errors import UserError
 
+TIMEOUT = 300  # seconds
+
 # What the process runs. Its last line on stderr gives the reason if it fails.
 _PROGRAM = """
 import resource, sys
-resource.setrlimit(resource.RLIMIT_DATA, (4 << 30, 4 << 30))  # bytes
+_, most = resource.getrlimit(resource.RLIMIT_DATA)
+limit = 4 << 30 if most == resource.RLIM_INFINITY else min(most, 4 << 30)  # bytes
+resource.setrlimit(resource.RLIMIT_DATA, (limit, most))
 import numpy, scipy.io
 path, *names = sys.argv[1:]
 arrays = scipy.io.loadmat(path, variable_names=names)
 for name in names:
     if name not in arrays or arrays[name].dtype.kind not in "iuf":
         sys.exit(f"it has no array {name} of numbers")
+    if arrays[name].nbytes > 1 << 30:
+        sys.exit(f"its array {name} is too large")
     numpy.save(sys.stdout.buffer, arrays[name], allow_pickle=False)
 """
 
@@ -36,7 +42,10 @@ def load_arrays(path, names):
             "--svhn needs SciPy to read MATLAB files: pip install -r requirements-svhn.txt"
         )
     command = [sys.executable, "-c", _PROGRAM, path, *names]
-    process = subprocess.run(command, capture_output=True, check=False)
+    try:
+        process = subprocess.run(command, capture_output=True, check=False, timeout=TIMEOUT)
+    except subprocess.TimeoutExpired as error:
+        raise ValueError(f"reading it takes more than {TIMEOUT} s") from error
     if process.returncode < 0:
         name = signal.Signals(-process.returncode).name
         raise ValueError(f"it is damaged: it makes SciPy crash with {name}")

@@ -13,12 +13,13 @@ import numpy as np
 MAX_OPERATIONS = 1_000_000  # more than twice as many as CIFAR-100's training file has
 
 _OPERATIONS = (
-    "PROTO MARK STOP NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 "
+    "PROTO MARK STOP NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 BINFLOAT "
     "BINSTRING SHORT_BINSTRING BINUNICODE SHORT_BINUNICODE BINUNICODE8 "
     "BINBYTES SHORT_BINBYTES BINBYTES8 "
     "EMPTY_LIST APPEND APPENDS EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_DICT "
     "BINPUT LONG_BINPUT MEMOIZE BINGET LONG_BINGET GLOBAL STACK_GLOBAL"
 )
+MAX_NAME_LENGTH = 100  # of a function
 _DATA_TYPES = {"u1", "u2", "u4", "u8", "i8"}  # of arrays, without the byte order
 
 
@@ -54,6 +55,8 @@ class _Array:
 
 
 def _decode(text):
+    if not isinstance(text, bytes | str):  # a nested tuple, for example, whose hash would crash
+        raise ValueError("it has something else where a string belongs")
     return text.decode() if isinstance(text, bytes) else text
 
 
@@ -98,14 +101,22 @@ def _code(name):
 
 class _Unpickler(pickle._Unpickler):  # the unpickler that is written in Python
     def find_class(self, module, name):
+        if len(module) + len(name) > MAX_NAME_LENGTH:
+            raise ValueError("it has a name that is too long")
         return _Name(f"{module}.{name}")
+
+    converted_bytes = 0
+    max_bytes = None  # as many as the pickle has
 
     def load_frame(self):
         self.read(8)  # its size, which has no meaning here
 
     def load_reduce(self):
         arguments = self.stack.pop()
-        self.stack[-1] = _reduce(self.stack[-1], arguments)
+        self.stack[-1] = value = _reduce(self.stack[-1], arguments)
+        self.converted_bytes += len(value) if isinstance(value, bytes) else 0
+        if self.converted_bytes > self.max_bytes:
+            raise ValueError("it converts the same text again and again")
 
     def load_build(self):
         state = self.stack.pop()
@@ -149,7 +160,9 @@ def load_dict(content):
     Raises:
       Exception: of any type, if the pickle is damaged or holds anything else.
     """
-    loaded = _Unpickler(_CountedOperations(content), encoding="bytes").load()
+    unpickler = _Unpickler(_CountedOperations(content), encoding="bytes")
+    unpickler.max_bytes = len(content)
+    loaded = unpickler.load()
     if not isinstance(loaded, dict):
         raise ValueError("it is not a pickled dict")
     return {

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from support.base import files
 from support.base.errors import CheckpointError, UserError, first_line, foreign_file
 from support.data.settings import (
     TrainingSettings,
@@ -27,7 +28,9 @@ from support.ops.tensorflow_v1 import tf
 
 _STATE_FILE = "checkpoint"  # TensorFlow's record of which checkpoint is the newest
 _AVERAGE = "/ExponentialMovingAverage"  # the end of the names of variables' averages
+MAX_META_BYTES = 500_000_000
 _ROOT = pathlib.Path(__file__).parents[2]
+CHECK_TIMEOUT = 600  # seconds
 _READ_ALL = """
 import sys
 from support.ops.tensorflow_v1 import tf
@@ -268,8 +271,11 @@ def check_in_other_process(path):
 
     TensorFlow aborts if an entry of an index file is invalid although its checksum is right.
     """
-    command = [sys.executable, "-c", _READ_ALL, path]
-    process = subprocess.run(command, cwd=_ROOT, capture_output=True, check=False)
+    command = [sys.executable, "-c", _READ_ALL, os.path.abspath(path)]
+    with foreign_file(path, CheckpointError):  # TimeoutExpired
+        process = subprocess.run(
+            command, cwd=_ROOT, capture_output=True, check=False, timeout=CHECK_TIMEOUT
+        )
     if process.returncode < 0:
         name = signal.Signals(-process.returncode).name
         raise CheckpointError(f"{path} is damaged: reading it makes TensorFlow end with {name}")
@@ -304,8 +310,7 @@ def _read_settings(checkpoint):
         return None
     cure = "; move it away to use the checkpoint without a check of what it was trained on"
     with foreign_file(path, CheckpointError, cure):
-        with open(path, "rb") as file:
-            meta_graph = tf.MetaGraphDef.FromString(file.read())
+        meta_graph = tf.MetaGraphDef.FromString(files.read_regular(path, MAX_META_BYTES))
         if not meta_graph.HasField("graph_def"):
             raise ValueError("it holds no graph")  # an empty file parses without an error
         if _SETTINGS not in meta_graph.collection_def:

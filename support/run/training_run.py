@@ -40,6 +40,7 @@ from support.run import checkpoints
 from support.run.hooks import CheckpointHook, FillingHook, ProgressHook, StopHook, SummaryHook
 
 LOCK_FILE = ".trainer.lock"
+MAX_RUN_FILE_BYTES = 100_000_000
 RUN_FILE = "run.json"  # in train_dir: one entry for each start of the training
 
 # Seconds for the input's threads to stop. With `hooks.STEP_GRACE` and a save, they add up to less
@@ -350,8 +351,8 @@ def _read_starts(path):
     """Returns the JSON list in a file; an empty one if there is no file. Raises UserError."""
     if not os.path.exists(path):
         return []
-    with foreign_file(path, UserError, "; move it away"), open(path) as file:
-        starts = json.load(file)
+    with foreign_file(path, UserError, "; move it away"):
+        starts = json.loads(files.read_regular(path, MAX_RUN_FILE_BYTES))
     if not (isinstance(starts, list) and all(isinstance(start, dict) for start in starts)):
         raise UserError(f"{path} is not a list of earlier runs; move it away")
     return starts

@@ -387,6 +387,7 @@ def test_a_holder_that_is_not_text_is_described_in_one_line(tmp_path):
     with holder(tmp_path / "a.lock") as process:
         assert process.stdout.readline() == "held\n"
         (tmp_path / "a.lock").write_bytes(b"\xff\x1b[31m\nforged" + b"x" * 10_000)
+        os.truncate(tmp_path / "a.lock", 3 << 30)  # not read as a whole
         with pytest.raises(files.LockedError) as error:
             lock_and_release(tmp_path / "a.lock")
     assert str(error.value).isprintable()
@@ -401,16 +402,18 @@ def test_a_line_after_an_incomplete_one_is_a_line_of_its_own(tmp_path):
     assert json.loads(path.read_text().splitlines()[2])["step"] == 1
 
 
+@pytest.mark.parametrize("name", ["a", "a/", "a/new/folder"])
 @pytest.mark.parametrize(
     ("mode", "owner", "is_refused"),
     [(0o1777, 1234, True), (0o755, 1234, False), (0o1777, os.geteuid(), False)],
 )
 def test_a_folder_of_another_user_is_refused_where_everybody_can_write(
-    tmp_path, monkeypatch, mode, owner, is_refused
+    tmp_path, monkeypatch, mode, owner, is_refused, name
 ):
     folder = tmp_path / "a"
     folder.mkdir()
     tmp_path.chmod(mode)
+    given = f"{tmp_path}/{name}"
     real = os.stat
 
     def stat(path, *arguments, **named):
@@ -421,7 +424,26 @@ def test_a_folder_of_another_user_is_refused_where_everybody_can_write(
 
     monkeypatch.setattr(os, "stat", stat)
     if is_refused:
-        with pytest.raises(UserError, match=f"^--train_dir={folder} belongs to another user, "):
-            files.refuse_folder_of_others("--train_dir", folder)
+        with pytest.raises(UserError, match=f"^--train_dir={given}: {folder} belongs to another "):
+            files.refuse_folder_of_others("--train_dir", given)
     else:
-        files.refuse_folder_of_others("--train_dir", folder)
+        files.refuse_folder_of_others("--train_dir", given)
+
+
+def open_to_append(path):
+    with open(path, "ab", opener=files.open_without_links):
+        pass
+
+
+@pytest.mark.parametrize("use", [append, open_to_append, lambda path: files.read_regular(path, 10)])
+def test_a_named_pipe_is_refused_at_once(tmp_path, use):
+    os.mkfifo(tmp_path / "a")
+    with pytest.raises((OSError, UserError)):
+        use(str(tmp_path / "a"))
+
+
+def test_a_file_is_read_up_to_a_size(tmp_path):
+    (tmp_path / "a").write_bytes(b"abc")
+    assert files.read_regular(tmp_path / "a", 3) == b"abc"
+    with pytest.raises(ValueError, match="it has more than 2 bytes"):
+        files.read_regular(tmp_path / "a", 2)

@@ -506,10 +506,36 @@ def test_a_hostile_server_is_given_up_without_its_secrets(
     assert "/a?***" in printed
 
 
-def test_a_password_in_a_url_is_not_printed(tmp_path, capsys):
+@pytest.mark.parametrize(
+    "url",
+    ["http://ann:secret@localhost/a", "http://localhost/a?sig=sec ret", "http://a:1/b#secret"],
+)
+def test_a_secret_in_a_malformed_url_is_not_printed(tmp_path, capsys, url):
     with pytest.raises(DataError) as error:
-        download.maybe_download_and_extract(tmp_path, "http://ann:secret@127.0.0.1:1/a")
-    assert "secret" not in f"{error.value}{capsys.readouterr().err}"
+        download.maybe_download_and_extract(tmp_path, url)
+    printed = f"{error.value}{capsys.readouterr().err}"
+    assert "pa55" not in printed
+
+
+def test_a_server_that_drips_bytes_of_a_range_is_given_up(tmp_path, monkeypatch):
+    monkeypatch.setattr(download, "RATE_PERIOD", 0.2)
+    head = b"HTTP/1.1 206 Partial Content\r\nContent-Length: 1000000\r\n\r\n"
+    with raw_server([head, b"a"]) as url:
+        with pytest.raises(DataError, match="slower than 1000"):
+            download.maybe_download_and_extract(tmp_path, url)
+        for thread in threading.enumerate():
+            if "_receive" in thread.name:
+                thread.join(timeout=10)
+                assert not thread.is_alive()
+
+
+def test_attempts_that_each_receive_a_few_bytes_are_limited(tmp_path, archive, monkeypatch):
+    monkeypatch.setattr(download, "MAX_ATTEMPTS", 5)
+    content, sha256 = archive
+    with Server(content, faults=[10] * 50) as server:
+        with pytest.raises(DataError, match="the connection ended after"):
+            download.maybe_download_and_extract(tmp_path / "data", server.url, sha256)
+        assert len(server.requests) == 5
 
 
 def test_an_endless_file_is_given_up_and_deleted(tmp_path, monkeypatch):

@@ -266,7 +266,7 @@ def set_content(**changes):
     ("change", "message"),
     [
         (set_batch(labels=None), "data_batch_2 has no valid labels"),
-        (set_batch(labels=[0.5] * 12), "data_batch_2 cannot be read .it uses the operation b'G'"),
+        (set_batch(labels=[0.5] * 12), "data_batch_2 has no valid labels"),
         (set_batch(labels=[300] * 12), "data_batch_2 has no valid labels"),
         (set_batch(labels=[10] * 12), "data_batch_2 has label 10, but 10 classes"),
         (set_batch(labels=[0] * 11), r"data_batch_2 has no array of data, uint8 \[11, 3072\]"),

@@ -60,6 +60,19 @@ def test_the_array_of_the_hostile_cases_is_read_when_it_is_intact():
         (array_of(data=b"\x8c\x04abcd"), "object"),
         (dict_of(b"cnumpy\nload\n\x8c\x01a\x85R"), "it calls numpy.load"),
         (dict_of(b"K\x01\x8c\x01a\x85R"), "it calls something that it does not name"),
+        # A tuple so deep that its hash would crash, as the name of a type and as a byte order.
+        (dict_of(b"cnumpy\ndtype\n)" + b"\x85" * 9_000 + b"R"), "where a string belongs"),
+        (array_of(DATA_TYPE + b"(K\x03)" + b"\x85" * 9_000 + b"tb"), "where a string belongs"),
+        (
+            dict_of(
+                b"]\x8c\x80" + b"a" * 128 + b"\x94a" + b"c_codecs\nencode\nh\x00h\x00\x86Ra" * 100
+            ),
+            "converts the same text again and again",
+        ),
+        (
+            b"\x80\x04\x8d" + (1000).to_bytes(8, "little") + b"a" * 1000 + b"\x94h\x00\x93.",
+            "too long",
+        ),
         (dict_of(b"]}b"), "no attribute 'set_state'"),
         (b"\x80\x04](K\x01K\x02e.", "it is not a pickled dict"),
         (b"\x80\x04}" + b")" + b"\x85" * 10_000 + b"K\x01s.", "a key that is not a string"),
