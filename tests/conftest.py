@@ -116,13 +116,26 @@ def running_queues():
             coordinator.join(threads)
 
 
-def all_batches(session, fetches):
-    """Runs `fetches` until the input ends; returns the list of results."""
+def find_example_queue():
+    """Returns the operation of the training queue."""
+    from support.ops.tensorflow_v1 import tf
+
+    (queue,) = [
+        operation
+        for operation in tf.get_default_graph().get_operations()
+        if operation.type == "RandomShuffleQueueV2"
+        and operation.get_attr("component_types") == [tf.float32, tf.int32]
+    ]
+    return queue
+
+
+def all_batches(session, fetches, limit=None):
+    """Runs `fetches` until the input ends, at most `limit` times; returns the list of results."""
     from support.ops.tensorflow_v1 import tf
 
     results = []
     with contextlib.suppress(tf.errors.OutOfRangeError):
-        while True:
+        while len(results) != limit:
             results.append(session.run(fetches))
     return results
 
