@@ -136,14 +136,6 @@ def test_a_transparent_value_becomes_white(tmp_path, is_palette):
     assert (read[16:31] == 102).all()  # 2 / 5 of 255
 
 
-@pytest.mark.parametrize("suffix", ["gif", "webp", "png"])
-def test_the_first_frame_of_an_animation_is_read(tmp_path, suffix):
-    frames = [Image.new("RGB", (40, 40), color) for color in (RED, BLUE)]
-    options = {"save_all": True, "append_images": frames[1:], "lossless": True}
-    read = save_and_read(tmp_path / f"frames.{suffix}", frames[0], **options)
-    assert (read == RED).all()
-
-
 def exif_with_orientation(orientation):
     exif = Image.Exif()
     exif[ORIENTATION] = orientation
