@@ -23,23 +23,14 @@ ROOT = pathlib.Path(__file__).parent.parent
 
 
 class Breakage(NamedTuple):
-    """A mistake in one line.
+    """A mistake in one line."""
 
-    Attributes:
-      what: string; what goes wrong.
-      file: string; the path of the file to break.
-      text: string; a part of one line, which occurs exactly once in the file.
-      replacement: string.
-      tests: string; the paths of the test files that should notice, relative to `tests/`.
-      names: string; the tests to run, as for `pytest -k`. Each word is part of a test's name.
-    """
-
-    what: str
-    file: str
-    text: str
+    what: str  # what goes wrong
+    file: str  # the path of the file to break
+    text: str  # a part of one line, which occurs exactly once in the file
     replacement: str
-    tests: str
-    names: str
+    tests: str  # the paths of the test files that should notice, relative to `tests/`
+    names: str  # the tests to run, as for `pytest -k`; each word is part of a test's name
 
 
 # fmt: off

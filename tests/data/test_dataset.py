@@ -1,6 +1,5 @@
 """Tests of a dataset: its folder, its class names, its sizes, and the checks of its files."""
 
-import numpy as np
 import pytest
 from conftest import make_records, write_dataset
 
@@ -77,20 +76,12 @@ def test_invalid_class_names_are_refused(folder, content, problem):
         dataset.check_dataset(folder)
 
 
-def write_labels(folder, train, test):
-    """Writes six files of black images with the labels `train`, each in the five training files."""
-    for name in FILES:
-        labels = np.array(test if name == "test_batch.bin" else train, np.uint8)
-        np.column_stack([labels, np.zeros([len(labels), 3072], np.uint8)]).tofile(folder / name)
-
-
 def test_classes_without_images_are_reported(folder, capsys):
-    dataset.write_class_names(folder, "abcd")
-    write_labels(folder, [0, 1, 3], [0])
+    write_dataset(folder, train_counts=[3] * 5, test_count=1, class_names="abcd")
     dataset.check_dataset(folder)
     output = capsys.readouterr()
     assert output.err == (
-        "The dataset has no training images of 1 class (c)\n"
+        "The dataset has no training images of 1 class (d)\n"
         "The dataset has no test images of 3 classes (b, c, d)\n"
     )
     assert output.out == ""
@@ -118,7 +109,7 @@ def test_an_edited_number_of_classes_decides_which_labels_are_valid(folder):
 
 
 def test_the_last_training_files_may_be_missing(folder, capsys):
-    write_labels(folder, range(10), range(10))
+    write_dataset(folder, train_counts=[10] * 5)
     for name in records.TRAIN_FILES[2:]:
         (folder / name).unlink()
     dataset.check_dataset(folder)
