@@ -160,7 +160,7 @@ class Source:
     ("counts", "fraction", "test_counts"),
     [
         ((40, 3), 0.2, (8, 1)),
-        ((40, 3), 0.5, (20, 2)),
+        ((40, 2), 0.99, (39, 1)),  # at least one training image
         ((3, 2), 0.01, (1, 1)),  # fewer training images than files
         ((2,) * 256, 0.5, (1,) * 256),
     ],
