@@ -25,10 +25,10 @@ STEP_LINE = re.compile(
 PROGRESS_LINE = re.compile(r"(Converting|Filling queue|Evaluating): \d+ of \d+ \(.*\)")
 
 
-def check_training_output(process, steps, queued=100):
+def check_training_output(process, steps):
     first, *lines = process.stdout.splitlines()
     assert first == (
-        f"Filling queue with {queued} CIFAR images before starting to train. "
+        "Filling queue with 100 CIFAR images before starting to train. "
         "This will take a few minutes."
     )
     matches = [STEP_LINE.fullmatch(line) for line in lines]

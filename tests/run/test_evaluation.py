@@ -151,6 +151,7 @@ def test_images_beyond_the_limit_are_not_counted():
     counts = count(5, [(0, 0), (1, 0), (1, 0)], [(0, 0), (1, 0), (0, 1)])
     assert (counts.total, counts.correct, counts.precision) == (5, 2, 0.4)
     assert counts.are_complete
+    assert counts._bar.n == 5
     results = counts._find_results()
     assert results["confusion_matrix"] == [[2, 0], [3, 0]]
     assert results["recall_of_class"] == {"cat": 1.0, "dog": 0.0}

@@ -134,13 +134,22 @@ def test_updates_that_accumulate_gradients_count_as_one_step_with_one_line(tmp_p
     assert saved_step(tmp_path) == 4
 
 
-def test_the_throughput_is_that_of_the_steps_since_the_last_line(tmp_path, capsys):
-    train(tmp_path, max_steps=5, log_frequency=4, before_step=lambda step: time.sleep(0.2))
+def test_the_throughput_is_that_of_the_steps_since_the_last_line_or_summary(tmp_path, capsys):
+    train(
+        tmp_path,
+        max_steps=5,
+        before_step=lambda step: time.sleep(0.2),
+        log_frequency=4,
+        save_summaries_steps=2,
+    )
     (_, _, first_speed, first_seconds), (_, _, speed, seconds) = printed(capsys)
     assert first_seconds >= 0.2
     assert first_speed == pytest.approx(8 / first_seconds, rel=0.05)
     assert 0.2 <= seconds < 0.8  # not the 0.8 of the four steps together
     assert speed == pytest.approx(8 / seconds, rel=0.05)
+    written = written_values(tmp_path)  # none for the first step
+    assert [(step, tag) for step, tag, _ in written] == [(n, "examples_per_sec") for n in (2, 4)]
+    assert all(0 < value < 8 / 0.2 for _, _, value in written)
 
 
 # --- Steps, checkpoints and resuming.
@@ -275,17 +284,15 @@ def test_a_checkpoint_of_another_model_is_refused_before_the_start_is_recorded(t
     assert len(list(tmp_path.glob("events*"))) == 1
 
 
-def test_training_does_not_resume_with_other_settings(tmp_path):
+def test_training_does_not_resume_with_another_model_and_warns_of_other_examples_or_flips(
+    tmp_path, warnings
+):
     train(tmp_path, max_steps=3)
-    settings = SETTINGS._replace(crop_size=22)
+    other_model = SETTINGS._replace(crop_size=22)
     with pytest.raises(UserError, match="was trained with --crop_size=24, .* --train_dir$"):
-        has_steps_left(tmp_path, 5, settings)
-    assert not has_steps_left(tmp_path, 3, settings)  # then there is nothing to resume
-    assert saved_step(tmp_path) == 3
-
-
-def test_training_that_resumes_with_other_examples_or_flips_warns(tmp_path, warnings):
-    train(tmp_path, max_steps=3)
+        has_steps_left(tmp_path, 5, other_model)
+    assert not has_steps_left(tmp_path, 3, other_model)  # then there is nothing to resume
+    assert warnings == []
     assert has_steps_left(tmp_path, 5, SETTINGS._replace(examples_per_epoch=45, random_flip=False))
     newest = tmp_path / "model.ckpt-3"
     assert warnings == [
@@ -577,15 +584,6 @@ def test_summaries_of_a_resumed_run_replace_those_of_its_steps(tmp_path):
     starts = [e.step for e in read_events(tmp_path) if e.session_log.status == start]
     assert starts == [0, 3]
     assert [step for step, tag, _ in written_values(tmp_path) if tag == "histogram"] == [0, 3]
-
-
-def test_the_throughput_is_written_with_the_summaries(tmp_path):
-    slow = tf.py_func(lambda: time.sleep(0.2) or np.float32(0), [], tf.float32)
-    run(count_step(slow), tmp_path, max_steps=11, save_summaries_steps=5)
-    (step, tag, first), (_, _, second) = written_values(tmp_path)  # none for the first step
-    assert (step, tag) == (5, "examples_per_sec")
-    assert 0 < first < 8 / 0.2  # less than the number of images
-    assert 0 < second < 8 / 0.2
 
 
 @pytest.mark.parametrize(
