@@ -23,23 +23,14 @@ ROOT = pathlib.Path(__file__).parent.parent
 
 
 class Breakage(NamedTuple):
-    """A mistake in one line.
+    """A mistake in one line."""
 
-    Attributes:
-      what: string; what goes wrong.
-      file: string; the path of the file to break.
-      text: string; a part of one line, which occurs exactly once in the file.
-      replacement: string.
-      tests: string; the paths of the test files that should notice, relative to `tests/`.
-      names: string; the tests to run, as for `pytest -k`. Each word is part of a test's name.
-    """
-
-    what: str
-    file: str
-    text: str
+    what: str  # what goes wrong
+    file: str  # the path of the file to break
+    text: str  # a part of one line, which occurs exactly once in the file
     replacement: str
-    tests: str
-    names: str
+    tests: str  # the paths of the test files that should notice, relative to `tests/`
+    names: str  # the tests to run, as for `pytest -k`; each word is part of a test's name
 
 
 # fmt: off
@@ -61,18 +52,12 @@ BREAKAGES = [Breakage(*entry) for entry in [
     ("a terminal that closes kills the script", "support/base/signals.py",
      "_NOTICES = (signal.SIGHUP, ", "_NOTICES = (",
      "test_faults.py", "a_terminal_that_goes_away"),
-    ("a signal after the scheduler's first one kills the script", "support/base/signals.py",
-     "requests += number in _REQUESTS", "requests += 1",
-     "base/test_signals.py", "a_lost_terminal_or_a_scheduler"),
     ("the loss of stdout ends the work", "support/base/streams.py",
      "if self._is_needed:", "if not self._is_needed:",
      "test_cifar10_eval.py", "results_are_written_when"),
     ("TensorBoard shows nodes without their inputs", "support/ops/summaries.py",
      "if not name.removeprefix", "if name or not name.removeprefix",
      "ops/test_summaries.py", "the_graph_in_tensorboard"),
-    ("TensorBoard reads a resumed run first if the clock was set back", "support/ops/summaries.py",
-     "second = max(second, int(match[1]) + 1)", "second = max(second, 0)",
-     "ops/test_summaries.py", "the_clock_was_set_back"),
     ("a wrong SHA-256 is accepted", "support/data/download.py",
      "    if digest != sha256:", "    if digest is None:",
      "data/test_download.py", "a_download_with_another_sha256"),
@@ -128,10 +113,6 @@ BREAKAGES = [Breakage(*entry) for entry in [
     ("the loss of the chief ends no other task", "support/cluster/launch.py",
      "{READY: _explain_loss(task, lost), FAILED", "{FAILED",
      "cluster/test_launch.py", "a_task_is_lost_after"),
-    ("a chief does not report that a signal has stopped it", "support/cluster/launch.py",
-     "    except _CONNECTION_ERRORS:\n        outcome",
-     "    except (*_CONNECTION_ERRORS, KeyboardInterrupt):\n        outcome",
-     "cluster/test_launch.py", "the_chief_reports_that"),
     ("a chief that is restarted alone is not refused", "support/cluster/launch.py",
      "if any(status.read(STATE) for status in statuses):", "if statuses[0].read(STATE):",
      "cluster/test_launch.py", "a_chief_is_refused"),
@@ -147,9 +128,6 @@ BREAKAGES = [Breakage(*entry) for entry in [
     ("--use_moving_averages=false uses the averages", "cifar10_predict.py",
      "find_variables(FLAGS.use_moving_averages)", "find_variables(True)",
      "test_cifar10_predict.py", "the_three_most_likely"),
-    ("--json prints text", "cifar10_predict.py",
-     "    if FLAGS.json:\n        line", "    if False:\n        line",
-     "test_cifar10_predict.py", "the_three_most_likely"),
     ("--batch_size has no effect on training", "cifar10.py",
      "batch_size = batch_size or FLAGS.batch_size", "batch_size = batch_size or 128",
      "test_cifar10.py", "functions_without_arguments"),
@@ -164,18 +142,12 @@ BREAKAGES = [Breakage(*entry) for entry in [
     ("conv1 has other initial biases", "cifar10.py",
      '"conv1", channels=64, bias=0.0', '"conv1", channels=64, bias=0.1',
      "test_cifar10.py", "variables_have_the_initial_values"),
-    ("the pools have a smaller window", "cifar10.py",
-     "images, [1, 3, 3, 1]", "images, [1, 2, 2, 1]",
-     "test_cifar10.py", "the_logits_are_those_of_numpy"),
     ("the normalization does not divide alpha", "cifar10.py",
      "alpha=0.001 / 9.0", "alpha=0.001",
      "test_cifar10.py", "the_logits_are_those_of_numpy"),
     ("conv2 has fewer channels", "cifar10.py",
      '"conv2", channels=64', '"conv2", channels=32',
      "test_cifar10.py", "1068298_parameters"),
-    ("the normalization has another radius", "cifar10.py",
-     "lrn(images, 4,", "lrn(images, 5,",
-     "test_cifar10.py", "the_logits_are_those_of_numpy"),
     ("pool2 skips norm2", "cifar10.py",
      '_max_pool(norm2, "pool2")', '_max_pool(conv2, "pool2")',
      "test_cifar10.py", "the_logits_are_those_of_numpy"),
@@ -193,9 +165,6 @@ BREAKAGES = [Breakage(*entry) for entry in [
     ("the update does not apply the gradients", "cifar10.py",
      "optimizer.apply_gradients(applied_gradients)", "tf.no_op()",
      "test_cifar10.py", "an_update_changes_a_variable"),
-    ("the update does not count the step", "cifar10.py",
-     "count_op = tf.assign_add(global_step, 1)", "count_op = tf.no_op()",
-     "test_cifar10.py", "an_update_changes_a_variable"),
     ("the moving averages start slowly", "cifar10.py",
      "FLAGS.moving_average_decay, global_step", "FLAGS.moving_average_decay",
      "test_cifar10.py", "an_update_changes_a_variable"),
@@ -204,7 +173,7 @@ BREAKAGES = [Breakage(*entry) for entry in [
      "test_cifar10_multi_gpu_train.py", "gradients_are_averaged"),
     ("each tower has variables of its own", "cifar10_multi_gpu_train.py",
      "tf.variable_scope(tf.get_variable_scope(), reuse=i > 0)", 'tf.variable_scope(f"tower_{i}")',
-     "test_cifar10_multi_gpu_train.py", "variables_do_not_depend"),
+     "test_cifar10_multi_gpu_train.py", "a_step_of_several_towers"),
     ("the cluster does not wait for all gradients", "support/cluster/synchronization.py",
      "(collector, num_workers, num_workers)", "(collector, 1, num_workers)",
      "cluster/test_synchronization.py", "a_step_applies_the_mean or each_worker_waits"),

@@ -64,30 +64,21 @@ def write_dataset(
 ):
     """Writes six record files of noise, or of patches; returns the training and test records."""
     folder.mkdir(parents=True, exist_ok=True)
-    num_classes = 10
     if class_names is not None:
-        num_classes = len(class_names)
         dataset.write_class_names(folder, class_names)
-    train = []
-    for number, count in enumerate(train_counts, start=1):
-        train.append(make_records(count, number, num_classes))
+    parts = []
+    for number, count in enumerate([*train_counts, test_count], start=1):
+        parts.append(make_records(count, number, len(class_names or dataset.CLASS_NAMES)))
         if patches:
-            draw_patches(train[-1], number)
-        train[-1].tofile(folder / f"data_batch_{number}.bin")
-    test = make_records(test_count, 99, num_classes)
-    if patches:
-        draw_patches(test, 99)
-    test.tofile(folder / "test_batch.bin")
-    return np.concatenate(train), test
+            draw_patches(parts[-1], number)
+        is_test = number > len(train_counts)
+        parts[-1].tofile(folder / ("test_batch.bin" if is_test else f"data_batch_{number}.bin"))
+    return np.concatenate(parts[:-1]), parts[-1]
 
 
 def pixels(records):
     """Returns the images of records with the channels last: uint8 [n, 32, 32, 3]."""
-    images = np.empty([len(records), 32, 32, 3], np.uint8)
-    for channel in range(3):
-        start = 1 + channel * 1024
-        images[..., channel] = records[:, start : start + 1024].reshape(-1, 32, 32)
-    return images
+    return records[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
 
 
 def standardized_centers(records, size=24):
@@ -116,13 +107,26 @@ def running_queues():
             coordinator.join(threads)
 
 
-def all_batches(session, fetches):
-    """Runs `fetches` until the input ends; returns the list of results."""
+def find_example_queue():
+    """Returns the operation of the training queue."""
+    from support.ops.tensorflow_v1 import tf
+
+    (queue,) = [
+        operation
+        for operation in tf.get_default_graph().get_operations()
+        if operation.type == "RandomShuffleQueueV2"
+        and operation.get_attr("component_types") == [tf.float32, tf.int32]
+    ]
+    return queue
+
+
+def all_batches(session, fetches, limit=None):
+    """Runs `fetches` until the input ends, at most `limit` times; returns the list of results."""
     from support.ops.tensorflow_v1 import tf
 
     results = []
     with contextlib.suppress(tf.errors.OutOfRangeError):
-        while True:
+        while len(results) != limit:
             results.append(session.run(fetches))
     return results
 

@@ -12,7 +12,6 @@ says that it is in that file.
 """
 
 import contextlib
-import dataclasses
 import math
 import os
 import pathlib
@@ -22,6 +21,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from typing import NamedTuple
 
 from conftest import ROOT, messages, script_environment
 
@@ -39,8 +39,7 @@ COMMENTS = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class Block:
+class Block(NamedTuple):
     """A code block: the comment before it, its language and its text."""
 
     comment: str
@@ -48,8 +47,7 @@ class Block:
     text: str
 
 
-@dataclasses.dataclass(frozen=True)
-class Example:
+class Example(NamedTuple):
     """Commands to run and the output that the page shows, or None if it shows none."""
 
     commands: str
@@ -98,7 +96,7 @@ def read_examples(text):
         elif block.comment == "output":
             if not can_have_output:
                 raise ValueError(f"not the output of commands that are run:\n{block.text}")
-            examples[-1] = dataclasses.replace(examples[-1], output=block.text)
+            examples[-1] = examples[-1]._replace(output=block.text)
             can_have_output = False
     return examples
 

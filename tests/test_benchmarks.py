@@ -4,7 +4,7 @@ import re
 
 import pytest
 import turns
-from conftest import ROOT, run_script
+from conftest import run_script
 
 ROW = r"\| [^|]+ \| \d+\.\d\d \| \d+\.\d\d to \d+\.\d\d \|"
 SMALL_QUEUE = "--min_fraction_of_examples_in_queue=0.004"  # 200 images
@@ -36,20 +36,11 @@ def test_the_comparison_prints_its_table_and_the_throughputs():
     assert "Traceback" not in process.stderr
 
 
-def test_a_contender_runs_untimed_steps_before_the_timed_ones(tmp_path):
-    script = tmp_path / "contender.py"
-    script.write_text(
-        "import sys, turns\n"
-        "steps = []\n"
-        "turns.serve(steps.append, warm_up_steps=lambda count: count + 1)\n"
-        "open(sys.argv[1], 'w').write(str(steps))\n"
-    )
-    contender = turns.Contender(script, tmp_path / "steps", PYTHONPATH=str(ROOT / "benchmarks"))
-    contender.wait_until_ready()
-    assert contender.seconds_per_step(2) >= 0
-    assert contender.seconds_per_step(5) >= 0
-    contender.close()
-    assert (tmp_path / "steps").read_text() == "[3, 2, 6, 5]"
+def test_untimed_steps_run_before_the_timed_ones(monkeypatch):
+    steps = []
+    monkeypatch.setattr("sys.stdin", ["2\n", "5\n"])
+    turns.serve(steps.append, warm_up_steps=lambda count: count + 1)
+    assert steps == [3, 2, 6, 5]
 
 
 @pytest.mark.slow

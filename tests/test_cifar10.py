@@ -12,7 +12,7 @@ from conftest import write_dataset
 
 import cifar10
 from support.base.errors import DataError
-from support.data import dataset, download
+from support.data import dataset
 from support.data.settings import TrainingSettings
 from support.ops import graph_notes, tensorflow_v1
 from support.ops.tensorflow_v1 import tf
@@ -231,42 +231,28 @@ def test_the_loss_is_the_cross_entropy_plus_the_weight_decay_of_the_table():
     np.testing.assert_allclose(result, cross_entropy + sum(decays), rtol=1e-5)
 
 
-def test_the_loss_of_a_scope_is_the_sum_of_the_losses_in_it():
-    with tf.name_scope("other"):
-        tf.add_to_collection("losses", tf.constant(100.0, name="decay"))
-    with tf.name_scope("tower_0") as scope:
-        tf.add_to_collection("losses", tf.constant(10.0, name="decay"))
-        total_loss = cifar10.loss(tf.zeros([2, 10]), tf.constant([0, 1]), scope)
-    with tf.Session() as session:
-        assert session.run(total_loss) == pytest.approx(10 + math.log(10))
-
-
 # The learning rate.
 
 
 @pytest.mark.parametrize(
-    ("towers", "step", "expected"),
+    ("epochs", "towers", "step", "expected"),
     [
         # An epoch has 50,000 / 128 steps. Times 350, rounded down: 136,718.
-        (1, 136717, 0.1),
-        (1, 136718, 0.01),
-        (1, 2 * 136718, 0.001),
+        (350.0, 1, 136717, 0.1),
+        (350.0, 1, 136718, 0.01),
+        (350.0, 1, 2 * 136718, 0.001),
         # Two towers consume an epoch in half as many steps: 68,359.
-        (2, 68358, 0.1),
-        (2, 68359, 0.01),
+        (350.0, 2, 68358, 0.1),
+        (350.0, 2, 68359, 0.01),
+        # Less than a step.
+        (1e-6, 1, 3, 0.1 * 0.1**3),
     ],
 )
-def test_the_learning_rate_decays_to_a_tenth_every_350_epochs(towers, step, expected):
+def test_the_learning_rate_decays_to_a_tenth_after_some_epochs(epochs, towers, step, expected):
+    FLAGS.num_epochs_per_decay = epochs
     rate = cifar10.decayed_learning_rate(tf.constant(step, tf.int64), 128 * towers)
     with tf.Session() as session:
         assert session.run(rate) == pytest.approx(expected, rel=1e-6)
-
-
-def test_a_decay_interval_of_less_than_a_step_decays_at_every_step():
-    FLAGS.num_epochs_per_decay = 1e-6
-    rate = cifar10.decayed_learning_rate(tf.constant(3), examples_per_step=128)
-    with tf.Session() as session:
-        assert session.run(rate) == pytest.approx(0.1**4)
 
 
 @pytest.mark.parametrize("examples_per_step", [64, 128, 1])
@@ -482,12 +468,6 @@ def test_invalid_values_of_flags_are_refused(name, values):
             setattr(FLAGS, name, value)
 
 
-def test_training_on_gray_images_is_refused():
-    FLAGS.min_contrast_factor = 0.0
-    with pytest.raises(flags.IllegalFlagValueError, match="every image would be gray"):
-        FLAGS.max_contrast_factor = 0.0
-
-
 def test_functions_without_arguments_read_the_flags(tmp_path, capsys):
     write_dataset(tmp_path / dataset.EXTRACTED_FOLDER)
     FLAGS.data_dir = str(tmp_path)
@@ -525,23 +505,6 @@ def test_the_flags_choose_the_real_or_the_synthetic_dataset_which_is_checked(tmp
     (tmp_path / "cifar-10-synthetic-bin" / "test_batch.bin").write_bytes(b"")
     with pytest.raises(DataError, match="is empty"):
         cifar10.maybe_download_and_extract()
-
-
-def test_the_archive_comes_from_the_edited_constant_unless_the_flag_is_given(tmp_path, monkeypatch):
-    write_dataset(tmp_path)
-    urls = []
-
-    def record(data_dir, url):
-        urls.append(url)
-        return str(tmp_path)
-
-    monkeypatch.setattr(download, "maybe_download_and_extract", record)
-    cifar10.maybe_download_and_extract()
-    monkeypatch.setattr(cifar10, "DATA_URL", "https://example.org/edited.tar.gz")
-    cifar10.maybe_download_and_extract()
-    FLAGS.data_url = "/tmp/given.tar.gz"
-    cifar10.maybe_download_and_extract()
-    assert urls == [download.DATA_URL, "https://example.org/edited.tar.gz", "/tmp/given.tar.gz"]
 
 
 def test_the_synthetic_dataset_is_refused_in_a_folder_with_records(tmp_path):

@@ -4,7 +4,6 @@ import hashlib
 import os
 import pickle
 import re
-import shutil
 import subprocess
 import sys
 
@@ -17,7 +16,7 @@ from PIL import Image
 
 import cifar10_convert
 from support.base.errors import DataError, UserError
-from support.data import conversion, dataset, records
+from support.data import dataset, records
 from support.data.image_files import read_image
 
 FLAGS = cifar10_convert.FLAGS
@@ -114,9 +113,8 @@ def test_images_become_the_records_that_cifar10_predict_would_read(images, tmp_p
     check_records(images, folder)
     counts = map(len, read_records(folder, eval_data=False))
     assert sorted(counts) == [5, 5, 6, 6, 6]  # as equal as possible
-    assert sorted(os.listdir(folder)) == sorted(
-        [*records.TRAIN_FILES, *records.TEST_FILES, "batches.meta.txt"]
-    )
+    names = {*records.TRAIN_FILES, *records.TEST_FILES, "batches.meta.txt"}
+    assert set(os.listdir(folder)) == names
     output = capsys.readouterr()
     assert output.out == (
         "Wrote 28 training images and 6 test images of 3 classes (a cat, dog, Ähre) to "
@@ -134,10 +132,9 @@ def test_the_seed_determines_the_order_and_the_choice_of_test_images(tmp_path, u
         FLAGS.shuffle_seed = seed
         cifar10_convert.main()
         found.append(digests(tmp_path / f"out{number}"))
-    assert found[0] == found[1]
-    assert all(
-        (found[0][name] == found[2][name]) == (name == "batches.meta.txt") for name in found[0]
-    )
+    first, again, other = found
+    assert first == again
+    assert [name for name in first if first[name] == other[name]] == ["batches.meta.txt"]
     tests = [sorted_bytes(read_records(tmp_path / f"out{n}", eval_data=True)) for n in (0, 2)]
     assert tests[0] != tests[1]
 
@@ -145,10 +142,9 @@ def test_the_seed_determines_the_order_and_the_choice_of_test_images(tmp_path, u
 class Source:
     """A source with images in memory, whose pixels have the number of the image as their value."""
 
-    def __init__(self, counts, dtype=np.uint8):
+    def __init__(self, counts):
         self.class_names = tuple(counts)
         self._counts = counts
-        self._dtype = dtype
 
     def __len__(self):
         return sum(self._counts.values())
@@ -156,22 +152,15 @@ class Source:
     def __iter__(self):
         for label, count in enumerate(self._counts.values()):
             for number in range(count):
-                image = np.full([32, 32, 3], number % 256, self._dtype)
+                image = np.full([32, 32, 3], number % 256, np.uint8)
                 yield b"%d/%d" % (label, number), label, image
-
-
-def test_images_of_another_type_do_not_become_records(tmp_path):
-    source = Source({"a": 5, "b": 5}, float)
-    with pytest.raises(UserError, match="^images must be uint8"):
-        conversion.convert(source, source, str(tmp_path / "out"))
-    assert os.listdir(tmp_path) == []
 
 
 @pytest.mark.parametrize(
     ("counts", "fraction", "test_counts"),
     [
         ((40, 3), 0.2, (8, 1)),
-        ((40, 3), 0.5, (20, 2)),
+        ((40, 2), 0.99, (39, 1)),  # at least one training image
         ((3, 2), 0.01, (1, 1)),  # fewer training images than files
         ((2,) * 256, 0.5, (1,) * 256),
     ],
@@ -184,13 +173,6 @@ def test_test_fraction_applies_to_each_class(tmp_path, undivided, counts, fracti
     train, test = (read_records(tmp_path / "out", eval_data) for eval_data in (False, True))
     assert tuple(np.bincount(test[0][:, 0])) == test_counts
     assert sorted_bytes(train + test) == expected_records(images, names)
-
-
-def test_with_test_fraction_a_class_needs_two_images(tmp_path, undivided):
-    undivided({"a": 9, "b": 1})
-    with pytest.raises(DataError, match="the class b has no readable test image; each class "):
-        cifar10_convert.main()
-    assert os.listdir(tmp_path) == ["images"]
 
 
 def test_unreadable_images_are_listed_and_other_files_are_counted(images, tmp_path, capsys):
@@ -215,14 +197,15 @@ def test_unreadable_images_are_listed_and_other_files_are_counted(images, tmp_pa
     check_records(images, tmp_path / "out")
 
 
-def test_subfolders_links_and_spaces_around_a_name_do_not_change_the_classes(images, tmp_path):
+def test_subfolders_links_and_other_spellings_do_not_change_the_classes(images, tmp_path):
     run_in_shell(
-        f"{FLAGS.images}/train",
+        FLAGS.images,
         """
-        mkdir -p dog/2019/may
-        mv dog/0.png 'dog/2019/may/no suffix'
-        mv dog ../../elsewhere
-        ln -s ../../elsewhere ' dog'
+        mkdir -p train/dog/2019/may
+        mv train/dog/0.png 'train/dog/2019/may/no suffix'
+        mv train/dog ../elsewhere
+        ln -s ../../elsewhere 'train/ dog'
+        mv test/\xc4hre test/A\u0308hre
         """,
     )
     cifar10_convert.main()
@@ -246,7 +229,6 @@ def test_test_images_that_are_also_training_images_are_counted(images, tmp_path,
 @pytest.mark.parametrize(
     ("commands", "message"),
     [
-        ("mkdir {train,test}/empty", "the class empty has no readable training image; each"),
         ("touch x; rm test/dog/*; mv x test/dog/a.png", "dog has no readable test image; each"),
         ("mkdir train/zebra; touch train/zebra/a", r"zebra must be in both \S+/train and \S+/test"),
         ("rm -r train/dog train/Ä*", "train must have 2 to 256 folders, .* each class; it has 1$"),
@@ -256,7 +238,7 @@ def test_test_images_that_are_also_training_images_are_counted(images, tmp_path,
         ("cp -r train Training", "one folder train with a .* it has Training and train"),
         ("cp -r test val; mv test dev", "one folder test with a .* it has dev and val"),
         ("mv train/dog 'train/ '", "or a name consists of spaces; rename or merge them$"),
-        ("mkdir 'train/dog '", "two folders in .*train differ only in leading or trailing spaces "),
+        ("mkdir train/A\u0308hre", "two folders in .*train differ only in .* the Unicode form of"),
         ("rm -r ../images", r"images cannot be read \(No such file or directory\)"),
     ],
 )
@@ -266,18 +248,6 @@ def test_unusable_folders_are_refused_and_no_output_remains(images, tmp_path, co
     with pytest.raises(DataError, match=message):
         cifar10_convert.main()
     assert sorted(os.listdir(tmp_path)) == before
-
-
-def test_a_class_name_may_have_another_unicode_form_in_the_other_split_only(images, tmp_path):
-    for split, name in (("train", "K\xe4se"), ("test", "Ka\u0308se")):
-        shutil.copytree(tmp_path / "images" / split / NAMES[0], tmp_path / "images" / split / name)
-    cifar10_convert.main()
-    assert "K\xe4se" in dataset.read_class_names(FLAGS.output)
-    FLAGS.output += "2"
-    split = tmp_path / "images" / "train"
-    shutil.copytree(split / NAMES[0], split / "Ka\u0308se")
-    with pytest.raises(DataError, match="two folders in .*train differ only in "):
-        cifar10_convert.main()
 
 
 @pytest.mark.parametrize(
@@ -301,12 +271,7 @@ def test_the_usual_names_of_splits_are_recognized(
 
 
 @pytest.mark.parametrize(
-    ("commands", "name"),
-    [
-        ("true", "train"),
-        ("rm -r train; mv test dev", "dev"),
-        ("mv train Train; rm -r test", "Train"),
-    ],
+    ("commands", "name"), [("true", "train"), ("rm -r train; mv test Dev", "Dev")]
 )
 def test_test_fraction_refuses_folders_that_are_splits(images, commands, name):
     run_in_shell(FLAGS.images, commands)
@@ -324,9 +289,7 @@ def test_a_class_may_have_the_name_of_a_split_or_one_that_cannot_be_printed(tmp_
 def test_an_existing_dataset_is_not_overwritten(images, tmp_path):
     cifar10_convert.main()
     before = digests(tmp_path / "out")
-    with pytest.raises(
-        UserError, match=f"--output={tmp_path}/out already exists; choose a new folder"
-    ):
+    with pytest.raises(UserError, match="--output=.*/out already exists; choose a new folder"):
         cifar10_convert.main()
     assert digests(tmp_path / "out") == before
 

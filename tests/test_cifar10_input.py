@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from conftest import (
     all_batches,
+    find_example_queue,
     make_records,
     pixels,
     running_queues,
@@ -30,20 +31,30 @@ both_pipelines = pytest.mark.parametrize("fast_ops", [True, False], ids=["fast",
 FLAGS = cifar10_input.FLAGS
 
 
-def distorted_inputs(folder, batch_size, fraction=None, threads=None, shard=(0, 1), **flags):
-    """Creates the training input with values of flags."""
-    flags |= {"min_fraction_of_examples_in_queue": fraction, "num_preprocess_threads": threads}
+def set_flags(flags):
+    """Gives the flags in a dictionary their values."""
     for name, value in flags.items():
-        if value is not None:
-            setattr(FLAGS, name, value)
+        setattr(FLAGS, name, value)
+
+
+def distorted_inputs(folder, batch_size, fraction=0.4, threads=16, shard=(0, 1), **flags):
+    """Creates the training input with values of flags."""
+    set_flags({"min_fraction_of_examples_in_queue": fraction, "num_preprocess_threads": threads})
+    set_flags(flags)
     return cifar10_input.distorted_inputs(folder, batch_size, shard)
 
 
 def inputs(eval_data, folder, batch_size, num_epochs=None, **flags):
     """Creates the evaluation input with values of flags."""
-    for name, value in flags.items():
-        setattr(FLAGS, name, value)
+    set_flags(flags)
     return cifar10_input.inputs(eval_data, folder, batch_size, num_epochs)
+
+
+def run_batches(tensors, count=None):
+    """Runs an input `count` times, or until it ends; returns each tensor's concatenated values."""
+    with running_queues() as session:
+        batches = all_batches(session, tensors, count)
+    return [np.concatenate(parts) for parts in zip(*batches, strict=True)]
 
 
 def write_train_files(folder, records):
@@ -51,31 +62,6 @@ def write_train_files(folder, records):
     write_dataset(folder)
     for number in range(1, 6):
         records.tofile(folder / f"data_batch_{number}.bin")
-
-
-def run_batches(tensors, count):
-    """Runs an input `count` times; returns the concatenated values of each tensor."""
-    with running_queues() as session:
-        batches = [session.run(tensors) for _ in range(count)]
-    return [np.concatenate(parts) for parts in zip(*batches, strict=True)]
-
-
-def read_all(tensors):
-    """Runs an input until it ends; returns the concatenated values of each tensor."""
-    with running_queues() as session:
-        batches = all_batches(session, tensors)
-    return [np.concatenate(parts) for parts in zip(*batches, strict=True)]
-
-
-def find_example_queue():
-    """Returns the operation of the training queue."""
-    (queue,) = [
-        operation
-        for operation in tf.get_default_graph().get_operations()
-        if operation.type == "RandomShuffleQueueV2"
-        and operation.get_attr("component_types") == [tf.float32, tf.int32]
-    ]
-    return queue
 
 
 # The reader.
@@ -112,28 +98,21 @@ def test_a_record_of_known_bytes_is_read_as_the_image_that_it_describes(tmp_path
 
 @both_pipelines
 @pytest.mark.parametrize(
-    ("batch_size", "num_epochs", "sizes"),
-    [(7, 1, [7] * 18 + [5]), (128, 3, [128] * 3 + [9])],
+    ("eval_data", "batch_size", "num_epochs", "sizes"),
+    [(True, 7, 1, [7] * 18 + [5]), (True, 128, 3, [128] * 3 + [9]), (False, 4, 1, [4] * 15)],
 )
-def test_evaluation_gives_each_record_once_per_epoch_in_the_order_of_the_file(
-    tmp_path, batch_size, num_epochs, sizes, fast_ops
+def test_evaluation_gives_each_record_once_per_epoch_in_the_order_of_the_files(
+    tmp_path, eval_data, batch_size, num_epochs, sizes, fast_ops
 ):
-    _, test = write_dataset(tmp_path, test_count=131)
-    tensors = inputs(True, str(tmp_path), batch_size, num_epochs, fast_ops=fast_ops)
+    train, test = write_dataset(tmp_path, train_counts=[40, 20], test_count=131)
+    tensors = inputs(eval_data, str(tmp_path), batch_size, num_epochs, fast_ops=fast_ops)
     with running_queues() as session:
         batches = all_batches(session, tensors)
     assert [len(batch_labels) for _, batch_labels in batches] == sizes
     images, labels = (np.concatenate(parts) for parts in zip(*batches, strict=True))
-    test = np.tile(test, [num_epochs, 1])
-    np.testing.assert_array_equal(labels, test[:, 0])
-    np.testing.assert_allclose(images, standardized_centers(test), atol=1e-4)
-
-
-@both_pipelines
-def test_evaluation_on_the_training_files_reads_all_of_them_in_order(tmp_path, fast_ops):
-    train, _ = write_dataset(tmp_path, [40, 20])
-    images, _ = read_all(inputs(False, str(tmp_path), 4, num_epochs=1, fast_ops=fast_ops))
-    np.testing.assert_allclose(images, standardized_centers(train), atol=1e-4)
+    expected = np.tile(test if eval_data else train, [num_epochs, 1])
+    np.testing.assert_array_equal(labels, expected[:, 0])
+    np.testing.assert_allclose(images, standardized_centers(expected), atol=1e-4)
 
 
 @both_pipelines
@@ -219,7 +198,7 @@ def test_training_crops_have_the_given_size_and_are_flipped_only_if_asked(tmp_pa
 
 def test_a_fraction_of_an_epoch_stays_in_the_training_queue(tmp_path, capsys):
     write_dataset(tmp_path, train_counts=[80, 120, 90, 110, 100])
-    distorted_inputs(str(tmp_path), 128)
+    cifar10_input.distorted_inputs(str(tmp_path), 128)
     assert find_example_queue().get_attr("min_after_dequeue") == 200
     assert capsys.readouterr().out == (
         "Filling queue with 200 CIFAR images before starting to train. "
@@ -326,17 +305,6 @@ def test_single_images_are_batched_as_in_the_tutorial(tmp_path, shuffle):
         assert find_example_queue().get_attr("capacity") == 40 + 3 * 16
 
 
-def test_the_summary_of_the_queue_shows_how_full_it_is():
-    image, label = tf.zeros([8, 8, 3]), tf.zeros([1], tf.int32)
-    images, _ = cifar10_input._generate_image_and_label_batch(image, label, 40, 16, True)
-    with running_queues() as session:
-        for _ in range(5):
-            session.run(images)
-        value = session.run(tf.summary.merge_all())
-    values = {v.tag: v.simple_value for v in tf.Summary.FromString(value).value}
-    assert 0.0 <= values["queue/fraction_full"] <= 1.0
-
-
 # Both inputs.
 
 
@@ -395,7 +363,7 @@ def test_edits_of_the_reader_and_of_the_central_crops_take_effect_in_both_pipeli
 
     monkeypatch.setattr(cifar10_input, "read_cifar10", edited_read)
     monkeypatch.setattr(cifar10_input, "central_crops", edited_crops)
-    images, labels = read_all(inputs(True, str(tmp_path), 8, num_epochs=1, fast_ops=fast_ops))
+    images, labels = run_batches(inputs(True, str(tmp_path), 8, num_epochs=1, fast_ops=fast_ops))
     np.testing.assert_array_equal(labels, test[:, 0] + 100)
     np.testing.assert_array_equal(images, 255 - pixels(test)[:, :24, :24])
     _, labels = run_batches(distorted_inputs(str(tmp_path), 8, fast_ops=fast_ops), 1)

@@ -73,25 +73,6 @@ def test_towers_that_disagree_on_a_gradient_are_an_error():
             cifar10_multi_gpu_train.average_gradients([tower, other])
 
 
-def find_variables(num_gpus):
-    with tf.Graph().as_default():
-        cifar10_multi_gpu_train.build_training(num_gpus, 4)
-        return {v.op.name: (v.shape.as_list(), v.dtype, v.device) for v in tf.global_variables()}
-
-
-def test_variables_do_not_depend_on_the_number_of_towers_or_the_script(small_dataset):
-    with tf.Graph().as_default():
-        with tf.device("/cpu:0"):
-            global_step = tf.train.get_or_create_global_step()
-        images, labels = cifar10.distorted_inputs()
-        cifar10.train(cifar10.loss(cifar10.inference(images), labels), global_step)
-        single = {v.op.name: (v.shape.as_list(), v.dtype) for v in tf.global_variables()}
-    one, two = find_variables(1), find_variables(2)
-    assert one == two
-    assert {name: specification[:2] for name, specification in one.items()} == single
-    assert {device for _, _, device in one.values()} == {"/device:CPU:0"}
-
-
 @pytest.mark.parametrize("fast_ops", [True, False])
 def test_each_tower_is_on_its_gpu_and_the_rest_on_the_cpu(small_dataset, fast_ops):
     FLAGS.fast_ops = fast_ops
@@ -123,19 +104,21 @@ def test_a_step_of_several_towers_is_the_step_of_one_on_all_their_batches(fixed_
                 start = generator.normal(0, 0.05, variable.shape.as_list())
                 variable.load(start.astype(np.float32), sess)
             value, _ = sess.run([loss, train_op])
-            return value, sess.run(tf.trainable_variables())
+            names = {variable.op.name for variable in tf.global_variables()}
+            return value, sess.run(tf.trainable_variables()), names
 
     def build_single():
         global_step = tf.train.get_or_create_global_step()
         loss = cifar10.loss(cifar10.inference(tf.constant(images)), tf.constant(labels))
         return cifar10.train(loss, global_step), loss
 
-    expected_loss, expected = run_step(build_single)
+    expected_loss, expected, expected_names = run_step(build_single)
     for num_gpus, batch_size in ((1, 4), (2, 2), (4, 1)):
-        loss, found = run_step(
+        loss, found, names = run_step(
             lambda: cifar10_multi_gpu_train.build_training(num_gpus, batch_size)  # noqa: B023
         )
         assert loss == pytest.approx(expected_loss, rel=1e-5)
+        assert names == expected_names  # so checkpoints do not depend on the number of towers
         for variable, reference in zip(found, expected, strict=True):
             np.testing.assert_allclose(variable, reference, atol=1e-6)
 

@@ -12,6 +12,7 @@ from unittest import mock
 import pytest
 from conftest import (
     ROOT,
+    find_example_queue,
     make_records,
     run_script,
     save_checkpoint,
@@ -25,7 +26,7 @@ import cifar10_multi_gpu_train
 import cifar10_predict
 import cifar10_train
 from support.base.errors import DataError, UserError
-from support.data import dataset
+from support.data import dataset, download
 from support.ops import fast_image
 from support.ops.tensorflow_v1 import session_config, tf
 
@@ -155,23 +156,6 @@ def test_each_script_defines_the_flags_of_the_tutorial(script):
     assert of_the_model >= {"batch_size", "data_dir", "use_fp16"}
 
 
-@pytest.mark.parametrize("fast_ops", [True, False])
-def test_inputs_have_the_shapes_and_types_of_the_tutorial(tmp_path, fast_ops):
-    write_dataset(tmp_path / dataset.EXTRACTED_FOLDER)
-    folder = str(tmp_path / dataset.EXTRACTED_FOLDER)
-    FLAGS.data_dir = str(tmp_path)
-    FLAGS.fast_ops = fast_ops
-    for batch_size, (images, labels) in [
-        (128, cifar10.distorted_inputs()),
-        (128, cifar10.inputs(False)),
-        (128, cifar10.inputs(eval_data=True)),
-        (7, cifar10_input.distorted_inputs(folder, 7)),
-        (7, cifar10_input.inputs(True, folder, 7)),
-    ]:
-        assert (images.dtype, images.shape) == (tf.float32, [batch_size, 24, 24, 3])
-        assert (labels.dtype, labels.shape) == (tf.int32, [batch_size])
-
-
 # Constants that take effect when they are edited.
 
 
@@ -192,13 +176,7 @@ def crop_size():
 
 def fraction_in_queue():
     cifar10.distorted_inputs()
-    (queue,) = [
-        operation
-        for operation in tf.get_default_graph().get_operations()
-        if operation.type == "RandomShuffleQueueV2"
-        and operation.get_attr("component_types") == [tf.float32, tf.int32]
-    ]
-    return queue.get_attr("min_after_dequeue") / 25
+    return find_example_queue().get_attr("min_after_dequeue") / 25
 
 
 def number_of_threads():
@@ -289,6 +267,20 @@ def test_an_edited_constant_takes_effect_unless_its_flag_is_given(
     assert find() == pytest.approx(given, rel=1e-5)
 
 
+def test_the_archive_comes_from_the_edited_constant_unless_the_flag_is_given(
+    data_folder, monkeypatch
+):
+    recorded = mock.Mock(return_value=str(data_folder))
+    monkeypatch.setattr(download, "maybe_download_and_extract", recorded)
+    cifar10.maybe_download_and_extract()
+    monkeypatch.setattr(cifar10, "DATA_URL", "https://example.org/x.tar.gz")
+    cifar10.maybe_download_and_extract()
+    FLAGS.data_url = "/tmp/x.tar.gz"
+    cifar10.maybe_download_and_extract()
+    urls = [call.args[1] for call in recorded.call_args_list]
+    assert urls == [download.DATA_URL, "https://example.org/x.tar.gz", "/tmp/x.tar.gz"]
+
+
 both_modules = pytest.mark.parametrize(
     "module", [cifar10_input, cifar10], ids=lambda module: module.__name__
 )
@@ -373,14 +365,13 @@ EDITS = {
 
 def test_constants_that_are_edited_in_the_source_take_effect(tmp_path):
     write_dataset(tmp_path / "data")
-    for path in ROOT.glob("cifar10*.py"):
-        text = path.read_text()
-        if path.name == "cifar10_input.py":
-            for line, edited in EDITS.items():
-                assert text.count(f"\n{line}") == 1
-                text = text.replace(f"\n{line}", f"\n{edited}")
-        (tmp_path / path.name).write_text(text)
-    (tmp_path / "support").symlink_to(ROOT / "support")
+    text = (ROOT / "cifar10_input.py").read_text()
+    for line, edited in EDITS.items():
+        assert text.count(f"\n{line}") == 1
+        text = text.replace(f"\n{line}", f"\n{edited}")
+    (tmp_path / "cifar10_input.py").write_text(text)
+    for name in ("cifar10.py", "support"):
+        (tmp_path / name).symlink_to(ROOT / name)
     code = (
         f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import cifar10; "
         f"cifar10.FLAGS.data_dir = {str(tmp_path / 'data')!r}; "
@@ -458,18 +449,13 @@ def fork_inference(images):
         biases = cifar10._variable_on_cpu("biases", [8], tf.constant_initializer(0.0))
         conv1 = tf.nn.relu(tf.nn.bias_add(conv, biases), name=scope.name)
         cifar10._activation_summary(conv1)
-    with tf.variable_scope("local2") as scope:
+    with tf.variable_scope("softmax_linear") as scope:
         reshape = tf.reshape(conv1, [images.get_shape().as_list()[0], -1])
         weights = cifar10._variable_with_weight_decay(
-            "weights", shape=[24 * 24 * 8, 16], stddev=0.04, wd=0.004
+            "weights", shape=[24 * 24 * 8, 10], stddev=0.04, wd=0.004
         )
-        biases = cifar10._variable_on_cpu("biases", [16], tf.constant_initializer(0.1))
-        local2 = tf.nn.relu(tf.matmul(reshape, weights) + biases, name=scope.name)
-        cifar10._activation_summary(local2)
-    with tf.variable_scope("softmax_linear") as scope:
-        weights = cifar10._variable_with_weight_decay("weights", [16, 10], stddev=1 / 16.0, wd=None)
         biases = cifar10._variable_on_cpu("biases", [10], tf.constant_initializer(0.0))
-        softmax_linear = tf.add(tf.matmul(local2, weights), biases, name=scope.name)
+        softmax_linear = tf.add(tf.matmul(reshape, weights), biases, name=scope.name)
         cifar10._activation_summary(softmax_linear)
     return softmax_linear
 
@@ -490,7 +476,7 @@ def test_a_fork_can_build_its_own_model_from_the_helpers():
         assert session.run(global_step) == 30
         summary = tf.Summary.FromString(session.run(summary_op))
     names = {variable.op.name for variable in tf.trainable_variables()}
-    layers = ("conv1", "local2", "softmax_linear")
+    layers = ("conv1", "softmax_linear")
     assert names == {f"{a}/{b}" for a, b in itertools.product(layers, ("weights", "biases"))}
     tags = {value.tag for value in summary.value}
     assert tags >= {f"{a}/{b}" for a, b in itertools.product(("activations", "sparsity"), layers)}

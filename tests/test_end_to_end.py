@@ -1,14 +1,8 @@
 """The scripts as processes: what they print, the files that they write, and their exit codes."""
 
-import contextlib
-import fcntl
 import os
-import pty
 import re
 import shutil
-import signal
-import struct
-import termios
 
 import numpy as np
 import pytest
@@ -17,18 +11,12 @@ from conftest import (
     make_records,
     messages,
     run_script,
-    running_script,
     write_dataset,
 )
 from PIL import Image
 
 from support.data import dataset
 
-MODULES = sorted(
-    ".".join(path.relative_to(ROOT).with_suffix("").parts)
-    for path in (*ROOT.glob("cifar10*.py"), *(ROOT / "support").rglob("*.py"))
-    if path.stem != "__init__"
-)
 TIME = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d{6}"
 STEP_LINE = re.compile(
     TIME + r": step (\d+), loss = \d+\.\d\d \(\d+\.\d examples/sec; \d+\.\d{3} sec/batch\)"
@@ -37,10 +25,10 @@ STEP_LINE = re.compile(
 PROGRESS_LINE = re.compile(r"(Converting|Filling queue|Evaluating): \d+ of \d+ \(.*\)")
 
 
-def check_training_output(process, steps, queued=100):
+def check_training_output(process, steps):
     first, *lines = process.stdout.splitlines()
     assert first == (
-        f"Filling queue with {queued} CIFAR images before starting to train. "
+        "Filling queue with 100 CIFAR images before starting to train. "
         "This will take a few minutes."
     )
     matches = [STEP_LINE.fullmatch(line) for line in lines]
@@ -211,19 +199,6 @@ def test_the_model_learns_the_synthetic_classes(tmp_path, data, eval_flags):
     assert 0.9 < float(evaluated.stdout.split("=")[1]) < 1.0
 
 
-@pytest.mark.slow
-def test_a_checkpoint_of_locally_connected_layers_needs_the_same_flag(train_flags, eval_flags):
-    local = ("--top_layers=local", "--batch_size=16", "--max_steps=1")
-    run_script("cifar10_multi_gpu_train.py", *train_flags, *local)
-    process = run_script("cifar10_eval.py", *eval_flags, check=False)
-    assert process.returncode == 1
-    assert re.fullmatch(
-        r"\S+: error: \S+ckpt-1 was trained with --top_layers=local, not with --top_layers=full; "
-        r"use --top_layers=local, or choose another folder with --checkpoint_dir",
-        process.stderr.splitlines()[-1],
-    )
-
-
 @pytest.mark.parametrize("script", ["cifar10_train.py", "cifar10_eval.py"])
 def test_invalid_records_are_a_one_line_error(tmp_path, script):
     folder = tmp_path / dataset.EXTRACTED_FOLDER
@@ -237,57 +212,6 @@ def test_invalid_records_are_a_one_line_error(tmp_path, script):
     (line,) = messages(process.stderr)
     assert re.match(rf"{script}: error: .*data_batch_2\.bin has label 10 in record 2 ", line)
     assert not (tmp_path / "out").exists()
-
-
-def test_without_run_once_an_evaluation_waits_for_a_checkpoint(eval_flags):
-    with running_script("cifar10_eval.py", *eval_flags, "--run_once=false") as process:
-        lines = iter(process.stderr.readline, "")
-        assert any(line.startswith("Waiting for a checkpoint in ") for line in lines)
-        assert process.poll() is None
-        process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=60) == 130
-        assert messages(process.stderr.read()) == [
-            "cifar10_eval.py: stopped by SIGINT: nothing was lost; run the same command again"
-        ]
-
-
-@pytest.mark.slow
-def test_an_evaluation_shows_its_progress_on_a_terminal(train_flags, eval_flags):
-    run_script("cifar10_train.py", *train_flags, "--batch_size=8", "--max_steps=1")
-    ours, theirs = pty.openpty()
-    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 100, 0, 0))
-    command = ("cifar10_eval.py", *eval_flags, "--num_examples=1500")
-    with running_script(*command, stdin=theirs, stdout=theirs, stderr=theirs) as process:
-        os.close(theirs)
-        written = b""
-        with contextlib.suppress(OSError):  # Linux raises it when the script has exited
-            while chunk := os.read(ours, 65536):
-                written += chunk
-        os.close(ours)
-        assert process.wait(timeout=60) == 0, written
-    counts = re.findall(rb"Evaluating: .*? (\d+)/1500 \[.*?images/s\]", written)
-    counts = list(map(int, counts))
-    assert counts == sorted(counts)
-    assert counts[-1] > 0
-    # The bar is erased before the result is printed.
-    assert re.search(rb"\r +\r\d{4}-.*: precision @ 1 = 0\.\d{3}\r\n$", written)
-
-
-def test_modules_can_be_imported_in_another_order_and_do_not_read_the_command_line():
-    code = """
-import importlib, sys
-_, *names = sys.argv
-sys.argv = ["notebook", "--batch_size=3", "--unknown", "argument"]
-for name in names:
-    importlib.import_module(name)
-import cifar10, cifar10_eval
-assert cifar10.FLAGS.batch_size == 128
-assert cifar10_eval.FLAGS.checkpoint_dir == "/tmp/cifar10_train"
-assert cifar10.inference(cifar10.tf.zeros([1, 24, 24, 3])).shape == [1, 10]
-"""
-    process = run_script("-c", code, *MODULES[::-1])
-    assert process.stdout == ""
-    assert messages(process.stderr) == []
 
 
 @pytest.mark.parametrize(

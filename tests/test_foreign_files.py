@@ -270,7 +270,7 @@ def test_an_archive_with_a_huge_header_is_refused_at_once(tmp_path):
     member = tarfile.TarInfo("././@LongLink")
     member.type, member.size = tarfile.GNUTYPE_LONGNAME, 4 << 30
     (tmp_path / "a.tar").write_bytes(member.tobuf(tarfile.GNU_FORMAT) + bytes(10_000))
-    with pytest.raises(DataError, match="a header in it has 4294967296 bytes"):
+    with pytest.raises(DataError, match="a.tar cannot be read"):
         formats.convert(str(tmp_path / "a.tar"), "cifar10_python", str(tmp_path / "out"))
 
 

@@ -1,7 +1,6 @@
 """Tests of how a script runs: flags, help, errors in one line, signals and exit codes."""
 
 import json
-import os
 import re
 import shlex
 import signal
@@ -23,23 +22,6 @@ FAILS = """
     if __name__ == "__main__":
         command_line.run(main)
     """
-
-
-def test_main_gets_the_script_and_its_arguments_without_the_flags(write_script):
-    path = write_script("""
-        from absl import flags
-        from support.base import command_line
-
-        flags.DEFINE_integer("size", 3, "A size.")
-
-        def main(argv):
-            print(argv, flags.FLAGS.size)
-
-        command_line.run(main, takes_arguments=True)
-        """)
-    code, output, errors = run_file(path, "a", "--size=4", "b", "--", "--size=5")
-    assert (code, errors) == (0, "")
-    assert output == f"{[str(path), 'a', 'b', '--size=5']} 4\n"
 
 
 def test_an_error_that_the_user_can_fix_is_one_line_with_exit_code_1(write_script):
@@ -83,30 +65,6 @@ def test_a_signal_ends_a_script_with_its_exit_code_and_one_line(write_script, na
     assert errors == (
         f"script.py: stopped by {number.name}: nothing was lost; run the same command again\n"
     )
-
-
-@pytest.mark.parametrize(
-    ("arguments", "expected"),
-    [([], ["a warning"]), (["--verbosity=0"], ["an info", "a warning"])],
-)
-def test_messages_of_tensorflow_are_printed_once_from_the_given_level(
-    write_script, arguments, expected
-):
-    path = write_script("""
-        import logging
-        from support.base import command_line
-
-        logger = logging.getLogger("tensorflow")
-        logger.addHandler(logging.StreamHandler())
-
-        def main(argv):
-            logger.info("an info")
-            logger.warning("a warning")
-
-        command_line.run(main)
-        """)
-    code, output, errors = run_file(path, *arguments)
-    assert (code, output, errors.splitlines()) == (0, "", expected)
 
 
 # --- Flags.
@@ -173,14 +131,6 @@ def test_help_shows_the_flags_of_the_script_first_and_those_for_clusters_last(sc
     assert (code, errors) == (0, "")
     assert "--verbosity" in output
     assert "--own" in output
-
-
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="Linux has this device")
-def test_help_that_cannot_be_written_is_a_one_line_error(script):
-    with open("/dev/full", "w") as full:
-        code, _, errors = run_file(script, "--help", stdout=full)
-    assert code == 1
-    assert re.fullmatch(r"\S+: error: cannot write to standard output: .*\n", errors)
 
 
 @pytest.mark.parametrize("option", ["--help", "--helpfull"])

@@ -2,24 +2,17 @@
 
 import re
 import sys
+import types
 
 import pytest
 
 from support.base import progress
 
 
-class FakeClock:
-    """Replaces the module `time`."""
-
-    now = 100.0
-
-    def monotonic(self):
-        return self.now
-
-
 @pytest.fixture
 def clock(monkeypatch):
-    clock = FakeClock()
+    clock = types.SimpleNamespace(now=100.0)
+    clock.monotonic = lambda: clock.now
     monkeypatch.setattr(progress, "time", clock)
     return clock
 

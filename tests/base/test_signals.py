@@ -148,15 +148,13 @@ def test_deferring_signals_restores_handlers_descriptors_and_threads():
 
 
 def test_deferring_signals_has_no_effect_outside_the_main_thread():
-    before = [signal.getsignal(number) for number in STOP_SIGNALS]
     results = []
 
     def defer():
         with DeferredSignals() as signals:
-            results.append([signal.getsignal(number) for number in STOP_SIGNALS])
-        results.append(signals.signal_number)
+            results.append(signals.signal_number)
 
     thread = threading.Thread(target=defer)
     thread.start()
     thread.join()
-    assert results == [before, None]
+    assert results == [None]

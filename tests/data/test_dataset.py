@@ -1,6 +1,5 @@
 """Tests of a dataset: its folder, its class names, its sizes, and the checks of its files."""
 
-import numpy as np
 import pytest
 from conftest import make_records, write_dataset
 
@@ -16,22 +15,17 @@ def folder(tmp_path):
     return tmp_path / dataset.EXTRACTED_FOLDER
 
 
-def test_a_valid_dataset_is_described(folder):
+def test_a_dataset_is_described(folder):
     dataset.check_dataset(folder)
     found = dataset.read_dataset(folder)
     assert found == dataset.Dataset(str(folder), dataset.CLASS_NAMES, 3 + 4 + 5 + 6 + 7, 11)
-
-
-def test_numbers_other_than_those_of_cifar_10_win_over_the_files(folder):
-    assert dataset.read_dataset(folder, 7, 100, 5)[2:] == (100, 5)
-    assert dataset.read_dataset(folder, 7, 100)[2:] == (100, 11)
-    assert dataset.read_dataset(folder, 7, num_eval=5)[2:] == (25, 5)
-    assert len(dataset.read_dataset(folder, 7).class_names) == 7
-
-
-def test_without_files_an_epoch_has_as_many_examples_as_in_cifar_10(tmp_path):
-    found = dataset.read_dataset(tmp_path / "missing")
-    assert found[1:] == (dataset.CLASS_NAMES, 50000, 10000)
+    # Edited numbers win over the files.
+    class_names = ("class 0", "class 1", "class 2")
+    assert dataset.read_dataset(folder, 3, 100, 5)[1:] == (class_names, 100, 5)
+    assert dataset.read_dataset(folder, num_train=100)[2:] == (100, 11)
+    assert dataset.read_dataset(folder, num_eval=5)[2:] == (25, 5)
+    missing = dataset.read_dataset(folder / "missing")
+    assert missing[1:] == (dataset.CLASS_NAMES, 50000, 10000)
 
 
 def test_a_data_dir_that_holds_records_itself_is_the_folder(folder):
@@ -54,10 +48,6 @@ def test_class_names_are_the_nonempty_lines_of_the_file(folder, content, names):
     assert dataset.read_class_names(folder) == names
 
 
-def test_class_names_follow_an_edited_number_of_classes_without_a_file(folder):
-    assert dataset.read_class_names(folder, 3) == ("class 0", "class 1", "class 2")
-
-
 def test_an_edited_number_of_classes_must_match_the_file(folder):
     dataset.write_class_names(folder, ["cat", "dog", "emu"])
     assert dataset.read_class_names(folder, 3) == ("cat", "dog", "emu")
@@ -70,37 +60,28 @@ def test_an_edited_number_of_classes_must_match_the_file(folder):
 
 
 @pytest.mark.parametrize(
-    "content",
-    [b"one\n", b"".join(b"class %d\n" % n for n in range(257)), "K\xe4se\nKa\u0308se\n".encode()],
-    ids=["one", "257", "twice"],
+    ("content", "problem"),
+    [
+        (b"one\n", "must list 2 to 256 different classes"),
+        (b"".join(b"class %d\n" % n for n in range(257)), "must list 2 to 256 different classes"),
+        ("K\xe4se\nKa\u0308se\n".encode(), "must list 2 to 256 different classes"),
+        ("K\xe4se\ndog\n".encode("latin1"), "cannot be read .*"),
+    ],
+    ids=["one", "257", "twice", "latin1"],
 )
-def test_invalid_class_names_are_refused(folder, content):
+def test_invalid_class_names_are_refused(folder, content, problem):
     (folder / "batches.meta.txt").write_bytes(content)
-    message = "batches.meta.txt must list 2 to 256 different classes; write one name per line, or "
+    message = f"batches.meta.txt {problem}; write one name per line, or "
     with pytest.raises(DataError, match=message):
         dataset.check_dataset(folder)
 
 
-def test_class_names_in_another_encoding_are_refused(folder):
-    (folder / "batches.meta.txt").write_bytes("K\xe4se\ndog\n".encode("latin1"))
-    with pytest.raises(DataError, match="batches.meta.txt cannot be read .*; write one name per"):
-        dataset.check_dataset(folder)
-
-
-def write_labels(folder, train, test):
-    """Writes six files of black images with the labels `train`, each in the five training files."""
-    for name in FILES:
-        labels = np.array(test if name == "test_batch.bin" else train, np.uint8)
-        np.column_stack([labels, np.zeros([len(labels), 3072], np.uint8)]).tofile(folder / name)
-
-
 def test_classes_without_images_are_reported(folder, capsys):
-    dataset.write_class_names(folder, "abcd")
-    write_labels(folder, [0, 1, 3], [0])
+    write_dataset(folder, train_counts=[3] * 5, test_count=1, class_names="abcd")
     dataset.check_dataset(folder)
     output = capsys.readouterr()
     assert output.err == (
-        "The dataset has no training images of 1 class (c)\n"
+        "The dataset has no training images of 1 class (d)\n"
         "The dataset has no test images of 3 classes (b, c, d)\n"
     )
     assert output.out == ""
@@ -128,7 +109,7 @@ def test_an_edited_number_of_classes_decides_which_labels_are_valid(folder):
 
 
 def test_the_last_training_files_may_be_missing(folder, capsys):
-    write_labels(folder, range(10), range(10))
+    write_dataset(folder, train_counts=[10] * 5)
     for name in records.TRAIN_FILES[2:]:
         (folder / name).unlink()
     dataset.check_dataset(folder)
@@ -140,23 +121,32 @@ def test_the_last_training_files_may_be_missing(folder, capsys):
 
 
 @pytest.mark.parametrize(
-    ("number", "content", "problem"),
+    ("numbers", "content", "problem"),
     [
-        (1, None, "is missing"),
-        (5, None, "is missing"),
-        (0, b"", "is empty"),
-        (5, bytes(2 * 3073 + 1), r"ends within record 2 \(counted from 0\), after 1 of 3073 bytes"),
+        ([1], None, "is missing"),
+        ([5], None, "is missing"),
+        (range(5), None, "is missing"),
+        ([0], b"", "is empty"),
+        (
+            [5],
+            bytes(2 * 3073 + 1),
+            r"ends within record 2 \(counted from 0\), after 1 of 3073 bytes",
+        ),
     ],
 )
-def test_an_invalid_file_is_refused(folder, number, content, problem):
-    (folder / FILES[number]).unlink()
-    if content is not None:
-        (folder / FILES[number]).write_bytes(content)
-    cure = (
-        "replace the file, or move .*bin away and run the same command again to create the dataset"
-    )
-    with pytest.raises(DataError, match=f"^{folder}/{FILES[number]} {problem}; {cure}$"):
+def test_an_invalid_file_is_refused(folder, numbers, content, problem):
+    for number in numbers:
+        (folder / FILES[number]).unlink()
+        if content is not None:
+            (folder / FILES[number]).write_bytes(content)
+    path, problem = f"{folder}/{FILES[numbers[0]]}", f"{problem}; replace the file"
+    cure = "or move .*bin away and run the same command again to create the dataset"
+    with pytest.raises(DataError, match=f"^{path} {problem}, {cure}$"):
         dataset.check_dataset(folder)
+    # No command creates a dataset of your own.
+    own = folder.rename(folder.parent / "own")
+    with pytest.raises(DataError, match=f"^{own}/{FILES[numbers[0]]} {problem}$"):
+        dataset.check_dataset(own)
 
 
 def test_a_file_that_cannot_be_read_is_refused(folder, monkeypatch):
@@ -165,20 +155,6 @@ def test_a_file_that_cannot_be_read_is_refused(folder, monkeypatch):
 
     monkeypatch.setattr(records, "read_labels", forbid)
     with pytest.raises(DataError, match="data_batch_1.bin cannot be read .Permission denied"):
-        dataset.check_dataset(folder)
-
-
-def test_the_cure_fits_the_origin_of_the_dataset(tmp_path):
-    write_dataset(tmp_path / "own")
-    (tmp_path / "own" / FILES[1]).unlink()
-    with pytest.raises(DataError, match="data_batch_2.bin is missing; replace the file$"):
-        dataset.check_dataset(tmp_path / "own")
-
-
-def test_without_any_training_file_the_first_one_is_missing(folder):
-    for name in records.TRAIN_FILES:
-        (folder / name).unlink()
-    with pytest.raises(DataError, match=r"data_batch_1.bin is missing"):
         dataset.check_dataset(folder)
 
 

@@ -308,14 +308,6 @@ def test_a_distortion_may_use_the_graph_of_training_and_an_attempt_leaves_nothin
     assert operations[0] == operations[1]
 
 
-def test_an_operation_does_not_change_the_block_that_it_gets():
-    block = fast_image.Block(tf.zeros([5, 3, 32, 32], tf.uint8))
-    before = dict(vars(block))
-    fast_image.random_crop(fast_image.random_brightness(block, 5), [8, 9, 3])
-    assert vars(block) == before
-    assert fast_image.random_crop(block, [8, 9, 3]).shape == [8, 9, 3]
-
-
 def standardize_after(operation, image, ops):
     with tf.control_dependencies([operation]):  # such as tf.print
         return ops.per_image_standardization(image)

@@ -45,10 +45,17 @@ def assert_close(found, expected):
         np.testing.assert_allclose(values, reference, rtol=0, atol=1e-6 * np.abs(reference).max())
 
 
+def operation_types():
+    return {operation.type for operation in tf.get_default_graph().get_operations()}
+
+
 @pytest.mark.parametrize("scale", [0.0, 1.0, 1e8])
-def test_the_result_and_its_gradient_equal_a_computation_in_float64(scale):
+def test_the_result_and_its_gradient_equal_a_computation_in_float64(monkeypatch, scale):
+    monkeypatch.setattr(tensorflow_v1, "GPUS", [])
     batch = make_input([128, 12, 12, 64], scale)
     assert_close(run(fast_nn.lrn, *batch, **TUTORIAL), compute_exactly(*batch, **TUTORIAL))
+    # Not even the gradient that TensorFlow derives, which is slower.
+    assert operation_types().isdisjoint({"LRN", "LRNGrad", "RsqrtGrad", "SqrtGrad"})
 
 
 @pytest.mark.parametrize(
@@ -64,16 +71,6 @@ def test_other_parameters_have_the_effect_that_they_have_in_tf_nn(parameters):
     batch = make_input([3, 5, 7, 64], 3.0)
     found = run(fast_nn.lrn, *batch, **parameters)
     assert_close(found, run(tf.nn.lrn, *batch, **parameters))
-
-
-def operation_types():
-    return {operation.type for operation in tf.get_default_graph().get_operations()}
-
-
-def test_a_cpu_runs_neither_lrn_operations_nor_the_gradient_that_tensorflow_derives(monkeypatch):
-    monkeypatch.setattr(tensorflow_v1, "GPUS", [])
-    run(fast_nn.lrn, *make_input([2, 3, 3, 10], 1.0), **TUTORIAL)
-    assert operation_types().isdisjoint({"LRN", "LRNGrad", "RsqrtGrad", "SqrtGrad"})
 
 
 def test_tensorflow_derives_equal_gradients_from_a_stored_graph(monkeypatch):
@@ -138,19 +135,15 @@ def conv2d_operations():
     return [op for op in tf.get_default_graph().get_operations() if op.type == "Conv2D"]
 
 
-@pytest.fixture
-def winograd_everywhere(monkeypatch):
-    monkeypatch.setattr(tensorflow_v1, "GPUS", [])
-    monkeypatch.setattr(tensorflow_v1, "USES_ONEDNN", True)
-
-
 def convolve(images_shape=(2, 12, 12, 64), filters_shape=(5, 5, 64, 64), dtype=tf.float32, **given):
     arguments = {"strides": [1, 1, 1, 1], "padding": "SAME", **given}
     images = tf.placeholder(dtype, images_shape)
     return fast_nn.conv2d(images, tf.zeros(filters_shape, dtype), **arguments, name="conv")
 
 
-def test_conv2d_with_5_x_5_filters_uses_winograds_algorithm(winograd_everywhere):
+def test_conv2d_with_5_x_5_filters_uses_winograds_algorithm(monkeypatch):
+    monkeypatch.setattr(tensorflow_v1, "GPUS", [])
+    monkeypatch.setattr(tensorflow_v1, "USES_ONEDNN", True)
     result = convolve(images_shape=[None, 12, 12, 64])
     assert result.op.name == "conv"
     assert result.shape.as_list() == [None, 12, 12, 64]
@@ -160,6 +153,8 @@ def test_conv2d_with_5_x_5_filters_uses_winograds_algorithm(winograd_everywhere)
 @pytest.mark.parametrize(
     "arguments",
     [
+        {"gpus": ["a GPU"]},
+        {"uses_onednn": False},
         {"dtype": tf.float16},
         {"strides": [1, 2, 2, 1]},
         {"padding": "VALID"},
@@ -172,15 +167,8 @@ def test_conv2d_with_5_x_5_filters_uses_winograds_algorithm(winograd_everywhere)
     ],
     ids=str,
 )
-def test_conv2d_is_that_of_tf_nn_in_all_other_cases(winograd_everywhere, arguments):
+def test_conv2d_is_that_of_tf_nn_in_all_other_cases(monkeypatch, arguments):
+    monkeypatch.setattr(tensorflow_v1, "GPUS", arguments.pop("gpus", []))
+    monkeypatch.setattr(tensorflow_v1, "USES_ONEDNN", arguments.pop("uses_onednn", True))
     result = convolve(**arguments)
-    assert [op.name for op in conv2d_operations()] == [result.op.name] == ["conv"]
-
-
-@pytest.mark.parametrize(("name", "value"), [("GPUS", ["a GPU"]), ("USES_ONEDNN", False)])
-def test_conv2d_is_that_of_tf_nn_on_gpus_and_without_onednn(
-    winograd_everywhere, monkeypatch, name, value
-):
-    monkeypatch.setattr(tensorflow_v1, name, value)
-    result = convolve()
     assert [op.name for op in conv2d_operations()] == [result.op.name] == ["conv"]

@@ -27,26 +27,26 @@ def test_variables_without_a_gradient_are_left_out_and_named(warnings, missing, 
     assert warnings == message
 
 
-def run_summaries(optimizer, gradient):
-    """Returns the summary of a gradient, and the names of the sums that must be finite."""
+@pytest.mark.parametrize(
+    ("with_scaling", "gradient", "total", "must_be_finite"),
+    [
+        (False, [1.0, 3.0], 4.0, ["must_be_finite/gradients/x"]),
+        (True, [1.0, float("inf")], 1.0, []),  # the update is skipped
+    ],
+)
+def test_a_gradient_is_shown_and_must_be_finite_unless_the_loss_is_scaled(
+    with_scaling, gradient, total, must_be_finite
+):
+    optimizer = tf.train.GradientDescentOptimizer(1.0)
+    if with_scaling:
+        optimizer = with_loss_scaling(optimizer)
     variable = tf.get_variable("x", initializer=[1.0, 1.0])
     updates.summarize_gradients(optimizer, [(tf.constant(gradient), variable)])
-    checked = [total.op.name for total in tf.get_collection(graph_notes.MUST_BE_FINITE)]
+    checked = [each.op.name for each in tf.get_collection(graph_notes.MUST_BE_FINITE)]
+    assert checked == must_be_finite
     with tf.Session() as session:
-        return tf.Summary.FromString(session.run(tf.summary.merge_all())), checked
-
-
-def test_a_gradient_is_shown_and_must_be_finite():
-    summary, checked = run_summaries(tf.train.GradientDescentOptimizer(1.0), [1.0, 3.0])
-    assert [(value.tag, value.histo.sum) for value in summary.value] == [("gradients/x", 4.0)]
-    assert checked == ["must_be_finite/gradients/x"]
-
-
-def test_with_loss_scaling_an_overflow_is_shown_as_zero_and_is_no_error():
-    optimizer = with_loss_scaling(tf.train.GradientDescentOptimizer(1.0))
-    summary, checked = run_summaries(optimizer, [1.0, float("inf")])
-    assert [(value.tag, value.histo.sum) for value in summary.value] == [("gradients/x", 1.0)]
-    assert checked == []
+        summary = tf.Summary.FromString(session.run(tf.summary.merge_all()))
+    assert [(value.tag, value.histo.sum) for value in summary.value] == [("gradients/x", total)]
 
 
 def test_only_the_updates_of_the_first_tower_are_collected():

@@ -116,14 +116,6 @@ def test_a_copied_folder_is_independent_of_the_original(tmp_path):
     assert steps_in(tmp_path / "copy") == [5]
 
 
-def test_a_state_file_may_name_a_checkpoint_in_another_folder(tmp_path):
-    for name in ("here", "there"):
-        (tmp_path / name).mkdir()
-    path = save(tmp_path / "there", 4)
-    tf.train.update_checkpoint_state(str(tmp_path / "here"), path)
-    assert checkpoints.find_latest_checkpoint(str(tmp_path / "here")) == path
-
-
 @pytest.mark.parametrize(
     "state", [b"\xff not a checkpoint", b'model_checkpoint_path: "/home/ann/model.ckpt-9"']
 )
@@ -188,39 +180,13 @@ def test_the_step_is_the_one_that_was_saved_whatever_the_name(tmp_path):
     assert checkpoints.read(str(tmp_path / "model.ckpt-99")).step == 12
 
 
-def save_as_in_2015(path, step, **options):
-    """Saves a checkpoint whose step has the name that the tutorial of 2015 gave it."""
-    with tf.Graph().as_default(), tf.Session() as session:
-        tf.Variable(step or 0, trainable=False)
-        tf.get_variable("x", initializer=3.5)
-        session.run(tf.global_variables_initializer())
-        return tf.train.Saver(**options).save(session, str(path), step)
-
-
-@pytest.mark.parametrize("version", [tf.train.SaverDef.V1, tf.train.SaverDef.V2])
-def test_the_step_of_a_checkpoint_of_2015_is_the_number_in_its_name(tmp_path, version):
-    for step in (70, 600):
-        path = save_as_in_2015(tmp_path / "model.ckpt", step, write_version=version)
-    assert restore(tmp_path, TrainingSettings()) == (path, 600, 3.5)
-    (tmp_path / "checkpoint").unlink()
-    assert restore(tmp_path, TrainingSettings()) == (path, 600, 3.5)
-    first = str(tmp_path / "model.ckpt-70")
-    assert restore(first, TrainingSettings()) == (first, 70, 3.5)
-
-
 def test_a_checkpoint_without_any_step_is_a_one_line_error(tmp_path):
-    path = save_as_in_2015(tmp_path / "model.ckpt", None)
+    with tf.Graph().as_default(), tf.Session() as session:
+        tf.Variable(0, trainable=False)  # the name that the tutorial of 2015 gave it
+        session.run(tf.global_variables_initializer())
+        path = tf.train.Saver().save(session, str(tmp_path / "model.ckpt"))
     with pytest.raises(CheckpointError, match=f"^the step of {path} is unknown: .*; rename its"):
         checkpoints.read(path)
-
-
-@pytest.mark.parametrize("name", ["model.ckpt-3.data-00000-of-00001", "model.ckpt-3.index"])
-def test_a_damaged_checkpoint_is_a_one_line_error_that_names_it(tmp_path, name):
-    path = save(tmp_path)
-    (tmp_path / name).write_bytes(b"")
-    with pytest.raises(CheckpointError, match=rf"^{path} cannot be read \(") as caught:
-        checkpoints.read(path)
-    assert "\n" not in str(caught.value)
 
 
 # --- What a checkpoint was trained on.
@@ -246,19 +212,20 @@ def test_a_missing_meta_file_causes_one_warning_and_leaves_the_settings_unknown(
     ]
 
 
-def test_settings_of_an_unknown_version_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoints, "format_settings", lambda settings: '{"new": 1}')
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda meta: b"",
+        lambda meta: meta[:-7],
+        lambda meta: meta.replace(b"crop_size", b"crop_area"),
+    ],
+    ids=["empty", "truncated", "of an unknown version"],
+)
+def test_a_meta_file_that_cannot_be_understood_is_refused(tmp_path, damage):
     path = save(tmp_path, settings=OWN)
-    with pytest.raises(CheckpointError, match="ckpt-3.meta cannot be read .*; move it away to use"):
-        checkpoints.read(path)
-
-
-@pytest.mark.parametrize("damage", [lambda meta: b"", lambda meta: meta[:-7]])
-def test_a_damaged_meta_file_is_refused(tmp_path, damage):
-    path = save(tmp_path)
     meta = tmp_path / "model.ckpt-3.meta"
     meta.write_bytes(damage(meta.read_bytes()))
-    with pytest.raises(CheckpointError, match="ckpt-3.meta cannot be read"):
+    with pytest.raises(CheckpointError, match="ckpt-3.meta cannot be read .*; move it away to use"):
         checkpoints.read(path)
 
 
@@ -367,13 +334,6 @@ def steps_in(folder):
     steps = {int(name.split(".")[1].removeprefix("ckpt-")) for name in names}
     assert len(names) == 3 * len(steps)  # no checkpoint is half there
     return sorted(steps)
-
-
-def test_saving_deletes_the_oldest_checkpoints(tmp_path):
-    save_as_trainer(tmp_path, steps=range(9), max_to_keep=7)  # by itself, TensorFlow keeps 5
-    assert steps_in(tmp_path) == [2, 3, 4, 5, 6, 7, 8]
-    save_as_trainer(tmp_path, steps=[9], max_to_keep=1)
-    assert steps_in(tmp_path) == [9]
 
 
 def test_tensorflow_finds_and_restores_what_is_saved_here_and_counts_it(tmp_path):
