@@ -519,11 +519,12 @@ def test_a_secret_in_a_malformed_url_is_not_printed(tmp_path, capsys, url):
 
 def test_a_server_that_drips_bytes_of_a_range_is_given_up(tmp_path, monkeypatch):
     monkeypatch.setattr(download, "RATE_PERIOD", 0.2)
+    before = set(threading.enumerate())
     head = b"HTTP/1.1 206 Partial Content\r\nContent-Length: 1000000\r\n\r\n"
     with raw_server([head, b"a"]) as url:
         with pytest.raises(DataError, match="slower than 1000"):
             download.maybe_download_and_extract(tmp_path, url)
-        for thread in threading.enumerate():
+        for thread in set(threading.enumerate()) - before:
             if "_receive" in thread.name:
                 thread.join(timeout=10)
                 assert not thread.is_alive()
