@@ -14,7 +14,7 @@ TIMEOUT = 300  # seconds
 
 # What the process runs. Its last line on stderr gives the reason if it fails.
 _PROGRAM = """
-import resource, sys
+import io, resource, sys
 _, most = resource.getrlimit(resource.RLIMIT_DATA)
 limit = 4 << 30 if most == resource.RLIM_INFINITY else min(most, 4 << 30)  # bytes
 resource.setrlimit(resource.RLIMIT_DATA, (limit, most))
@@ -26,7 +26,9 @@ for name in names:
         sys.exit(f"it has no array {name} of numbers")
     if arrays[name].nbytes > 1 << 30:
         sys.exit(f"its array {name} is too large")
-    numpy.save(sys.stdout.buffer, arrays[name], allow_pickle=False)
+    content = io.BytesIO()  # NumPy cannot write to every pipe
+    numpy.save(content, arrays[name], allow_pickle=False)
+    sys.stdout.buffer.write(content.getbuffer())
 """
 
 
