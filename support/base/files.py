@@ -65,10 +65,10 @@ def lock(path, on_wait=None):
 
 
 def open_without_links(path, flags):
-    """Opens a file of ours to write it, as an opener for `open`; creates it if the flags say so.
+    """Opens a file for writing; pass it to `open` as `opener`.
 
-    In a folder like `/tmp`, somebody else may have prepared a link of that name, through which we
-    would overwrite a file elsewhere.
+    In a folder such as `/tmp`, another user may have created a link with this name, and writing
+    through it would overwrite a file elsewhere.
 
     Raises:
       OSError: the path is a link, among others.
@@ -94,9 +94,9 @@ def read_regular(path, max_bytes):
 
 
 def refuse_folder_of_others(flag, folder):
-    """Raises UserError if `folder` belongs to another user and is in a folder that all can write.
+    """Raises UserError if another user created `folder` in a folder that everybody can write to.
 
-    That user could read and replace what is written there.
+    That user could read and replace what is written there. Mount points are accepted.
     """
     path = pathlib.Path(os.path.abspath(folder))
     with contextlib.suppress(OSError):  # it is missing, or cannot be read: reported later

@@ -1,7 +1,7 @@
-"""Messages on stderr. Text that comes from outside cannot move the cursor or look like a message.
+"""Messages on stderr, in which text from outside is escaped and secrets are masked.
 
-Such text is a file's name, the content of a file or the answer of a server, for example. It may
-contain control characters, which a terminal would obey.
+The name of a file, its content or the answer of a server may contain control characters, which a
+terminal would obey: they could move the cursor or forge a message.
 """
 
 import os
@@ -41,10 +41,11 @@ def report(message):
 def mask_secrets(text, url=""):
     """Returns a text in which the user names, passwords and queries of URLs are masked.
 
-    Those of `url` are masked wherever they stand, as messages quote parts of a URL.
+    Those of `url` are masked wherever they occur, because messages quote parts of a URL.
     """
     for secret in re.findall(r"(?<=://)[^/?#]*(?=@)|(?<=[?#]).+", url):
-        for part in filter(None, re.split("[:&]", secret)):
-            text = text.replace(part, "***")
+        for part in re.split("[:&]", secret):
+            if len(part) > 3:  # a shorter one would match parts of words
+                text = text.replace(part, "***")
     text = re.sub(r"(?<=://)[^/?#\s]*@", "***@", text)
     return re.sub(r"(?<=\w)(://[^?#\s]*[?#])\S+", r"\1***", text)

@@ -1,4 +1,4 @@
-"""Reads arrays of MATLAB files in a process of its own, because damaged files can crash SciPy."""
+"""Reads arrays from MATLAB files in a separate process, because damaged files can crash SciPy."""
 
 import importlib.util
 import io

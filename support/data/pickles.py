@@ -1,8 +1,8 @@
 """Reads the pickles of CIFAR's Python versions without calling anything that they name.
 
-A pickle is a program. Python's unpickler calls the functions that the program names, and NumPy's
-own functions, with the wrong arguments, read memory outside of the file. Here, a name stands for
-itself, and only the operations that plain values and arrays need are known.
+A pickle is a program. Python's unpickler calls the functions that the program names, and some of
+NumPy's functions, with hostile arguments, read memory outside the file. Here, names are only
+compared, and the unpickler supports only the operations that create plain values and arrays.
 """
 
 import io
@@ -77,7 +77,7 @@ def _reduce(name, arguments):
 
 
 class _CountedOperations(io.BytesIO):
-    """A file that refuses to be read in too many pieces: each operation starts with a read."""
+    """A file that limits the number of reads, because each operation starts with one."""
 
     count = 0
 
