@@ -197,7 +197,7 @@ scipy.io.savemat(MATLAB, {"X": np.zeros([32, 32, 3, 1], np.uint8), "y": np.array
             for each in check(image, read_image, 100, 10_000, f"image-{number}")
         ),
         *check(RESPONSE, read_http_response, 200, 2000),
-        *check(MATLAB.getvalue(), read_matlab, 4, 200),
+        *check(MATLAB.getvalue(), read_matlab, 4, 100),
     ],
 )
 def test_a_mutated_file_is_read_or_refused_in_one_line(tmp_path, original, read, count):
@@ -215,7 +215,8 @@ def test_a_mutated_file_is_read_or_refused_in_one_line(tmp_path, original, read,
     messages = list(filter(None, messages))
     assert messages
     assert all(message.isprintable() and len(message) < 2100 for message in messages)
-    assert time.monotonic() - start < SECONDS * max(1, count / 100)
+    is_slow = read is read_matlab  # in a process of its own
+    assert time.monotonic() - start < SECONDS * max(1, count / (10 if is_slow else 100))
 
 
 # --- What mutations rarely find.
