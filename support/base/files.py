@@ -85,31 +85,30 @@ def read_regular(path, max_bytes):
       ValueError: it has more than `max_bytes` bytes.
     """
     with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
             raise OSError(errno.EINVAL, "it is not a regular file", path)
-        content = file.read(max_bytes + 1)
+        content = file.read(min(max_bytes, status.st_size) + 1)  # reserves that much memory
     if len(content) > max_bytes:
         raise ValueError(f"it has more than {max_bytes:,} bytes")
     return content
 
 
 def refuse_folder_of_others(flag, folder):
-    """Raises UserError if another user created `folder` in a folder that everybody can write to.
+    """Raises UserError if another user created `folder` in a shared folder such as `/tmp`.
 
     That user could read and replace what is written there. Mount points are accepted.
     """
-    path = pathlib.Path(os.path.abspath(folder))
+    path = os.path.abspath(folder)
+    shared = stat.S_IWOTH | stat.S_ISVTX  # everybody can create files there, and delete only theirs
     with contextlib.suppress(OSError):  # it is missing, or cannot be read: reported later
-        for part in (path, *path.parents):
-            if not os.path.lexists(part) or os.path.ismount(part):
-                continue
-            owners = {os.stat(part).st_uid, os.lstat(part).st_uid}
-            is_shared = os.stat(part.parent).st_mode & stat.S_IWOTH
-            if is_shared and owners - {os.geteuid(), 0}:
-                raise UserError(
-                    f"{flag}={folder}: {part} belongs to another user, in a folder that everybody "
-                    "can write to; choose another folder"
-                )
+        owners = {os.stat(path).st_uid, os.lstat(path).st_uid}
+        is_in_shared = os.stat(os.path.dirname(path)).st_mode & shared == shared
+        if is_in_shared and owners - {os.geteuid(), 0} and not os.path.ismount(path):
+            raise UserError(
+                f"{flag}={folder} belongs to another user, in a folder that everybody can write "
+                "to; choose another folder"
+            )
 
 
 def _acquire(file_lock, path, on_wait):

@@ -7,7 +7,7 @@ import tempfile
 import numpy as np
 
 from support.base import files
-from support.base.errors import DataError
+from support.base.errors import DataError, foreign_file
 from support.base.messages import report
 from support.base.progress import show_progress
 from support.data import dataset, matlab, records
@@ -57,7 +57,8 @@ class ImageFolders:
                 f"{parent} must have {dataset.MIN_CLASSES} to {dataset.MAX_CLASSES} folders, one "
                 f"for each class; it has {len(names)}"
             )
-        folders = {dataset.normalize_name(name): name for name in names}
+        with foreign_file(parent):  # a name may be too long
+            folders = {dataset.normalize_name(name): name for name in names}
         if len(folders) < len(names) or "" in folders:
             raise DataError(
                 f"the names of two folders in {parent} differ only in leading or trailing spaces "

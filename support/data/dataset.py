@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import unicodedata
 from typing import NamedTuple
 
@@ -106,7 +107,8 @@ def read_class_names(folder, num_classes=NUM_CLASSES):
     path = os.path.join(folder, CLASS_NAMES_FILE)
     cure = "write one name per line, or delete the file to use CIFAR-10's ten classes"
     try:
-        lines = files.read_regular(path, MAX_NAMES_BYTES).decode("utf-8-sig").split("\n")
+        text = files.read_regular(path, MAX_NAMES_BYTES).decode("utf-8-sig")
+        lines = re.split("\r\n|\r|\n", text)  # splitlines would also split at other characters
         names = tuple(filter(None, map(normalize_name, lines)))
     except (FileNotFoundError, NotADirectoryError):
         if num_classes == NUM_CLASSES:

@@ -7,6 +7,7 @@ import contextlib
 import functools
 import os
 import pathlib
+import re
 import warnings
 
 import numpy as np
@@ -20,6 +21,7 @@ FORMATS = ("PNG", "JPEG", "GIF", "BMP", "WEBP")
 FORMATS_TEXT = "PNG, JPEG, GIF, BMP or WebP"
 SUFFIXES = (".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".gif", ".bmp", ".webp")
 MAX_PIXELS = 250_000_000  # they take up to 3 GB of memory
+_SCAN = re.compile(rb"\xff\xda\x00[\x08\x0a\x0c\x0e][\x01-\x04]")  # the head of a scan of JPEG
 MAX_SCANS = 10  # of a progressive JPEG image with MAX_PIXELS; as many as usual
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # Pillow warns above it, and refuses above twice as many
 # Folders that other programs create; those whose names start with a period are hidden anyway.
@@ -125,8 +127,8 @@ def _check_scans(image):
         image.fp.seek(0)
         scans, last = 0, b""
         while piece := image.fp.read(1 << 20):
-            scans += (last + piece).count(b"\xff\xda")  # a marker that pixels cannot contain
-            last = piece[-1:]
+            scans += len(_SCAN.findall(last + piece))
+            last = piece[-4:]
         image.fp.seek(position)
         if scans * image.width * image.height > MAX_SCANS * MAX_PIXELS:
             raise ValueError(f"it has {scans} scans, which would take minutes")

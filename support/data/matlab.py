@@ -2,6 +2,7 @@
 
 import importlib.util
 import io
+import os
 import signal
 import subprocess
 import sys
@@ -43,9 +44,13 @@ def load_arrays(path, names):
         raise UserError(
             "--svhn needs SciPy to read MATLAB files: pip install -r requirements-svhn.txt"
         )
-    command = [sys.executable, "-c", _PROGRAM, path, *names]
+    # -P: no modules from the current folder. One thread, because the memory is limited.
+    command = [sys.executable, "-P", "-c", _PROGRAM, path, *names]
+    environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}
     try:
-        process = subprocess.run(command, capture_output=True, check=False, timeout=TIMEOUT)
+        process = subprocess.run(
+            command, capture_output=True, check=False, timeout=TIMEOUT, env=environment
+        )
     except subprocess.TimeoutExpired as error:
         raise ValueError(f"reading it takes more than {TIMEOUT} s") from error
     if process.returncode < 0:

@@ -160,6 +160,8 @@ def load_dict(content):
     Raises:
       Exception: of any type, if the pickle is damaged or holds anything else.
     """
+    if not content.startswith(pickle.PROTO):
+        raise ValueError("it is not a pickle of protocol 2 or later")
     unpickler = _Unpickler(_CountedOperations(content), encoding="bytes")
     unpickler.max_bytes = len(content)
     loaded = unpickler.load()

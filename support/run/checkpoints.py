@@ -30,6 +30,7 @@ _STATE_FILE = "checkpoint"  # TensorFlow's record of which checkpoint is the new
 _AVERAGE = "/ExponentialMovingAverage"  # the end of the names of variables' averages
 MAX_META_BYTES = 500_000_000
 _ROOT = pathlib.Path(__file__).parents[2]
+_CRASHES = {signal.SIGABRT, signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE}
 CHECK_TIMEOUT = 600  # seconds
 _READ_ALL = """
 import sys
@@ -276,7 +277,7 @@ def check_in_other_process(path):
         process = subprocess.run(
             command, cwd=_ROOT, capture_output=True, check=False, timeout=CHECK_TIMEOUT
         )
-    if process.returncode < 0:
+    if -process.returncode in _CRASHES:
         name = signal.Signals(-process.returncode).name
         raise CheckpointError(f"{path} is damaged: reading it makes TensorFlow end with {name}")
 

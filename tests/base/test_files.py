@@ -402,10 +402,15 @@ def test_a_line_after_an_incomplete_one_is_a_line_of_its_own(tmp_path):
     assert json.loads(path.read_text().splitlines()[2])["step"] == 1
 
 
-@pytest.mark.parametrize("name", ["a", "a/", "a/new/folder"])
+@pytest.mark.parametrize("name", ["a", "a/"])
 @pytest.mark.parametrize(
     ("mode", "owner", "is_refused"),
-    [(0o1777, 1234, True), (0o755, 1234, False), (0o1777, os.geteuid(), False)],
+    [
+        (0o1777, 1234, True),
+        (0o755, 1234, False),
+        (0o777, 1234, False),
+        (0o1777, os.geteuid(), False),
+    ],
 )
 def test_a_folder_of_another_user_is_refused_where_everybody_can_write(
     tmp_path, monkeypatch, mode, owner, is_refused, name
@@ -418,13 +423,13 @@ def test_a_folder_of_another_user_is_refused_where_everybody_can_write(
 
     def stat(path, *arguments, **named):
         found = real(path, *arguments, **named)
-        if path != folder:
+        if os.fspath(path) != str(folder):
             return found
         return os.stat_result((*found[:4], owner, *found[5:10]))
 
     monkeypatch.setattr(os, "stat", stat)
     if is_refused:
-        with pytest.raises(UserError, match=f"^--train_dir={given}: {folder} belongs to another "):
+        with pytest.raises(UserError, match=f"^--train_dir={given} belongs to another "):
             files.refuse_folder_of_others("--train_dir", given)
     else:
         files.refuse_folder_of_others("--train_dir", given)
