@@ -268,7 +268,7 @@ def set_content(**changes):
         (set_batch(labels=None), "data_batch_2 has no valid labels"),
         (set_batch(labels=[0.5] * 12), "data_batch_2 has no valid labels"),
         (set_batch(labels=[300] * 12), "data_batch_2 has no valid labels"),
-        (set_batch(labels=[10] * 12), "data_batch_2 has label 10, but 10 classes"),
+        (set_batch(labels=[10] * 12), "data_batch_2 has label 10, but there are only 10 classes"),
         (set_batch(labels=[0] * 11), r"data_batch_2 has no array of data, uint8 \[11, 3072\]"),
         (set_batch(data=None), "data_batch_2 has no array of data"),
         (
