@@ -347,7 +347,7 @@ def update_variables(optimizer, gradients, global_step, worker=ALONE):
 
     `gradients` is a list of (gradient, variable); without a gradient, a variable keeps its value.
     Operations in the collection `tf.GraphKeys.UPDATE_OPS` run as well, for example those of batch
-    normalization. For the other arguments, see `train`.
+    normalization. For `global_step` and `worker`, see `train`.
     """
     gradients = updates.drop_missing(gradients)
     updates.summarize_gradients(optimizer, gradients)

@@ -47,7 +47,7 @@ def eval_once(
         epoch, so that each image counts once.
       summary_op: string []; the serialized summaries to write for the first batch, or None.
       checkpoint: `checkpoints.Checkpoint`; the newest one in --checkpoint_dir if None.
-      num_examples: int; the number of images that must be there; at most --num_examples if None.
+      num_examples: int; evaluate exactly this many images; if None, at most --num_examples.
       outputs: dict of tensors from `evaluation.make_outputs`, for more results; or None.
 
     Returns:
@@ -80,7 +80,7 @@ def evaluate(last_step=None, check_trainer=lambda: None):
     If --checkpoint_dir is a checkpoint instead of a folder, only that one is evaluated.
 
     Args:
-      last_step: int; stop after a checkpoint of this step or a later one. Never if None.
+      last_step: int; stop after evaluating a checkpoint of this step or later. Never if None.
       check_trainer: called once a second while waiting for a checkpoint; may raise UserError.
     """
     options.values()  # checks them: a constant may have been edited

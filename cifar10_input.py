@@ -39,16 +39,16 @@ MAX_CONTRAST_FACTOR = 1.8
 # Some of these constants are the defaults of flags.
 options.register_constants(globals())
 options.define("input")
-max_size = min(records.HEIGHT, records.WIDTH)  # of crops; they are pooled twice, so 8 at least
+max_size = min(records.HEIGHT, records.WIDTH)  # of a crop; the minimum is 8, as it is pooled twice
 FLAGS["crop_size"].rules.append((lambda n: 8 <= n <= max_size, f"it must be 8 to {max_size}"))
 
 
 class CIFAR10Record:
-    """One record, or a block of n records: then each shape has n in front.
+    """One record, or a block of n records, in which each shape begins with n.
 
     Attributes:
       height, width, depth: int; 32, 32 and 3.
-      key: string []; the file and the number of the record in it, as `file:record`.
+      key: string []; the file and the number of the record among those read, as `file:record`.
       label: int32 [1]; 0 to the number of classes - 1.
       depth_major: uint8 [depth, height, width]; the image as it is stored.
     """
@@ -68,12 +68,13 @@ def read_cifar10(filename_queue, block_size=None, shard=(0, 1)):
     """Reads one record, or a block of records: `block_size`, or fewer at the end of a file.
 
     All threads that run the operations share one reader. Each call creates a new reader. If you
-    edit this function, count axes from the end: `[..., ::-1, :, :]`, not `[::-1]`.
+    edit this function, count axes from the end, because a block has one more: `[..., ::-1, :, :]`,
+    not `[::-1]`.
 
     Args:
       filename_queue: a queue of file names, for example from `tf.train.string_input_producer`.
       block_size: int; None for one record.
-      shard: (index, count); read every `count`-th record of each file, beginning with `index`.
+      shard: (index, count); read every `count`-th record of each file, from record `index` on.
 
     Returns:
       A `CIFAR10Record`.
@@ -241,7 +242,10 @@ def distorted_inputs(data_dir, batch_size, shard=(0, 1)):
         filename_queue = _filename_queue(filenames)
         size = min(map(os.path.getsize, filenames)) // records.RECORD_BYTES
         if size < shard[1]:
-            raise UserError(f"--shard_data: {shard[1]} workers, but a file has {size} records")
+            raise UserError(
+                f"--shard_data: {shard[1]} workers, but a training file has only {size} records; "
+                "use fewer workers, or remove the flag"
+            )
         image, label = _read_and_distort(filename_queue, shard)
         min_fraction_of_examples_in_queue = FLAGS.min_fraction_of_examples_in_queue
         examples_per_epoch = find_dataset(data_dir).num_examples_per_epoch_for_train

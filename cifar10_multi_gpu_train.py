@@ -54,7 +54,7 @@ def average_gradients(tower_grads):
 
 
 def build_training(num_gpus, batch_size):
-    """Builds the towers; returns the operation that trains one step, and their mean loss."""
+    """Builds the towers; returns the operation that trains one step, and the towers' mean loss."""
     with tf.device("/cpu:0"):
         global_step = tf.train.get_or_create_global_step()
         images, labels = cifar10.distorted_inputs(batch_size * num_gpus)

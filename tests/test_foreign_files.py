@@ -1,6 +1,6 @@
-"""Mutations of everything that the scripts read from elsewhere: a result, or an error of one line.
+"""Everything that the scripts read from outside, mutated: it is read, or there is a one-line error.
 
-Each test makes some hundred mutations of an intact original, with a seed. The slow ones make many
+Each test makes a few hundred mutations of an intact original, with a seed. The slow tests make many
 more.
 """
 
@@ -30,7 +30,7 @@ from support.data.settings import TrainingSettings, format_settings
 from support.ops.tensorflow_v1 import session_config, tf
 from support.run import checkpoints, training_run
 
-SECONDS = 10  # for one test with a few mutations
+SECONDS = 10  # for each 100 mutations
 PIECES = (
     b"", b"\0", b"\n", b"\xff", b"\x1b[31m", b"[" * 3000, b'{"a":' * 3000, b"9" * 5000, b"-1",
     b"null", b'"', b"\\ud800", "\u202e".encode(), b"a" * 100_000,
@@ -38,7 +38,7 @@ PIECES = (
 
 
 def mutate(content, generator):
-    """Returns a content with some bytes changed, removed, repeated or inserted, or cut off."""
+    """Returns `content` with some bytes changed, removed, repeated or inserted, or cut off."""
     content = bytearray(content)
     for _ in range(generator.randint(1, 3)):
         start = generator.randrange(len(content) + 1)
@@ -53,7 +53,7 @@ def mutate(content, generator):
 
 
 def check(original, read, few, many=20_000, name=None):
-    """Returns the tests of a function, with few and with many mutations."""
+    """Returns two cases for a reader: with few mutations and with many."""
     name = name or read.__name__
     return [
         pytest.param(original, read, few, id=name),
@@ -61,7 +61,7 @@ def check(original, read, few, many=20_000, name=None):
     ]
 
 
-# --- What is read: functions of a new file's path, which raise `UserError` or `ImageError`.
+# --- The readers: functions of the path of a new file, which raise `UserError` or `ImageError`.
 
 
 def read_records(path):
@@ -312,7 +312,7 @@ def test_a_multi_picture_image_with_endless_scans_is_refused_at_once(tmp_path):
         image_files.read_image(tmp_path / "a.mpo")
 
 
-def test_records_that_are_truncated_while_they_are_checked_are_no_crash(tmp_path, monkeypatch):
+def test_a_record_file_that_is_truncated_during_the_check_causes_no_crash(tmp_path, monkeypatch):
     path = tmp_path / "data_batch_1.bin"
     make_records(300).tofile(path)
     size = os.path.getsize(path)

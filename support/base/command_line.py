@@ -93,7 +93,7 @@ def _run_main(main, takes_arguments):
 
 
 def _configure_logging():
-    """Makes TensorFlow log printable messages, from WARNING or --verbosity on."""
+    """Sets the level of TensorFlow's log, WARNING unless --verbosity is given; escapes messages."""
     is_given = FLAGS["verbosity"].present
     level = converter.absl_to_standard(FLAGS.verbosity) if is_given else logging.WARNING
     logger = logging.getLogger("tensorflow")
@@ -102,6 +102,7 @@ def _configure_logging():
 
 
 def _make_printable(record):
+    """Escapes the message of a log record. This is a filter that lets all records pass."""
     lines = record.getMessage().splitlines()
     record.msg, record.args = shorten("\n".join(map(printable, lines))), None
     return True

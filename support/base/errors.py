@@ -49,13 +49,13 @@ def first_line(error):
 def foreign_file(path, error_class=DataError, cure=""):
     """Turns any error in the context into an error of one line: "PATH cannot be read (reason)".
 
-    Damaged and hostile files cause errors of any type, whichever library reads them. Only the call
-    of the library belongs into the context: a mistake in our own code should have its traceback.
+    Damaged and hostile files cause errors of any type, whichever library reads them. Put only the
+    call of the library into the context: a mistake in our own code should have its traceback.
 
     Args:
-      path: path; or a description of what is read.
+      path: string; the path, or a description of what is read.
       error_class: subclass of `UserError`.
-      cure: string; what to do, to append to the message.
+      cure: string; what to do, with a semicolon in front. It is appended to the message.
     """
     try:
         yield

@@ -20,7 +20,7 @@ from support.base.messages import report
 # How flock fails on file systems that have no locks: NFS without a lock daemon, Lustre mounted
 # without `flock`, FUSE and others. 524 is the Linux kernel's own ENOTSUPP, which some pass on.
 _NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EBADF, errno.EINVAL, 524}
-MAX_HOLDER_BYTES = 1000  # of what is read of a lock file
+MAX_HOLDER_BYTES = 1000  # that are read from a lock file
 _without_locks = set()  # (device, error number) of the warnings that this process has printed
 
 
@@ -65,13 +65,13 @@ def lock(path, on_wait=None):
 
 
 def open_without_links(path, flags):
-    """Opens a file for writing; pass it to `open` as `opener`.
+    """Opens a file for writing, unless it is a link; pass this to `open` as `opener`.
 
     In a folder such as `/tmp`, another user may have created a link with this name, and writing
     through it would overwrite a file elsewhere.
 
     Raises:
-      OSError: the path is a link, among others.
+      OSError: the path is a link, or the file cannot be opened.
     """
     # Without O_NONBLOCK, opening a named pipe would wait forever.
     return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
@@ -97,7 +97,8 @@ def read_regular(path, max_bytes):
 def refuse_folder_of_others(flag, folder):
     """Raises UserError if another user created `folder` in a shared folder such as `/tmp`.
 
-    That user could read and replace what is written there. Mount points are accepted.
+    That user could read and replace what is written there. Mount points and folders of root are
+    accepted.
     """
     path = os.path.abspath(folder)
     shared = stat.S_IWOTH | stat.S_ISVTX  # everybody can create files there, and delete only theirs
@@ -112,7 +113,7 @@ def refuse_folder_of_others(flag, folder):
 
 
 def _acquire(file_lock, path, on_wait):
-    # The lock would wait forever for a file that cannot be created.
+    # filelock would wait forever for a file that cannot be created.
     os.close(open_without_links(path, os.O_RDWR | os.O_CREAT))
     try:
         file_lock.acquire(blocking=False)
@@ -238,7 +239,7 @@ def new_folder(flag, folder):
     check_new_folder(flag, folder)
     path = os.path.realpath(folder)
     with exclusive_creation(path, flag):
-        check_new_folder(flag, folder)  # another process may have just created it
+        check_new_folder(flag, folder)  # again: another process may have just created it
         with atomic_folder(path) as staging:
             yield staging
 
@@ -282,7 +283,7 @@ def hash_file(path):
 def append_json_line(path, value):
     """Appends a dict, plus the `time` in seconds since 1970, as one line to a JSON Lines file.
 
-    If the last line is incomplete, because the disk was full, it gets its end first.
+    If the last line is incomplete, for example because the disk was full, it is ended first.
 
     Raises:
       UserError: the file cannot be written.

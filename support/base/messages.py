@@ -1,7 +1,7 @@
 """Messages on stderr, in which text from outside is escaped and secrets are masked.
 
-The name of a file, its content or the answer of a server may contain control characters, which a
-terminal would obey: they could move the cursor or forge a message.
+File names, file contents and responses of servers may contain control characters. If a terminal
+received them, they could move the cursor or forge a message.
 """
 
 import os
@@ -9,7 +9,7 @@ import re
 import sys
 import unicodedata
 
-MAX_LENGTH = 2000  # characters of a message; only text from outside can be longer
+MAX_LENGTH = 2000  # characters of a message; only text from outside makes a message longer
 
 
 def printable(text):

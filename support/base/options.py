@@ -192,7 +192,7 @@ def local_path(path):
       path: string, bytes or `os.PathLike`.
 
     Raises:
-      ValueError: it is a URL, there is no such user, or it has more than MAX_FOLDERS.
+      ValueError: it is a URL, there is no such user, or it has more than MAX_FOLDERS folders.
     """
     path = os.fsdecode(path)
     expanded = os.path.expanduser(path)

@@ -82,7 +82,7 @@ def _resolve(address, timeout):
     while True:
         try:
             return socket.getaddrinfo(*split_address(address), type=socket.SOCK_STREAM)
-        except (OSError, UnicodeError) as error:  # UnicodeError: not the name of a host
+        except (OSError, UnicodeError) as error:  # UnicodeError: no valid host name
             wait.check(
                 f"Waiting until the host name of {address} can be resolved",
                 f"cannot resolve {address} from TF_CONFIG: {error}; correct the address, or wait "

@@ -62,8 +62,8 @@ class ImageFolders:
         if len(folders) < len(names) or "" in folders:
             raise DataError(
                 f"the names of two folders in {parent} differ only in leading or trailing spaces "
-                "or in the Unicode form of their letters, or a name consists of spaces; rename or "
-                "merge them"
+                "or in the Unicode form of their letters, or the name of one consists of spaces; "
+                "rename or merge them"
             )
         self.class_names = tuple(sorted(folders))
         self._parent = parent
@@ -115,7 +115,9 @@ class SVHN:
         try:
             self._images, labels = matlab.load_arrays(path, ["X", "y"])
         except ValueError as error:
-            raise DataError(f"{path} is not an SVHN file: {error}") from error
+            raise DataError(
+                f"{path} is not an SVHN file: {error}; download it again from {SVHN_URL}"
+            ) from error
         self._labels = labels.ravel()
         shape = (*records.image_shape(), self._labels.size)
         is_valid = self._images.dtype == np.uint8 and self._images.shape == shape

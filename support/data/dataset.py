@@ -139,7 +139,9 @@ def normalize_name(name):
     """
     name = printable(unicodedata.normalize("NFC", name.strip()))
     if len(name) > MAX_NAME_LENGTH:
-        raise ValueError(f"a class name has {len(name)} characters, {name[:20]}...")
+        raise ValueError(
+            f"the class name {name[:20]}... has {len(name)} characters, more than {MAX_NAME_LENGTH}"
+        )
     return name
 
 
@@ -147,13 +149,16 @@ def write_class_names(folder, names):
     """Writes the file that `read_class_names` reads.
 
     Raises:
-      DataError: these names would be read as other ones: one is empty, for example.
+      DataError: the names would be read as other names, for example because one is empty.
     """
     path = os.path.join(folder, CLASS_NAMES_FILE)
     with open(path, "w", encoding="utf-8") as file:
         file.writelines(f"{name}\n" for name in names)
     if read_class_names(folder) != tuple(names):
-        raise DataError(f"the class names {list(names)} cannot be the lines of {CLASS_NAMES_FILE}")
+        raise DataError(
+            f"the class names {list(names)} cannot be the lines of {CLASS_NAMES_FILE}: each "
+            "name must be unique, printable and not empty"
+        )
 
 
 def describe_classes(names):

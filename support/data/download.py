@@ -130,7 +130,7 @@ class _DownloadError(Exception):
 
 
 class _TooSlowError(_DownloadError):
-    """The connection is too slow, so that its bytes do not count as progress."""
+    """The connection is too slow. The bytes that it delivered do not count as progress."""
 
 
 def _fetch_with_retries(url, part):
@@ -162,7 +162,7 @@ def _fetch(url, part):
     """Downloads the rest of `url` to `part`, or all of it if the server does not support ranges."""
     offset = _size_of(part)
     answers, is_over = queue.SimpleQueue(), threading.Event()
-    # In a thread, because a server that sends a byte from time to time never lets a read time out.
+    # In a thread, because no read times out if the server sends a byte from time to time.
     threading.Thread(target=_receive, args=(url, offset, answers, is_over), daemon=True).start()
     try:
         _store(url, part, offset, answers)
@@ -171,7 +171,7 @@ def _fetch(url, part):
 
 
 def _store(url, part, offset, answers):
-    """Writes the answers of a server to `part`."""
+    """Writes the response of a server, from the queue `answers`, to `part`."""
     if (head := _next(answers, HEAD_TIMEOUT)) is None:
         return  # there are no more bytes
     status, length = head
@@ -188,20 +188,24 @@ def _store(url, part, offset, answers):
             bar.update(len(chunk))
             if bar.n > MAX_ARCHIVE_BYTES:
                 os.remove(part)
-                raise DataError(f"{url} is not CIFAR-10: it is too large")
+                raise DataError(
+                    f"{url} is not CIFAR-10: it has more than {MAX_ARCHIVE_BYTES:,} bytes; "
+                    f"{RETRY_ADVICE}"
+                )
             if time.monotonic() > deadline:
                 if bar.n - start < MIN_RATE * RATE_PERIOD:
-                    raise _TooSlowError(f"it is slower than {MIN_RATE} bytes per second")
+                    raise _TooSlowError(f"the server is slower than {MIN_RATE} bytes per second")
                 deadline, start = time.monotonic() + RATE_PERIOD, bar.n
     if total and bar.n < total:
         raise _DownloadError(f"the connection ended after {bar.n} of {total} bytes")
 
 
 def _receive(url, offset, answers, is_over):
-    """Puts what a server answers into a queue, until the event `is_over`.
+    """Puts the response of a server into the queue `answers`, until the event `is_over` is set.
 
-    That is the status and the length of the body, or None if there is nothing after `offset`; and
-    the pieces of the body, the last of which is empty. An exception ends the answer.
+    The first entry is (status, length of the body), or None if the file ends at `offset`. Then
+    follow the pieces of the body, the last of which is empty. If there is an error, the last entry
+    is the exception.
     """
     try:
         request = urllib.request.Request(url)
@@ -223,7 +227,7 @@ def _receive(url, offset, answers, is_over):
 
 
 def _next(answers, timeout):
-    """Returns the next of the answers. Raises _DownloadError if it is late or an exception."""
+    """Returns the next entry of `answers`. Raises _DownloadError if it is late or an exception."""
     try:
         answer = answers.get(timeout=timeout)
     except queue.Empty:

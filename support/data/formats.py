@@ -67,7 +67,7 @@ DEFAULT_NAMES = {
     "coarse": tuple(f"class {label}" for label in range(20)),
 }
 MAX_FILE_BYTES = 200_000_000  # the largest file has 153,700,000
-MAX_HEADER_BYTES = 100_000  # in an archive, of the name of a file, for example
+MAX_HEADER_BYTES = 100_000  # of a header in an archive that holds a long file name, for example
 _NAMES_AND_ATTRIBUTES = (
     tarfile.GNUTYPE_LONGNAME,
     tarfile.GNUTYPE_LONGLINK,
@@ -156,7 +156,9 @@ def convert(path, flag, output, label_kind=""):
         if not len(parsed[name]):
             raise DataError(f"{path}: {name} has no images")
         if (largest := parsed[name][:, 0].max()) >= len(class_names):
-            raise DataError(f"{path}: {name} has label {largest}, but {len(class_names)} classes")
+            raise DataError(
+                f"{path}: {name} has label {largest}, but there are only {len(class_names)} classes"
+            )
     train = [parsed[name] for name in train_files]
     if len(version.train_files) == 1:
         train = np.array_split(train[0], min(len(records.TRAIN_FILES), len(train[0])))
@@ -206,7 +208,7 @@ def _read_files(version, path):
 
 
 class _Member(tarfile.TarInfo):
-    """A member whose name, link and attributes are short: they may claim gigabytes."""
+    """A member of an archive. Its name and attributes may claim gigabytes, which is refused."""
 
     def _proc_member(self, archive):
         if self.type in _NAMES_AND_ATTRIBUTES and self.size > MAX_HEADER_BYTES:

@@ -22,7 +22,7 @@ FORMATS_TEXT = "PNG, JPEG, GIF, BMP or WebP"
 SUFFIXES = (".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".gif", ".bmp", ".webp")
 MAX_PIXELS = 250_000_000  # they take up to 3 GB of memory
 _SCAN = re.compile(rb"\xff\xda\x00[\x08\x0a\x0c\x0e][\x01-\x04]")  # the head of a scan of JPEG
-MAX_SCANS = 10  # of a progressive JPEG image with MAX_PIXELS; as many as usual
+MAX_SCANS = 10  # of a JPEG image with MAX_PIXELS, the usual number; smaller images may have more
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # Pillow warns above it, and refuses above twice as many
 # Folders that other programs create; those whose names start with a period are hidden anyway.
 FOREIGN_FOLDERS = {"@eaDir", "__MACOSX", "lost+found"}
@@ -131,7 +131,7 @@ def _check_scans(image):
             last = piece[-4:]
         image.fp.seek(position)
         if scans * image.width * image.height > MAX_SCANS * MAX_PIXELS:
-            raise ValueError(f"it has {scans} scans, which would take minutes")
+            raise ValueError(f"it has {scans} scans, which would take minutes to decode")
 
 
 def stack_images(images):

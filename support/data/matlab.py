@@ -27,7 +27,7 @@ for name in names:
         sys.exit(f"it has no array {name} of numbers")
     if arrays[name].nbytes > 1 << 30:
         sys.exit(f"its array {name} is too large")
-    content = io.BytesIO()  # NumPy cannot write to every pipe
+    content = io.BytesIO()  # because NumPy cannot write to every pipe
     numpy.save(content, arrays[name], allow_pickle=False)
     sys.stdout.buffer.write(content.getbuffer())
 """

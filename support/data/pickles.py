@@ -1,8 +1,8 @@
 """Reads the pickles of CIFAR's Python versions without calling anything that they name.
 
-A pickle is a program. Python's unpickler calls the functions that the program names, and some of
-NumPy's functions, with hostile arguments, read memory outside the file. Here, names are only
-compared, and the unpickler supports only the operations that create plain values and arrays.
+A pickle is a program. Python's unpickler calls the functions that the program names, and with
+hostile arguments, some functions of NumPy read memory outside their arrays. Here, names are only
+compared, and only the operations that create plain values and arrays are supported.
 """
 
 import io
@@ -19,7 +19,7 @@ _OPERATIONS = (
     "EMPTY_LIST APPEND APPENDS EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_DICT "
     "BINPUT LONG_BINPUT MEMOIZE BINGET LONG_BINGET GLOBAL STACK_GLOBAL"
 )
-MAX_NAME_LENGTH = 100  # of a function
+MAX_NAME_LENGTH = 100  # of a function, with its module
 _DATA_TYPES = {"u1", "u2", "u4", "u8", "i8"}  # of arrays, without the byte order
 
 
@@ -55,7 +55,7 @@ class _Array:
 
 
 def _decode(text):
-    if not isinstance(text, bytes | str):  # a nested tuple, for example, whose hash would crash
+    if not isinstance(text, bytes | str):  # hashing a deeply nested tuple would crash Python
         raise ValueError("it has something else where a string belongs")
     return text.decode() if isinstance(text, bytes) else text
 
@@ -77,7 +77,7 @@ def _reduce(name, arguments):
 
 
 class _CountedOperations(io.BytesIO):
-    """A file that limits the number of reads, because each operation starts with one."""
+    """A file that limits the number of operations, each of which starts with a read."""
 
     count = 0
 
@@ -106,10 +106,10 @@ class _Unpickler(pickle._Unpickler):  # the unpickler that is written in Python
         return _Name(f"{module}.{name}")
 
     converted_bytes = 0
-    max_bytes = None  # as many as the pickle has
+    max_bytes = None  # the size of the pickle
 
     def load_frame(self):
-        self.read(8)  # its size, which has no meaning here
+        self.read(8)  # the size of the frame, which is not needed
 
     def load_reduce(self):
         arguments = self.stack.pop()
@@ -131,14 +131,14 @@ class _Unpickler(pickle._Unpickler):  # the unpickler that is written in Python
 
     def _set_items(self, items):
         keys = items[::2]
-        if not all(isinstance(key, bytes | str) for key in keys):  # nested tuples have no hash
+        if not all(isinstance(key, bytes | str) for key in keys):  # hashing nested tuples may crash
             raise ValueError("it has a key that is not a string")
         self.stack[-1].update(zip(keys, items[1::2], strict=True))
 
     dispatch = _Operations(
         {
             **{code: pickle._Unpickler.dispatch[code] for code in map(_code, _OPERATIONS.split())},
-            _code("BYTEARRAY8"): pickle._Unpickler.load_binbytes8,  # reserves no memory beforehand
+            _code("BYTEARRAY8"): pickle._Unpickler.load_binbytes8,  # reserves no memory in advance
             _code("FRAME"): load_frame,
             _code("REDUCE"): load_reduce,
             _code("BUILD"): load_build,
@@ -149,10 +149,10 @@ class _Unpickler(pickle._Unpickler):  # the unpickler that is written in Python
 
 
 def load_dict(content):
-    """Returns the dict in a pickle, with the strings among its keys decoded.
+    """Returns the dict in a pickle, with its keys as strings.
 
-    Its values are ints, strings, bytes (also for the strings of Python 2), lists, dicts, None and
-    bools. Arrays of unsigned and of 64-bit integers are `np.ndarray`.
+    Its values are numbers, bools, strings, bytes (also for the strings of Python 2), lists, tuples,
+    dicts, None, and arrays of unsigned or 64-bit integers.
 
     Args:
       content: bytes; a pickle of protocol 2 or later.

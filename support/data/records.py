@@ -51,8 +51,8 @@ def count_records(folder, eval_data):
 
 
 def read_labels(path):
-    """Returns the labels of the whole records in a file: uint8 [n]."""
-    # Not a memory map: if another process truncated the file, that would end this process.
+    """Returns the labels of the records in a file: uint8 [n]."""
+    # Not a memory map: if another process truncated the file, SIGBUS would end this process.
     labels = bytearray()
     with open(path, "rb") as file:
         while record := file.read(RECORD_BYTES):

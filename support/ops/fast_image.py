@@ -53,7 +53,8 @@ class Block:
         """Returns a block with other attributes. Operations do not change their argument."""
         if self.is_standardized:
             raise TypeError("a distortion after per_image_standardization")
-        if self.control_dependencies != _control_dependencies():  # some create no operation
+        # Some distortions of a block create no operation that could wait for the dependencies.
+        if self.control_dependencies != _control_dependencies():
             raise TypeError("tf.control_dependencies")
         block = copy.copy(self)
         vars(block).update(attributes)
@@ -61,6 +62,7 @@ class Block:
 
 
 def _control_dependencies():
+    """Returns the operations that new operations wait for."""
     return tf.get_default_graph()._current_control_dependencies()
 
 

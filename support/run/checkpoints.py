@@ -32,6 +32,7 @@ MAX_META_BYTES = 500_000_000
 _ROOT = pathlib.Path(__file__).parents[2]
 _CRASHES = {signal.SIGABRT, signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE}
 CHECK_TIMEOUT = 600  # seconds
+# Reads all variables of a checkpoint.
 _READ_ALL = """
 import sys
 from support.ops.tensorflow_v1 import tf
@@ -270,16 +271,16 @@ def read(path):
 def check_in_other_process(path):
     """Raises CheckpointError if reading a checkpoint would end the process.
 
-    TensorFlow aborts if an entry of an index file is invalid although its checksum is right.
+    TensorFlow aborts if an entry of an index file is invalid although its checksum is correct.
     """
     command = [sys.executable, "-c", _READ_ALL, os.path.abspath(path)]
-    with foreign_file(path, CheckpointError):  # TimeoutExpired
+    with foreign_file(path, CheckpointError):  # for TimeoutExpired
         process = subprocess.run(
             command, cwd=_ROOT, capture_output=True, check=False, timeout=CHECK_TIMEOUT
         )
     if -process.returncode in _CRASHES:
         name = signal.Signals(-process.returncode).name
-        raise CheckpointError(f"{path} is damaged: reading it makes TensorFlow end with {name}")
+        raise CheckpointError(f"{path} is damaged: reading it ends TensorFlow with {name}")
 
 
 def _read_variables(path):

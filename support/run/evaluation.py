@@ -36,7 +36,7 @@ def use_new_checkpoints(folder, use, interval_secs, last_step=None, check_traine
         path = _wait_for_checkpoint(folder, path, check_trainer)
         start = time.monotonic()
         try:
-            checkpoints.check_in_other_process(path)  # this one must survive it
+            checkpoints.check_in_other_process(path)  # a damaged one could end this process
             checkpoint = checkpoints.read(path)
             if checkpoint.step < used_step:
                 raise CheckpointError(

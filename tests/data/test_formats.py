@@ -232,8 +232,8 @@ class Malicious:
         lambda path: pickle.dumps({"data": Malicious(np.save, str(path), 0)}),
         # A name that begins like an admitted one, and operations of other protocols.
         lambda path: b"\x80\x04\x8c\x05numpy\x8c\x0endarray.tofile\x93C\x01a\x85R.",
-        lambda path: b"cos\nsystem\n(Vtouch " + str(path).encode() + b"\ntR.",
-        lambda path: b"(S'touch " + str(path).encode() + b"'\nios\nsystem\n.",
+        lambda path: b"\x80\x02cos\nsystem\n(Vtouch " + str(path).encode() + b"\ntR.",
+        lambda path: b"\x80\x02(S'touch " + str(path).encode() + b"'\nios\nsystem\n.",
     ],
 )
 @pytest.mark.parametrize("name", ["data_batch_2", "batches.meta"])
@@ -268,7 +268,7 @@ def set_content(**changes):
         (set_batch(labels=None), "data_batch_2 has no valid labels"),
         (set_batch(labels=[0.5] * 12), "data_batch_2 has no valid labels"),
         (set_batch(labels=[300] * 12), "data_batch_2 has no valid labels"),
-        (set_batch(labels=[10] * 12), "data_batch_2 has label 10, but 10 classes"),
+        (set_batch(labels=[10] * 12), "data_batch_2 has label 10, but there are only 10 classes"),
         (set_batch(labels=[0] * 11), r"data_batch_2 has no array of data, uint8 \[11, 3072\]"),
         (set_batch(data=None), "data_batch_2 has no array of data"),
         (
