@@ -74,7 +74,6 @@ def array_of(data_type=DATA_TYPE, shape=b"K\x04\x85", data=b"C\x04abcd"):
         (b"\x80\x04}" + b"0" * 50_000 + b".", "it uses the operation b'0'"),
         (b"\x80\x04}" + b"]" * 50_000 + b".", "it has more than 20,000 operations"),
         (dict_of(b"\x96\xff\xff\xff\xff\x1f\x00\x00\x00"), None),  # 137 GB
-        (dict_of(b"\x8e\xff\xff\xff\xff\x1f\x00\x00\x00"), None),
         (b"\x80\x04}r\xff\xff\xff\x7f.", None),  # a place far behind in the memo
         (b"", None),
     ],
