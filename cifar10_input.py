@@ -68,8 +68,7 @@ def read_cifar10(filename_queue, block_size=None, shard=(0, 1)):
     """Reads one record, or a block of records: `block_size`, or fewer at the end of a file.
 
     All threads that run the operations share one reader. Each call creates a new reader. If you
-    edit this function, count axes from the end, because a block has one more: `[..., ::-1, :, :]`,
-    not `[::-1]`.
+    edit this function, count axes from the end: `[..., ::-1, :, :]`, not `[::-1]`.
 
     Args:
       filename_queue: a queue of file names, for example from `tf.train.string_input_producer`.
@@ -242,10 +241,7 @@ def distorted_inputs(data_dir, batch_size, shard=(0, 1)):
         filename_queue = _filename_queue(filenames)
         size = min(map(os.path.getsize, filenames)) // records.RECORD_BYTES
         if size < shard[1]:
-            raise UserError(
-                f"--shard_data: {shard[1]} workers, but a training file has only {size} records; "
-                "use fewer workers, or remove the flag"
-            )
+            raise UserError(f"--shard_data: {shard[1]} workers, but a file has {size} records")
         image, label = _read_and_distort(filename_queue, shard)
         min_fraction_of_examples_in_queue = FLAGS.min_fraction_of_examples_in_queue
         examples_per_epoch = find_dataset(data_dir).num_examples_per_epoch_for_train

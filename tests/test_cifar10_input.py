@@ -273,7 +273,7 @@ def test_each_record_belongs_to_exactly_one_shard_and_is_read_without_shards(tmp
 
 def test_more_shards_than_records_in_a_file_are_refused(tmp_path):
     write_dataset(tmp_path, train_counts=(2, 1, 2, 1, 2))
-    with pytest.raises(UserError, match="3 workers, but a training file has only 1 records"):
+    with pytest.raises(UserError, match="3 workers, but a file has 1 records"):
         distorted_inputs(str(tmp_path), 8, shard=(0, 3))
 
 

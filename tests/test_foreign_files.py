@@ -23,9 +23,9 @@ from conftest import make_records
 from PIL import Image
 
 from support.base import options
-from support.base.errors import DataError, UserError
+from support.base.errors import DataError, UserError, foreign_file
 from support.cluster.task import find_task
-from support.data import conversion, dataset, download, formats, image_files, records
+from support.data import conversion, dataset, download, formats, image_files, pickles, records
 from support.data.settings import TrainingSettings, format_settings
 from support.ops.tensorflow_v1 import session_config, tf
 from support.run import checkpoints, training_run
@@ -108,6 +108,15 @@ def read_archive(path):
     formats.convert(str(path), "cifar10_python", str(path.parent / "out"))
 
 
+def read_pickle(path):
+    with foreign_file("the pickle", DataError):
+        loaded = pickles.load_dict(path.read_bytes())
+    assert all(isinstance(key, str) for key in loaded)
+    arrays = [value for value in loaded.values() if isinstance(value, np.ndarray)]
+    assert all(array.dtype.kind in "iu" for array in arrays)
+    assert sum(array.nbytes for array in arrays) <= len(arrays) * path.stat().st_size
+
+
 def read_image(path):
     with pytest.MonkeyPatch.context() as context:
         context.setattr(image_files, "_report_scaling", lambda: None)
@@ -137,10 +146,10 @@ def read_http_response(path):
 # --- The originals.
 
 
-def encode(image, name, **options):
+def encode(image, name, **arguments):
     """Returns the content of an image file."""
     output = io.BytesIO()
-    image.save(output, name, **options)
+    image.save(output, name, **arguments)
     return output.getvalue()
 
 
@@ -167,6 +176,7 @@ def archive():
     return output.getvalue()
 
 
+BATCH = {"labels": [3, 1], "data": make_records(2)[:, :9], "order": np.arange(3, dtype=">i8")}
 SETTINGS = TrainingSettings(("cat", "käse"), 100, examples_per_step=8)
 TF_CONFIG = {
     "cluster": {"chief": ["a:1"], "ps": ["b:1"], "worker": {"0": "[::1]:3", "1": "d:4"}},
@@ -191,6 +201,8 @@ scipy.io.savemat(MATLAB, {"X": np.zeros([32, 32, 3, 1], np.uint8), "y": np.array
         *check(format_settings(SETTINGS).encode(), read_settings, 150, 1000),
         *check(json.dumps(TF_CONFIG).encode(), read_tf_config, 300),
         *check(archive(), read_archive, 150, 3000),
+        *check(pickle.dumps(BATCH, 2), read_pickle, 200, name="pickle-2"),
+        *check(pickle.dumps(BATCH, 5), read_pickle, 200, name="pickle-5"),
         *(
             each
             for number, image in enumerate(images())
@@ -258,21 +270,21 @@ def test_a_blank_line_in_the_names_of_cifar_100_does_not_shift_the_labels(tmp_pa
     assert not (tmp_path / "out").exists()
 
 
-def test_an_archive_that_claims_a_huge_file_is_refused_at_once(tmp_path, monkeypatch):
+def check_archive_is_refused(path, message):
+    with pytest.raises(DataError, match=message):
+        formats.convert(str(path), "cifar10_python", str(path.parent / "out"))
+
+
+def test_an_archive_that_claims_a_huge_file_or_header_is_refused_at_once(tmp_path, monkeypatch):
     monkeypatch.setattr(formats, "MAX_FILE_BYTES", 1_000_000)
     subprocess.run(["truncate", "-s", "4G", "test_batch"], cwd=tmp_path, check=True)
     command = ["tar", "--sparse", "-cf", "a.tar", "test_batch"]
     subprocess.run(command, cwd=tmp_path, check=True)
-    with pytest.raises(DataError, match="a file in it has more than 1,000,000 bytes"):
-        formats.convert(str(tmp_path / "a.tar"), "cifar10_python", str(tmp_path / "out"))
-
-
-def test_an_archive_with_a_huge_header_is_refused_at_once(tmp_path):
+    check_archive_is_refused(tmp_path / "a.tar", "a file in it has more than 1,000,000 bytes")
     member = tarfile.TarInfo("././@LongLink")
     member.type, member.size = tarfile.GNUTYPE_LONGNAME, 4 << 30
     (tmp_path / "a.tar").write_bytes(member.tobuf(tarfile.GNU_FORMAT) + bytes(10_000))
-    with pytest.raises(DataError, match="a.tar cannot be read"):
-        formats.convert(str(tmp_path / "a.tar"), "cifar10_python", str(tmp_path / "out"))
+    check_archive_is_refused(tmp_path / "a.tar", "a.tar cannot be read")
 
 
 @pytest.mark.parametrize("mode", ["gz", "bz2", "xz"])
@@ -283,33 +295,25 @@ def test_a_damaged_compressed_archive_is_a_one_line_error(tmp_path, mode):
     content = bytearray(path.read_bytes())
     content[len(content) // 2 :] = b"x" * 100
     path.write_bytes(content)
-    with pytest.raises(DataError, match="a.tar cannot be read"):
-        formats.convert(str(path), "cifar10_python", str(tmp_path / "out"))
+    check_archive_is_refused(path, "a.tar cannot be read")
 
 
-def test_a_jpeg_image_with_endless_scans_is_refused_at_once(tmp_path):
-    content = encode(Image.new("L", (3000, 3000)), "JPEG", progressive=True)
-    start = content.rindex(b"\xff\xda")
-    (tmp_path / "a.jpg").write_bytes(content[:start] + content[start:-2] * 20_000 + content[-2:])
+LARGE = Image.new("RGB", (3000, 3000))
+SCAN = b"\xff\xda\x00\x0c\x03"  # how a scan begins
+
+
+@pytest.mark.parametrize("arguments", [{}, {"save_all": True, "append_images": [LARGE]}])
+def test_an_image_with_endless_scans_is_refused_at_once(tmp_path, arguments):
+    content = encode(LARGE, "MPO" if arguments else "JPEG", progressive=True, **arguments)
+    scan = content.index(b"\xff\xda")
+    (tmp_path / "a").write_bytes(content[:scan] + SCAN * 20_000 + content[scan:])
     start = time.process_time()
     with pytest.raises(image_files.ImageError, match=r"it has 200\d\d scans, which would take"):
-        image_files.read_image(tmp_path / "a.jpg")
+        image_files.read_image(tmp_path / "a")
     assert time.process_time() - start < 5
     # Videos and other data behind the image contain the marker by chance.
-    (tmp_path / "b.jpg").write_bytes(content + b"\xff\xda" * 20_000)
-    image_files.read_image(tmp_path / "b.jpg")
-
-
-def test_a_multi_picture_image_with_endless_scans_is_refused_at_once(tmp_path):
-    large = Image.new("RGB", (3000, 3000))
-    large.save(tmp_path / "a.mpo", "MPO", save_all=True, append_images=[large], progressive=True)
-    content = (tmp_path / "a.mpo").read_bytes()
-    start = content.index(b"\xff\xda")
-    (tmp_path / "a.mpo").write_bytes(
-        content[:start] + b"\xff\xda\x00\x0c\x03" * 20_000 + content[start:]
-    )
-    with pytest.raises(image_files.ImageError, match=r"it has 200\d\d scans, which would take"):
-        image_files.read_image(tmp_path / "a.mpo")
+    (tmp_path / "b").write_bytes(content + b"\xff\xda" * 20_000)
+    image_files.read_image(tmp_path / "b")
 
 
 def test_a_record_file_that_is_truncated_during_the_check_causes_no_crash(tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """Downloads the CIFAR-10 archive, verifies it and extracts it."""
 
+import contextlib
 import http
 import os
 import pathlib
@@ -161,13 +162,15 @@ def _size_of(path):
 def _fetch(url, part):
     """Downloads the rest of `url` to `part`, or all of it if the server does not support ranges."""
     offset = _size_of(part)
-    answers, is_over = queue.SimpleQueue(), threading.Event()
+    answers, is_over = queue.Queue(maxsize=8), threading.Event()
     # In a thread, because no read times out if the server sends a byte from time to time.
     threading.Thread(target=_receive, args=(url, offset, answers, is_over), daemon=True).start()
     try:
         _store(url, part, offset, answers)
     finally:
         is_over.set()
+        with contextlib.suppress(queue.Empty):  # lets a thread that waits for a place end
+            answers.get_nowait()
 
 
 def _store(url, part, offset, answers):

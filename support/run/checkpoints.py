@@ -18,6 +18,7 @@ import numpy as np
 
 from support.base import files
 from support.base.errors import CheckpointError, UserError, first_line, foreign_file
+from support.base.messages import printable
 from support.data.settings import (
     TrainingSettings,
     find_mismatch,
@@ -323,7 +324,7 @@ def _read_settings(checkpoint):
 
 @functools.cache
 def _warn_once(message):
-    tf.logging.warning("%s", message)
+    tf.logging.warning("%s", printable(message))
 
 
 def find_variables(use_moving_averages):

@@ -47,13 +47,8 @@ def servers(running_servers):
 # --- The chief's status.
 
 
-@pytest.fixture
-def statuses(servers):
-    """For each type of task, its `ChiefStatus`."""
-    return {type_: ChiefStatus(task, target, 0) for type_, (task, target) in servers.items()}
-
-
-def test_all_tasks_see_the_state_that_the_chief_sets(statuses):
+def test_all_tasks_see_the_state_that_the_chief_sets(servers):
+    statuses = {type_: ChiefStatus(task, target, 0) for type_, (task, target) in servers.items()}
     assert [status.read(STATE) for status in statuses.values()] == [""] * 3
     statuses["chief"].write(SETTINGS, '{"class_names": ["ä", "日本"]}')
     statuses["chief"].write(STATE, READY)
@@ -101,12 +96,9 @@ class Workers:
             def on_ready():
                 self.status.write(STATE, READY)
 
-            step = SynchronizedStep(
-                [(tf.constant(gradient), x)],
-                global_step,
-                2,
-                on_ready if task.is_chief else None,
-            )
+            gradients = [(tf.constant(gradient), x)]
+            chiefs = on_ready if task.is_chief else None
+            step = SynchronizedStep(gradients, global_step, 2, chiefs)
             optimizer = tf.train.GradientDescentOptimizer(LEARNING_RATE)
             apply_op = optimizer.apply_gradients(step.average_gradients, global_step)
             with tf.control_dependencies([apply_op]):

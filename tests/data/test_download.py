@@ -199,13 +199,14 @@ def test_another_version_as_the_source_is_refused_at_once(tmp_path, version):
     assert not (tmp_path / "data").exists()
 
 
-def test_the_binary_version_takes_precedence_over_others(tmp_path):
+def test_an_existing_archive_is_verified_and_takes_precedence_over_other_versions(tmp_path):
     for name in ("cifar-10-python.tar.gz", "cifar-100-python.tar.gz"):
         (tmp_path / name).write_bytes(b"1")
     sha256 = make_archive(tmp_path / ARCHIVE)
-    folder = download.maybe_download_and_extract(tmp_path, UNREACHABLE, sha256)
-    assert download.maybe_download_and_extract(tmp_path, UNREACHABLE, sha256) == folder
-    dataset.check_dataset(folder)
+    message = f"the SHA-256 of .*/{ARCHIVE} is not .*; delete the file and run the same command"
+    with pytest.raises(DataError, match=message):
+        download.maybe_download_and_extract(tmp_path, UNREACHABLE)
+    dataset.check_dataset(download.maybe_download_and_extract(tmp_path, UNREACHABLE, sha256))
 
 
 def test_a_copy_that_keras_has_is_mentioned_before_a_download(
@@ -238,37 +239,17 @@ def test_the_archive_is_downloaded_verified_and_extracted(tmp_path, monkeypatch,
     assert sorted(os.listdir(data_dir)) == ["cifar-10-batches-bin", ARCHIVE]
 
 
-def test_the_progress_is_shown_on_stderr(tmp_path, archive, capsys, monkeypatch):
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    body, sha256 = archive
-    with Server(body) as server:
-        fetch(tmp_path / "data", server, sha256)
-    output = capsys.readouterr()
-    assert re.search(r"Downloading cifar-10-binary.tar.gz:.* 0.00/\d+k \[", output.err)
-    assert output.out == ""
-
-
 def test_files_get_the_permissions_of_the_umask(tmp_path, archive):
     body, sha256 = archive
-    before = os.umask(0o027)
-    try:
-        with Server(body) as server:
-            fetch(tmp_path / "data", server, sha256)
-    finally:
-        os.umask(before)
+    with contextlib.ExitStack() as stack:
+        stack.callback(os.umask, os.umask(0o027))
+        fetch(tmp_path / "data", stack.enter_context(Server(body)), sha256)
     modes = {
         path.name: oct(path.stat().st_mode & 0o777)
         for path in [tmp_path / "data", *(tmp_path / "data").rglob("*")]
     }
     folders = {"data", "cifar-10-batches-bin"}
     assert modes == {name: "0o750" if name in folders else "0o640" for name in modes}
-
-
-def test_an_existing_archive_with_another_sha256_is_refused(tmp_path):
-    make_archive(tmp_path / ARCHIVE)
-    message = f"the SHA-256 of .*/{ARCHIVE} is not .*; delete the file and run the same command"
-    with pytest.raises(DataError, match=message):
-        download.maybe_download_and_extract(tmp_path, UNREACHABLE)
 
 
 def test_a_download_with_another_sha256_is_refused_and_deleted(tmp_path):
@@ -285,11 +266,18 @@ def test_an_unreachable_source_is_reported_with_advice(tmp_path, capsys, url, nu
     assert capsys.readouterr().err.count("; retrying in 0 s\n") == num_retries
 
 
-@pytest.mark.parametrize("faults", [[1000] * 9, [3000, 2000] * 20])
-def test_retries_without_progress_end_and_keep_the_partial_file(tmp_path, faults):
-    with Server(b"x" * 5000, supports_ranges=False, faults=faults) as server:
-        check_failure(tmp_path, server.url, "ended after .000 of 5000 bytes", remaining=[PART])
-    assert len(server.requests) == 4
+@pytest.mark.parametrize(
+    ("faults", "supports_ranges", "num_requests"),
+    [([1000] * 9, False, 4), ([3000, 2000] * 20, False, 4), ([10] * 50, True, 5)],
+)
+def test_retries_with_little_or_no_progress_end_and_keep_the_partial_file(
+    tmp_path, monkeypatch, faults, supports_ranges, num_requests
+):
+    monkeypatch.setattr(download, "MAX_ATTEMPTS", 5)
+    data_dir = tmp_path / "data"
+    with Server(b"x" * 5000, supports_ranges=supports_ranges, faults=faults) as server:
+        check_failure(data_dir, server.url, r"ended after \d+ of \d+ bytes", remaining=[PART])
+    assert len(server.requests) == num_requests
 
 
 @pytest.mark.parametrize(
@@ -313,30 +301,19 @@ def test_a_lost_connection_resumes_where_it_stopped(
     assert server.requests == requests
 
 
-@pytest.fixture
-def part(tmp_path):
-    """The path for the bytes of an interrupted download."""
-    (tmp_path / "data").mkdir()
-    return tmp_path / "data" / PART
-
-
-def test_a_complete_partial_file_is_not_downloaded_again(part, archive):
+def test_a_complete_partial_file_is_kept_and_one_of_another_archive_deleted(tmp_path, archive):
     body, sha256 = archive
-    part.write_bytes(body)
     with Server(body) as server:
-        fetch(part.parent, server, sha256)
-    assert server.requests == [f"bytes={len(body)}-"]
-
-
-@pytest.mark.parametrize("size", [2000, 1_000_000])
-def test_a_partial_file_of_another_archive_is_deleted(part, archive, size):
-    body, sha256 = archive
-    part.write_bytes(b"y" * size)
-    with Server(body) as server:
-        with pytest.raises(DataError, match="is not the expected archive"):
-            download.maybe_download_and_extract(part.parent, server.url, sha256)
-        fetch(part.parent, server, sha256)
-    assert server.requests == [f"bytes={size}-", None]
+        for number, content in enumerate([body, b"y" * 2000, b"y" * 1_000_000]):
+            folder = tmp_path / str(number)
+            folder.mkdir()
+            (folder / PART).write_bytes(content)
+            if content != body:
+                with pytest.raises(DataError, match="is not the expected archive"):
+                    download.maybe_download_and_extract(folder, server.url, sha256)
+            fetch(folder, server, sha256)
+    complete = f"bytes={len(body)}-"
+    assert server.requests == [complete, "bytes=2000-", None, "bytes=1000000-", None]
 
 
 def wait_for_file(path, process, min_size=0):
@@ -424,8 +401,7 @@ def make_member(name, kind=tarfile.REGTYPE, target=""):
 
 
 def test_only_the_known_regular_files_are_extracted(tmp_path):
-    data_dir = tmp_path / "data"
-    data_dir.mkdir()
+    (tmp_path / "data").mkdir()
     special = [
         make_member("cifar-10-batches-bin/../../escaped.bin"),
         make_member(str(tmp_path / "absolute.bin")),
@@ -433,11 +409,11 @@ def test_only_the_known_regular_files_are_extracted(tmp_path):
         make_member("cifar-10-batches-bin/batches.meta.txt", tarfile.SYMTYPE, "/etc/hosts"),
         make_member("cifar-10-batches-bin/readme.html", tarfile.CHRTYPE),
     ]
-    sha256 = make_archive(data_dir / ARCHIVE, special=special)
-    folder = download.maybe_download_and_extract(data_dir, sha256=sha256)
+    sha256 = make_archive(tmp_path / "data" / ARCHIVE, special=special)
+    folder = download.maybe_download_and_extract(tmp_path / "data", sha256=sha256)
     assert sorted(os.listdir(folder)) == sorted(FILES)
     assert os.listdir(tmp_path) == ["data"]
-    assert sorted(os.listdir(data_dir)) == ["cifar-10-batches-bin", ARCHIVE]
+    assert sorted(os.listdir(tmp_path / "data")) == ["cifar-10-batches-bin", ARCHIVE]
 
 
 @pytest.mark.parametrize(
@@ -480,6 +456,7 @@ def raw_server(pieces):
 
 
 OK = b"HTTP/1.1 200 OK\r\n\r\n"
+RANGE = b"HTTP/1.1 206 Partial Content\r\nContent-Length: 1000000\r\n\r\n"
 
 
 @pytest.mark.parametrize(
@@ -488,6 +465,7 @@ OK = b"HTTP/1.1 200 OK\r\n\r\n"
         ([b"HTTP/1.1 100 Continue\r\n\r\n"], "no answer within 0.5 s"),
         ([b"HTTP/1.1 200 OK\r\nA: ", b"a"], "no answer within 0.5 s"),
         ([OK, b"a"], "slower than 1000 bytes per second"),
+        ([RANGE, b"a"], "slower than 1000 bytes per second"),
         ([b"HTTP/1.1 404 \x1b[31mred\rgreen\r\n\r\n", b""], r"\\x1b\[31mred"),
         ([b"HTTP/1.1 200 OK\r\nContent-Length: " + b"9" * 5000 + b"\r\n\r\n", b"a"], "slower than"),
     ],
@@ -497,9 +475,14 @@ def test_a_hostile_server_ends_the_download_and_no_secret_is_printed(
 ):
     monkeypatch.setattr(download, "HEAD_TIMEOUT", 0.5)
     monkeypatch.setattr(download, "RATE_PERIOD", 0.5)
+    before = set(threading.enumerate())
     with raw_server(pieces) as url:
         with pytest.raises(DataError, match=message) as error:
             download.maybe_download_and_extract(tmp_path, url)
+        for thread in set(threading.enumerate()) - before:
+            if "_receive" in thread.name and "slower" in message:
+                thread.join(timeout=10)
+                assert not thread.is_alive()
         printed = f"{error.value}\n{capsys.readouterr().err}"
     assert all(line.isprintable() for line in printed.splitlines())
     assert "secret" not in printed
@@ -517,21 +500,7 @@ def test_a_hostile_server_ends_the_download_and_no_secret_is_printed(
 def test_a_secret_in_a_malformed_url_is_not_printed(tmp_path, capsys, url):
     with pytest.raises(DataError) as error:
         download.maybe_download_and_extract(tmp_path, url)
-    printed = f"{error.value}{capsys.readouterr().err}"
-    assert "pa55" not in printed  # not "secret", which is in the name of the folder
-
-
-def test_a_server_that_sends_a_range_byte_by_byte_ends_the_download(tmp_path, monkeypatch):
-    monkeypatch.setattr(download, "RATE_PERIOD", 0.2)
-    before = set(threading.enumerate())
-    head = b"HTTP/1.1 206 Partial Content\r\nContent-Length: 1000000\r\n\r\n"
-    with raw_server([head, b"a"]) as url:
-        with pytest.raises(DataError, match="slower than 1000"):
-            download.maybe_download_and_extract(tmp_path, url)
-        for thread in set(threading.enumerate()) - before:
-            if "_receive" in thread.name:
-                thread.join(timeout=10)
-                assert not thread.is_alive()
+    assert "pa55" not in f"{error.value}{capsys.readouterr().err}"
 
 
 def test_attempts_that_each_receive_a_few_bytes_are_limited(tmp_path, archive, monkeypatch):

@@ -3,7 +3,6 @@
 The original files are pickles that Python 2 wrote. `pickle_like_python_2` writes the same opcodes.
 """
 
-import gzip
 import io
 import os
 import pickle
@@ -49,12 +48,6 @@ def pickle_like_python_2(value):
     return b"\x80\x02" + write(value) + b"."
 
 
-PICKLERS = {
-    "Python 2": pickle_like_python_2,
-    **{f"protocol {n}": lambda value, n=n: pickle.dumps(value, n) for n in (2, 3, 4, 5)},
-}
-
-
 def make_python_10(pickler=pickle_like_python_2):
     """Returns the files of CIFAR-10 for Python by name, and their images as records by name."""
     names = [*(f"data_batch_{n}" for n in range(1, 6)), "test_batch"]
@@ -77,7 +70,7 @@ def make_python_10(pickler=pickle_like_python_2):
     return {**content, "batches.meta": pickler(names)}, records
 
 
-def make_100(kind="binary", pickler=pickle_like_python_2):
+def make_100(kind="binary"):
     """Returns the files of CIFAR-100 by name, and [coarse, fine, pixels] of both splits."""
     content, splits = {}, {}
     for split, count in (("train", 203), ("test", 101)):
@@ -87,19 +80,14 @@ def make_100(kind="binary", pickler=pickle_like_python_2):
         if kind == "binary":
             content[f"{split}.bin"] = splits[split].tobytes()
         else:
-            content[split] = pickler(
-                {
-                    "fine_labels": records[:, 0].tolist(),
-                    "coarse_labels": coarse[:, 0].tolist(),
-                    "data": records[:, 1:],
-                }
-            )
+            labels = {"fine_labels": records[:, 0].tolist(), "coarse_labels": coarse[:, 0].tolist()}
+            content[split] = pickle_like_python_2({**labels, "data": records[:, 1:]})
+    names = {"fine_label_names": FINE_NAMES, "coarse_label_names": COARSE_NAMES}
     if kind == "binary":
-        content["fine_label_names.txt"] = "".join(f"{n}\n" for n in FINE_NAMES).encode()
-        content["coarse_label_names.txt"] = "".join(f"{n}\n" for n in COARSE_NAMES).encode()
+        texts = {f"{key}.txt": "\n".join([*value, ""]) for key, value in names.items()}
+        content.update({name: text.encode() for name, text in texts.items()})
     else:
-        names = {"fine_label_names": FINE_NAMES, "coarse_label_names": COARSE_NAMES}
-        content["meta"] = pickler(names)
+        content["meta"] = pickle_like_python_2(names)
     return content, splits
 
 
@@ -124,38 +112,21 @@ def convert(path, output, flag="cifar10_python", label_kind=""):
     return formats.convert(str(path), flag, str(output), label_kind)
 
 
-def check_python_10(output, records):
-    """Checks that the files are those of the binary version: the same records in the same order."""
-    for name, array in records.items():
-        assert (output / f"{name}.bin").read_bytes() == array.tobytes()
-    assert sorted(os.listdir(output)) == sorted([*FILES, "batches.meta.txt"])
-    assert dataset.read_class_names(output) == dataset.CLASS_NAMES
-
-
-@pytest.mark.parametrize("pickler", PICKLERS.values(), ids=PICKLERS)
-def test_cifar_10_for_python_becomes_the_files_of_the_binary_version(tmp_path, capsys, pickler):
-    content, records = make_python_10(pickler)
-    folder = write_folder(tmp_path / "cifar-10-batches-py", content)
-    result = convert(folder, tmp_path / "out")
-    assert result == (sum(COUNTS), 21, dataset.CLASS_NAMES)
-    check_python_10(tmp_path / "out", records)
-    dataset.check_dataset(tmp_path / "out")
-    assert capsys.readouterr().err == ""
-
-
 @pytest.mark.parametrize(
-    "place",
+    ("place", "pickler"),
     [
-        "",  # the folder itself
-        "cifar-10-batches-py",  # torchvision and Keras 2
-        "cifar-10-batches-py-target/cifar-10-batches-py",  # Keras 3
-        "cifar-10-python.tar.gz",
-        "cifar-10-batches-py.tar.gz",  # Keras 2
-        "cifar-10-batches-py-target_archive",  # Keras 3
+        ("", pickle_like_python_2),  # the folder itself
+        ("cifar-10-batches-py", pickle.dumps),  # torchvision and Keras 2
+        ("cifar-10-batches-py-target/cifar-10-batches-py", pickle_like_python_2),  # Keras 3
+        ("cifar-10-python.tar.gz", pickle_like_python_2),
+        ("cifar-10-batches-py.tar.gz", pickle.dumps),  # Keras 2
+        ("cifar-10-batches-py-target_archive", pickle_like_python_2),  # Keras 3
     ],
 )
-def test_a_version_is_found_where_other_libraries_keep_it(tmp_path, place):
-    content, records = make_python_10()
+def test_cifar_10_for_python_is_found_where_others_keep_it_and_becomes_the_binary_version(
+    tmp_path, capsys, place, pickler
+):
+    content, records = make_python_10(pickler)
     path = tmp_path / "data" / place
     if place.endswith((".tar.gz", "_archive")):
         write_archive(path, "./some/folder", content)
@@ -164,8 +135,13 @@ def test_a_version_is_found_where_other_libraries_keep_it(tmp_path, place):
     for given in (tmp_path / "data", path):
         version, found = formats.find_version(str(given))
         assert (version.flag, found) == ("cifar10_python", str(path))
-    convert(tmp_path / "data", tmp_path / "out")
-    check_python_10(tmp_path / "out", records)
+    output = tmp_path / "out"
+    assert convert(tmp_path / "data", output) == (sum(COUNTS), 21, dataset.CLASS_NAMES)
+    for name, array in records.items():  # the same records in the same order
+        assert (output / f"{name}.bin").read_bytes() == array.tobytes()
+    assert sorted(os.listdir(output)) == sorted([*FILES, "batches.meta.txt"])
+    assert dataset.read_class_names(output) == dataset.CLASS_NAMES
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize("kind", ["binary", "python"])
@@ -193,12 +169,18 @@ def test_cifar_100_is_converted_with_either_kind_of_labels(
         assert data == expected.tobytes()
 
 
-def test_missing_names_of_classes_are_replaced(tmp_path):
+def test_missing_names_are_replaced_and_records_of_another_size_refused(tmp_path, monkeypatch):
     content, _ = make_100()
     del content["coarse_label_names.txt"]
     folder = write_folder(tmp_path / "a", content)
     names = convert(folder, tmp_path / "out", "cifar100", "coarse")[2]
     assert names == tuple(f"class {label}" for label in range(20))
+    (folder / "train.bin").write_bytes(content["train.bin"] + b"x")
+    with pytest.raises(DataError, match="train.bin does not consist of records of 3074 bytes"):
+        convert(folder, tmp_path / "out2", "cifar100", "coarse")
+    monkeypatch.setattr(records, "DEPTH", 1)
+    with pytest.raises(DataError, match=r"are \[32, 32, 3\], but the constants .*\[32, 32, 1\]"):
+        convert(folder, tmp_path / "out2", "cifar100", "coarse")
 
 
 def test_fewer_training_files_are_converted_if_none_is_left_out(tmp_path, capsys):
@@ -215,21 +197,19 @@ def test_fewer_training_files_are_converted_if_none_is_left_out(tmp_path, capsys
 
 
 class Malicious:
-    """An object whose pickle calls a function when it is loaded."""
+    """An object whose pickle creates a folder when it is loaded."""
 
-    def __init__(self, function, *arguments):
-        self._call = (function, arguments)
+    def __init__(self, path):
+        self._path = path
 
     def __reduce__(self):
-        return self._call
+        return os.mkdir, (str(self._path),)
 
 
 @pytest.mark.parametrize(
     "make_pickle",
     [
-        lambda path: pickle.dumps({"data": Malicious(os.mkdir, str(path))}),
-        lambda path: pickle.dumps({"data": Malicious(eval, f"open({str(path)!r}, 'w')")}),
-        lambda path: pickle.dumps({"data": Malicious(np.save, str(path), 0)}),
+        lambda path: pickle.dumps({"data": Malicious(path)}),
         # A name that begins like an admitted one, and operations of other protocols.
         lambda path: b"\x80\x04\x8c\x05numpy\x8c\x0endarray.tofile\x93C\x01a\x85R.",
         lambda path: b"\x80\x02cos\nsystem\n(Vtouch " + str(path).encode() + b"\ntR.",
@@ -266,15 +246,10 @@ def set_content(**changes):
     ("change", "message"),
     [
         (set_batch(labels=None), "data_batch_2 has no valid labels"),
-        (set_batch(labels=[0.5] * 12), "data_batch_2 has no valid labels"),
         (set_batch(labels=[300] * 12), "data_batch_2 has no valid labels"),
         (set_batch(labels=[10] * 12), "data_batch_2 has label 10, but there are only 10 classes"),
         (set_batch(labels=[0] * 11), r"data_batch_2 has no array of data, uint8 \[11, 3072\]"),
         (set_batch(data=None), "data_batch_2 has no array of data"),
-        (
-            set_batch(data=np.zeros([12, 3072])),
-            "data_batch_2 cannot be read .it has an array whose",
-        ),
         (set_batch(data=np.zeros([12, 3072], int)), "data_batch_2 has no array of data, uint8"),
         (set_batch(data=np.zeros([0, 3072], np.uint8), labels=[]), "data_batch_2 has no images"),
         (
@@ -300,32 +275,14 @@ def test_a_path_without_the_version_is_refused(tmp_path, flag):
     (tmp_path / "empty").mkdir()
     (tmp_path / "text.tar.gz").write_text("not an archive")
     write_archive(tmp_path / "other.tar.gz", "other", {"a": b"1"})
-    path = write_archive(tmp_path / "cut.tar.gz", "other", {"test": bytes(1 << 20)})
-    path.write_bytes(gzip.compress(gzip.decompress(path.read_bytes())[:200000]))
     for name, message in (
         ("gone", "is not, and does not contain, cifar-10"),
         ("empty", "is not, and does not contain, cifar-10"),
         ("other.tar.gz", "is not, and does not contain, cifar-10"),
         ("text.tar.gz", "text.tar.gz cannot be read"),
-        ("cut.tar.gz", "cut.tar.gz cannot be read"),
     ):
         with pytest.raises(DataError, match=message):
             convert(tmp_path / name, tmp_path / "out", flag, "fine")
-
-
-def test_records_of_another_size_are_refused(tmp_path):
-    content, _ = make_100()
-    content["train.bin"] += b"x"
-    with pytest.raises(DataError, match="train.bin does not consist of records of 3074 bytes"):
-        convert(write_folder(tmp_path / "a", content), tmp_path / "out", "cifar100", "fine")
-
-
-def test_another_record_layout_is_refused(tmp_path, monkeypatch):
-    content, _ = make_python_10()
-    folder = write_folder(tmp_path / "a", content)
-    monkeypatch.setattr(records, "DEPTH", 1)
-    with pytest.raises(DataError, match=r"are \[32, 32, 3\], but the constants .*\[32, 32, 1\]"):
-        convert(folder, tmp_path / "out")
 
 
 def test_other_folders_are_not_mistaken_for_cifar(tmp_path):

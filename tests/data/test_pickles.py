@@ -1,7 +1,6 @@
 """Tests of the reader of pickles: what it reads, and what damaged and hostile pickles cannot do."""
 
 import pickle
-import random
 import re
 import time
 
@@ -29,6 +28,8 @@ def test_arrays_and_plain_values_are_read(protocol):
     for name, array in loaded.items():
         np.testing.assert_array_equal(array, BATCH[name])
         assert array.dtype == BATCH[name].dtype
+    # The array that the hostile cases below damage.
+    assert pickles.load_dict(array_of())["data"].tolist() == [97, 98, 99, 100]
 
 
 def dict_of(value):
@@ -40,15 +41,10 @@ def array_of(data_type=DATA_TYPE, shape=b"K\x04\x85", data=b"C\x04abcd"):
     return dict_of(ARRAY + b"(K\x01" + shape + data_type + b"\x89" + data + b"tb")
 
 
-def test_the_array_of_the_hostile_cases_is_read_when_it_is_intact():
-    assert pickles.load_dict(array_of())["data"].tolist() == [97, 98, 99, 100]
-
-
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         (array_of(DATA_TYPE.replace(b"u1", b"O8")), "an array whose type is none of"),
-        (array_of(DATA_TYPE.replace(b"u1", b"f8")), "an array whose type is none of"),
         # NumPy's own type would let this clear the flag of its objects.
         (
             array_of(DATA_TYPE + b"(K\x03\x8c\x01|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb"),
@@ -74,12 +70,10 @@ def test_the_array_of_the_hostile_cases_is_read_when_it_is_intact():
             "too long",
         ),
         (dict_of(b"]}b"), "no attribute 'set_state'"),
-        (b"\x80\x04](K\x01K\x02e.", "it is not a pickled dict"),
         (b"\x80\x04}" + b")" + b"\x85" * 10_000 + b"K\x01s.", "a key that is not a string"),
         (b"\x80\x04}" + b"0" * 50_000 + b".", "it uses the operation b'0'"),
         (b"\x80\x04}" + b"]" * 50_000 + b".", "it has more than 20,000 operations"),
         (dict_of(b"\x96\xff\xff\xff\xff\x1f\x00\x00\x00"), None),  # 137 GB
-        (dict_of(b"\x8e\xff\xff\xff\xff\x1f\x00\x00\x00"), None),
         (b"\x80\x04}r\xff\xff\xff\x7f.", None),  # a place far behind in the memo
         (b"", None),
     ],
@@ -105,38 +99,3 @@ def test_lists_that_contain_each_other_many_times_are_read_at_once():
     loaded = pickles.load_dict(b"\x80\x04" + lists + b"}\x8c\x01a" + b"h\x3cs.")
     assert len(loaded["a"]) == 9  # as text, it would have 9 ** 60 brackets
     assert time.process_time() - start < 5
-
-
-def mutate(content, generator):
-    """Returns a pickle with some bytes changed, removed, repeated or inserted."""
-    content = bytearray(content)
-    for _ in range(generator.randint(1, 4)):
-        start = generator.randrange(len(content) + 1)
-        end = min(len(content), start + generator.choice([1, 1, 1, 4, 30]))
-        piece = generator.choice(
-            [b"", generator.randbytes(end - start), bytes(content[start:end]) * 2]
-        )
-        content[start:end] = piece
-    return bytes(content)
-
-
-@pytest.mark.parametrize(
-    "count", [pytest.param(500, id="few"), pytest.param(50_000, marks=pytest.mark.slow, id="many")]
-)
-def test_a_mutated_pickle_gives_plain_values_or_an_error(count):
-    generator = random.Random(7)
-    originals = [pickle.dumps(BATCH, protocol) for protocol in (2, 3, 4, 5)]
-    read = 0
-    for _ in range(count):
-        content = mutate(generator.choice(originals), generator)
-        try:
-            loaded = pickles.load_dict(content)
-        except Exception:
-            continue
-        read += 1
-        assert all(isinstance(key, str) for key in loaded)
-        for value in loaded.values():
-            if isinstance(value, np.ndarray):
-                assert value.dtype.kind in "iu"
-                assert value.nbytes <= len(content)
-    assert 0 < read < count
