@@ -132,8 +132,7 @@ def convert(path, flag, output, label_kind=""):
       (train_count, test_count, class_names): int, int, tuple of strings.
 
     Raises:
-      DataError: the files are missing, damaged, or have other contents; or the folder cannot be
-        written.
+      DataError: the files are missing, damaged or unsuitable, or the folder cannot be written.
       UserError: the folder exists and is not empty.
     """
     if records.image_shape() != IMAGE_SHAPE:
