@@ -169,8 +169,9 @@ def _fetch(url, part):
         _store(url, part, offset, answers)
     finally:
         is_over.set()
-        with contextlib.suppress(queue.Empty):  # lets a thread that waits for a place end
-            answers.get_nowait()
+        with contextlib.suppress(queue.Empty):  # so that the thread does not wait for a place
+            while True:
+                answers.get_nowait()
 
 
 def _store(url, part, offset, answers):
