@@ -362,9 +362,7 @@ def test_a_variable_without_a_gradient_keeps_its_value_and_the_others_are_traine
     images = tf.random.stateless_normal([4, 24, 24, 3], seed=[1, 2])
     features = tf.stop_gradient(cifar10._convolution(images, "conv1", 8, bias=0.0))
     tf.get_variable("unused", initializer=[5.0])
-    logits = cifar10._fully_connected(
-        tf.reshape(features, [4, 24 * 24 * 8]), "softmax_linear", 10, 0.05, wd=None, relu=False
-    )
+    logits = cifar10._fully_connected(features, "softmax_linear", 10, 0.05, wd=None, relu=False)
     total_loss = cifar10.loss(logits, tf.range(4))
     train_op = cifar10.train(total_loss, tf.train.get_or_create_global_step())
     variables = {v.op.name: v for v in tf.trainable_variables()}
