@@ -14,10 +14,7 @@ FAILED = "failed"  # an error or a signal has ended training
 class ChiefStatus:
     """The status of the chief, stored on a parameter server, where all tasks can read it.
 
-    Args:
-      task: the `Task` of this process.
-      target: string; the target of this process's server.
-      index: int; the index of the parameter server.
+    `task` and `target` are those of this process's server; `index` is that of the parameter server.
     """
 
     def __init__(self, task, target, index):
@@ -45,8 +42,7 @@ class ChiefStatus:
     def read(self, key, timeout=0):
         """Returns the string under STATE or SETTINGS; an empty one if none is stored.
 
-        A lost parameter server may never answer. With a `timeout` in seconds, DeadlineExceededError
-        is then raised.
+        Raises DeadlineExceededError after a `timeout` in seconds: a lost server may never answer.
         """
         options = tf.RunOptions(timeout_in_ms=1000 * timeout)
         return self._session.run(self._lookup, {self._key: key}, options).decode()
@@ -73,12 +69,10 @@ class SynchronizedStep(tf.train.SessionRunHook):
       gradients: list of (gradient, variable) of this worker.
       global_step: int64 [] variable.
       num_workers: int.
-      on_ready: function that the chief calls when the other workers can start; None if this worker
-        is not the chief.
+      on_ready: function that the chief calls when the other workers can start; else None.
 
     Attributes:
-      average_gradients: list of (average gradient, variable), for the operation that is passed to
-        `set_update`.
+      average_gradients: list of (average gradient, variable).
       train_op: adds the gradients of this worker and waits for the update.
       add_tokens_op: adds a token for each worker, which ends steps that wait for an update.
     """

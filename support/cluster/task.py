@@ -9,8 +9,8 @@ from support.base.errors import UserError, foreign_file
 
 TASK_TYPES = ("ps", "chief", "worker", "evaluator")
 _CURE = (
-    '; write it like {"cluster": {"ps": ["host1:2222"], "chief": ["host2:2222"], "worker": ["host3:2222"]}, '
-    '"task": {"type": "worker", "index": 0}}'
+    '; write it like {"cluster": {"ps": ["host1:2222"], "chief": ["host2:2222"], "worker": '
+    '["host3:2222"]}, "task": {"type": "worker", "index": 0}}'
 )
 
 
@@ -122,8 +122,6 @@ def _parse_cluster(jobs):
     """Returns the cluster of a `Task`, without evaluators and without jobs that have no tasks."""
     cluster = {}
     for job, addresses in jobs.items():
-        if isinstance(addresses, dict):  # by index, as Kubeflow writes some jobs
-            addresses = [addresses.get(str(index)) for index in range(len(addresses))]
         addresses = addresses or []
         if not isinstance(addresses, list) or not all(isinstance(a, str) for a in addresses):
             raise _malformed(f"the job `{job}` does not list the addresses of its tasks")
