@@ -2,14 +2,12 @@
 
 The other modules write `from support.ops.tensorflow_v1 import tf`; `tf` is `tensorflow.compat.v1`.
 
-Importing this module has five effects:
+Importing this module has five effects, the first two only if TensorFlow was not imported before:
 
 - TF_CPP_MIN_LOG_LEVEL becomes 2 unless it is set: TensorFlow's C++ code then logs errors only.
-  Otherwise, each queue thread would warn that it was canceled whenever a session ends. This has no
-  effect if TensorFlow was imported before.
+  Otherwise, each queue thread would warn that it was canceled whenever a session ends.
 - On x86, TF_ENABLE_ONEDNN_OPTS becomes 1 unless it is set: TensorFlow then uses oneDNN's kernels.
-  By itself, it does so only on processors with certain AVX512 or AMX instructions. This has no
-  effect if TensorFlow was imported before, either.
+  By itself, it does so only on processors with certain AVX512 or AMX instructions.
 - Eager execution is turned off, with a warning if TensorFlow was imported before and used it.
 - TensorFlow's Python logger has the level WARNING unless it has a level of its own. It no longer
   advises you to replace queues with tf.data.
@@ -73,7 +71,6 @@ _CAN_HAVE_GPUS = can_have_gpus()
 GPUS = tf.config.list_physical_devices("GPU") if _CAN_HAVE_GPUS else []
 USES_ONEDNN = os.environ.get("TF_ENABLE_ONEDNN_OPTS") == "1"
 
-
 # Without a level of its own, the logger would have that of the root logger, which absl sets to INFO
 # in `tf.app.run`.
 if tf.get_logger().level == logging.NOTSET:
@@ -93,8 +90,7 @@ if _ends_eager_mode:  # for example, in a notebook that also runs code for Tenso
 def conditionals_without_functions():
     """Makes `tf.cond` add plain operations to the graph within the context, as in TensorFlow 1.
 
-    By default, TensorFlow 2 adds functions instead. They clutter the graph in TensorBoard and make
-    TensorFlow look for GPUs.
+    TensorFlow 2's functions clutter the graph in TensorBoard and make TensorFlow look for GPUs.
     """
     uses_functions = tf.control_flow_v2_enabled()
     tf.disable_control_flow_v2()
@@ -144,12 +140,9 @@ def _warn_of_slow_bfloat16():
 def find_bfloat16_support(cpuinfo="/proc/cpuinfo"):
     """Returns how TensorFlow computes in bfloat16 on this processor.
 
-    Source: `IsDataTypeSupportedByOneDNNOnThisCPU` in TensorFlow, which requires AVX512F or
-    AVX-NE-CONVERT.
-
-    Returns:
-      "native" if the processor has bfloat16 instructions or is unknown; "emulated" if it has only
-      AVX512; "none" if TensorFlow computes in float32 although 16 bits were requested.
+    It is "native" if the processor has bfloat16 instructions or is unknown; "emulated" if it has
+    only AVX512; "none" if TensorFlow computes in float32 although 16 bits were requested. Source:
+    `IsDataTypeSupportedByOneDNNOnThisCPU` in TensorFlow.
     """
     if platform.machine() == "x86_64" and not USES_ONEDNN:
         return "none"
