@@ -32,7 +32,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 if platform.machine() == "x86_64":
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
 
-_was_imported = "tensorflow" in sys.modules
+_ends_eager_mode = "tensorflow" in sys.modules and sys.modules["tensorflow"].executing_eagerly()
 
 # The import creates half a million objects that stay alive. The garbage collector would traverse
 # them again and again; without it, the import takes 1.4 seconds instead of 1.9.
@@ -43,8 +43,6 @@ except KeyboardInterrupt:  # in the first seconds of a script, when nothing has 
     raise SystemExit(128 + signal.SIGINT) from None
 finally:
     gc.enable()
-
-_ends_eager_mode = _was_imported and tf.executing_eagerly()
 
 # Sessions, queues and readers exist in graph mode only. TensorFlow 2's resource variables stay
 # enabled: control dependencies determine the order of their reads and writes.
@@ -190,11 +188,10 @@ def warn_of_unusable_gpus(device="/dev/nvidia0"):
 def warn_of_shared_devices(num_towers):
     """Warns if TensorFlow finds fewer GPUs than towers."""
     if num_towers > len(GPUS):
+        shared = "them" if GPUS else "the CPU"
         tf.logging.warning(
-            "--num_gpus=%d, but TensorFlow finds %d GPU(s): the towers share %s.",
-            num_towers,
-            len(GPUS),
-            "them" if GPUS else "the CPU",
+            f"--num_gpus={num_towers}, but TensorFlow finds {len(GPUS)} GPU(s): the towers share "
+            f"{shared}."
         )
 
 
@@ -202,11 +199,8 @@ def warn_of_unused_gpus(num_used):
     """Warns if TensorFlow finds more GPUs than the number that training uses."""
     if num_used < len(GPUS):
         tf.logging.warning(
-            "%d of %d GPUs %s used; to use all, run cifar10_multi_gpu_train.py --num_gpus=%d",
-            num_used,
-            len(GPUS),
-            "is" if num_used == 1 else "are",
-            len(GPUS),
+            f"{num_used} of {len(GPUS)} GPUs {'is' if num_used == 1 else 'are'} used; to use all, "
+            f"run cifar10_multi_gpu_train.py --num_gpus={len(GPUS)}"
         )
 
 
