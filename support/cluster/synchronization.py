@@ -70,24 +70,21 @@ class SynchronizedStep(tf.train.SessionRunHook):
       global_step: int64 [] variable.
       num_workers: int.
       on_ready: function that the chief calls when the other workers can start; else None.
-
-    Attributes:
-      average_gradients: list of (average gradient, variable).
-      train_op: adds the gradients of this worker and waits for the update.
-      add_tokens_op: adds a token for each worker, which ends steps that wait for an update.
     """
 
     def __init__(self, gradients, global_step, num_workers, on_ready):
-        self.average_gradients = []
+        self.average_gradients = []  # of (average gradient, variable), as in `gradients`
         # SyncReplicasOptimizer would update the moving averages only after the workers have their
         # tokens, so the chief could save averages that lack a step. It therefore only averages the
         # gradients here; `set_update` adds the tokens after the update.
         collector = types.SimpleNamespace(apply_gradients=self._collect)
         self._synchronizer = tf.train.SyncReplicasOptimizer(collector, num_workers, num_workers)
+        # Adds the gradients of this worker and waits for the update.
         self.train_op = self._synchronizer.apply_gradients(gradients, global_step)
         self._synchronizer.ready_for_local_init_op.mark_used()  # unused: workers wait for READY
         self._read_step_op = self._synchronizer.local_step_init_op
         self._start_op = self._synchronizer.chief_init_op
+        # Ends steps that wait for an update: a token for each worker.
         self.add_tokens_op = self._synchronizer.get_init_tokens_op(num_workers)
         self._num_workers = num_workers
         self._update_op = None
