@@ -59,10 +59,8 @@ def can_have_gpus(root="/"):
     if sys.platform != "linux" or "TF_PLUGGABLE_DEVICE_LIBRARY_PATH" in os.environ:
         return True
     plug_ins = os.path.join(os.path.dirname(tf.sysconfig.get_lib()), "tensorflow-plugins")
-    if os.path.isdir(plug_ins) or os.path.isdir(os.path.join(root, "sys/module/nvidia")):
-        return True
-    devices = ("nvidia*", "nvhost*", "nvgpu*", "dxg", "kfd")
-    return any(glob.glob(os.path.join(root, "dev", name)) for name in devices)
+    names = ("sys/module/nvidia", "dev/nvidia*", "dev/nvhost*", "dev/nvgpu*", "dev/dxg", "dev/kfd")
+    return os.path.isdir(plug_ins) or any(glob.glob(os.path.join(root, name)) for name in names)
 
 
 _CAN_HAVE_GPUS = can_have_gpus()
@@ -220,9 +218,9 @@ def out_of_memory_explained():
         ) from error
 
 
-def find_processor_name(cpuinfo="/proc/cpuinfo"):
+def find_processor_name():
     """Returns the processor's name according to Linux, or what Python knows on other systems."""
-    name = re.search(r"^model name\s*: (.*)", _read(cpuinfo), re.MULTILINE)
+    name = re.search(r"^model name\s*: (.*)", _read("/proc/cpuinfo"), re.MULTILINE)
     return name[1] if name else platform.processor()
 
 
