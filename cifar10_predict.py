@@ -151,20 +151,19 @@ def export(model, export_dir):
     """Writes a model as a SavedModel with the signature `serving_default`.
 
     Its input is `images`, uint8 [n, 32, 32, 3]. Its outputs are `probabilities`, float32
-    [n, classes]; `classes`, int64 [n], the index of the most likely class of each image; and
-    `class_names`, string [n, classes], the names in the order of the probabilities. The names are
-    repeated for each image because servers expect each output to have a row per image.
+    [n, classes]; `classes`, int64 [n], the index of the most likely class; and `class_names`,
+    string [n, classes], repeated because servers expect each output to have a row per image.
 
     Raises:
       UserError: the folder is neither new nor empty, or cannot be written.
     """
-    names = tf.constant([model.class_names])
+    num_images = tf.shape(model.images)[0]
     signature = tf.saved_model.predict_signature_def(
         {"images": model.images},
         {
             "probabilities": model.probabilities,
             "classes": tf.argmax(model.probabilities, axis=1),
-            "class_names": tf.tile(names, [tf.shape(model.images)[0], 1]),
+            "class_names": tf.tile(tf.constant([model.class_names]), [num_images, 1]),
         },
     )
     with files.new_folder("--export_dir", export_dir) as staging:

@@ -32,7 +32,6 @@ _AVERAGE = "/ExponentialMovingAverage"  # the end of the names of variables' ave
 MAX_META_BYTES = 500_000_000
 _ROOT = pathlib.Path(__file__).parents[2]
 _CRASHES = {signal.SIGABRT, signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE}
-CHECK_TIMEOUT = 600  # seconds
 # Reads all variables of a checkpoint.
 _READ_ALL = """
 import sys
@@ -45,19 +44,12 @@ _SETTINGS = "cifar10_settings"  # a graph collection of one string, a JSON objec
 
 
 class Checkpoint(NamedTuple):
-    """What is known about a checkpoint; see `read`.
+    """What is known about a checkpoint; see `read`."""
 
-    Attributes:
-      path: string; the path of its files, without a suffix.
-      step: int; the global step.
-      settings: its `TrainingSettings`; None if its `.meta` file is missing.
-      shapes: dict from the names of its variables to their shapes, lists of ints.
-    """
-
-    path: str
+    path: str  # of its files, without a suffix
     step: int
-    settings: TrainingSettings | None
-    shapes: dict
+    settings: TrainingSettings | None  # None if its `.meta` file is missing
+    shapes: dict  # of its variables, lists of ints by name
 
     def check_settings(self, wanted, folder_flag="--checkpoint_dir"):
         """Raises CheckpointError unless the checkpoint matches `TrainingSettings`.
@@ -76,12 +68,7 @@ class Checkpoint(NamedTuple):
     def check_variables(self, variables, folder_flag="--checkpoint_dir"):
         """Raises CheckpointError unless the checkpoint has these variables, and no more layers.
 
-        Shapes must be equal. Only trained variables have averages, so the names of the averages
-        tell a layer that the model lacks from other variables, which are ignored.
-
-        Args:
-          variables: dict of `tf.Variable` by name in the checkpoint.
-          folder_flag: as for `check_settings`.
+        `variables` is a dict of `tf.Variable` by name in the checkpoint.
         """
         differences = []
         for name, variable in variables.items():
@@ -90,6 +77,7 @@ class Checkpoint(NamedTuple):
                 differences.append(f"{name} is missing")
             elif self.shapes[name] != shape:
                 differences.append(f"{name} is {self.shapes[name]}, not {shape}")
+        # Only trained variables have averages. Others that the model lacks are ignored.
         known = {name.removesuffix(_AVERAGE) for name in variables}
         trained = {name.removesuffix(_AVERAGE) for name in self.shapes if name.endswith(_AVERAGE)}
         differences += [f"{name} is additional" for name in sorted(trained - known)]
@@ -107,7 +95,7 @@ class Checkpoint(NamedTuple):
 # --- Finding.
 
 
-def find_latest_checkpoint(path):
+def find_latest_checkpoint(path, check=lambda path: None):
     """Returns the path of the newest checkpoint, or None if there is none.
 
     It is the one named in the state file `checkpoint`, which TensorFlow writes. If there is no
@@ -115,12 +103,12 @@ def find_latest_checkpoint(path):
     one with the highest step.
 
     Args:
-      path: a folder; or a checkpoint, which is then returned itself. For a checkpoint, this may
-        also be the path of one of its files, for example `model.ckpt-1000.index`.
+      path: a folder; or a checkpoint or one of its files, whose path is then returned.
+      check: called with a path before that checkpoint is read; may raise CheckpointError.
     """
     if (single := find_single_checkpoint(path)) is not None:
         return single
-    newest, problem = _find_newest(path)
+    newest, problem = _find_newest(path, check)
     if problem is not None:
         _warn_once(f"{problem}: using {newest}, which has the highest step.")
     return newest
@@ -188,19 +176,15 @@ def find_checkpoint_to_resume(train_dir):
         ) from error
 
 
-def _find_newest(folder):
+def _find_newest(folder, check=lambda path: None):
     """Returns the newest checkpoint's path, and why it may be the wrong one; either may be None."""
-    missing = None
-    while (state := _read_state(folder)) is not None:
-        path = state.model_checkpoint_path
-        # If the folder was copied, an absolute path still names the original.
-        for checkpoint in (os.path.join(folder, os.path.basename(path)), path):
-            if _exists(checkpoint):
-                return checkpoint, None
-        if path == missing:
-            break
-        missing = path  # a trainer may have deleted it since, after writing a newer one
-    readable = _find_readable(folder)
+    for _ in range(2):  # a trainer may delete the checkpoint after saving a newer one
+        if (state := _read_state(folder)) is not None:
+            # If the folder was copied, an absolute path still names the original.
+            named = os.path.join(folder, os.path.basename(state.model_checkpoint_path))
+            if _exists(named):
+                return named, None
+    readable = _find_readable(folder, check)
     if readable is None or not os.path.exists(os.path.join(folder, _STATE_FILE)):
         return readable, None
     return readable, (
@@ -208,10 +192,11 @@ def _find_newest(folder):
     )
 
 
-def _find_readable(folder):
+def _find_readable(folder, check=lambda path: None):
     """Returns the path of the readable checkpoint with the highest step in a folder, or None."""
     for path in _list_checkpoints(folder):
         with contextlib.suppress(CheckpointError):
+            check(path)
             _read_variables(path)
             return path
     return None
@@ -233,19 +218,14 @@ def _read_state(folder):
 
 def _list_checkpoints(folder):
     """Returns the paths of all checkpoints in a folder, complete or not, highest step first."""
-    try:
-        names = os.listdir(folder)
-    except (FileNotFoundError, NotADirectoryError):
-        names = []
-    except OSError as error:
-        raise UserError(f"cannot read the folder {folder}: {error.strerror}") from error
-    found = {
-        name.removesuffix(".index")
+    with foreign_file(f"the folder {folder}", UserError):
+        names = os.listdir(folder) if os.path.isdir(folder) else []
+    paths = {
+        os.path.join(folder, name.removesuffix(".index"))
         for name in names
         if re.fullmatch(r".*\.index|model\.ckpt-[0-9]+", name)
     }
-    paths = [os.path.join(folder, name) for name in sorted(found)]
-    return sorted(paths, key=lambda path: _step_in_name(path) or 0, reverse=True)
+    return sorted(paths, key=lambda path: (_step_in_name(path) or 0, path), reverse=True)
 
 
 def _step_in_name(checkpoint):
@@ -274,14 +254,19 @@ def check_in_other_process(path):
 
     TensorFlow aborts if an entry of an index file is invalid although its checksum is correct.
     """
-    command = [sys.executable, "-c", _READ_ALL, os.path.abspath(path)]
-    with foreign_file(path, CheckpointError):  # for TimeoutExpired
-        process = subprocess.run(
-            command, cwd=_ROOT, capture_output=True, check=False, timeout=CHECK_TIMEOUT
-        )
-    if -process.returncode in _CRASHES:
-        name = signal.Signals(-process.returncode).name
+    index = f"{path}.index"
+    with foreign_file(path, CheckpointError):  # a trainer may have deleted it
+        modified = os.path.getmtime(index if os.path.isfile(index) else path)
+    number = -_read_in_other_process(os.path.abspath(path), modified)
+    if number in _CRASHES:
+        name = signal.Signals(number).name
         raise CheckpointError(f"{path} is damaged: reading it ends TensorFlow with {name}")
+
+
+@functools.cache  # it takes seconds, and a checkpoint may be looked for every second
+def _read_in_other_process(path, _):
+    command = [sys.executable, "-c", _READ_ALL, path]
+    return subprocess.run(command, cwd=_ROOT, capture_output=True, check=False).returncode
 
 
 def _read_variables(path):
@@ -346,12 +331,8 @@ def restore(session, saver, checkpoint):
     Raises:
       CheckpointError: the checkpoint cannot be read, or a variable is not finite.
     """
-    try:
+    with foreign_file(checkpoint.path, CheckpointError):
         saver.restore(session, checkpoint.path)
-    # The Saver raises ValueError if files are missing.
-    except (tf.errors.OpError, OSError, ValueError) as error:
-        reason = first_line(error)
-        raise CheckpointError(f"{checkpoint.path} cannot be restored: {reason}") from error
     # Predictions would not reveal every NaN: some implementations of ReLU turn it into 0.
     variables = [v for v in tf.global_variables() if v.dtype.base_dtype.is_floating]
     for variable, value in zip(variables, session.run(variables), strict=True):
@@ -372,13 +353,6 @@ def save(session, saver, folder, step, max_to_keep):
 
     `tf.train.Saver.save` by itself writes the `.meta` file, which holds the settings, after the
     checkpoint, and deletes it before the checkpoint. Here, a checkpoint always has its settings.
-
-    Args:
-      session: a `tf.Session`.
-      saver: a `tf.train.Saver` in its graph.
-      folder: path of an existing folder.
-      step: int; the global step.
-      max_to_keep: int; the number of checkpoints to keep.
 
     Raises:
       UserError: the checkpoint cannot be written. Unfinished files are deleted.
