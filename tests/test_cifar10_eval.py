@@ -281,10 +281,7 @@ def test_a_checkpoint_without_the_variables_is_an_error_that_names_them(records)
         session.run(tf.global_variables_initializer())
         pathlib.Path(FLAGS.checkpoint_dir).mkdir()
         tf.train.Saver().save(session, f"{FLAGS.checkpoint_dir}/model.ckpt", 7)
-    message = (
-        r"another model: in it, conv\d/\w+/ExponentialMovingAverage is missing, .*, and 5 more "
-        "differ"
-    )
+    message = r"another model: in it, (\w+/\w+/ExponentialMovingAverage is missing,? ?){10}; choose"
     with pytest.raises(CheckpointError, match=message):
         cifar10_eval.evaluate()
 

@@ -253,19 +253,6 @@ def test_an_export_dir_from_which_tensorflow_could_not_load_is_refused(name):
         FLAGS.export_dir = name
 
 
-def test_an_export_overwrites_nothing(records, tmp_path):
-    (tmp_path / "target").mkdir()  # an empty folder may be filled, also through a link
-    (tmp_path / "export").symlink_to("target")
-    FLAGS.export_dir = f"{tmp_path}/export/"
-    run_main()
-    before = {path: path.read_bytes() for path in tmp_path.glob("target/**/*") if path.is_file()}
-    assert len(before) == 3
-    save_checkpoint(FLAGS.checkpoint_dir, 8)
-    with pytest.raises(UserError, match="--export_dir=.*export/ already exists; choose a new"):
-        run_main()
-    assert before == {path: path.read_bytes() for path in before}
-
-
 def test_only_one_of_two_simultaneous_exports_succeeds(records, tmp_path, monkeypatch):
     FLAGS.export_dir = str(tmp_path / "export")
     lock = files.lock

@@ -7,7 +7,6 @@ holds the training settings, so they accompany the checkpoint and add no variabl
 import contextlib
 import functools
 import os
-import pathlib
 import re
 import signal
 import subprocess
@@ -30,13 +29,11 @@ from support.ops.tensorflow_v1 import tf
 _STATE_FILE = "checkpoint"  # TensorFlow's record of which checkpoint is the newest
 _AVERAGE = "/ExponentialMovingAverage"  # the end of the names of variables' averages
 MAX_META_BYTES = 500_000_000
-_ROOT = pathlib.Path(__file__).parents[2]
 _CRASHES = {signal.SIGABRT, signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE}
 # Reads all variables of a checkpoint.
 _READ_ALL = """
-import sys
-from support.ops.tensorflow_v1 import tf
-reader = tf.train.load_checkpoint(sys.argv[1])
+import sys, tensorflow
+reader = tensorflow.train.load_checkpoint(sys.argv[1])
 for name in reader.get_variable_to_shape_map():
     reader.get_tensor(name)
 """
@@ -81,15 +78,11 @@ class Checkpoint(NamedTuple):
         known = {name.removesuffix(_AVERAGE) for name in variables}
         trained = {name.removesuffix(_AVERAGE) for name in self.shapes if name.endswith(_AVERAGE)}
         differences += [f"{name} is additional" for name in sorted(trained - known)]
-        if not differences:
-            return
-        shown = differences[:5]
-        if (more := len(differences) - len(shown)) > 0:
-            shown.append(f"and {more} more differ")
-        raise CheckpointError(
-            f"{self.path} belongs to another model: in it, {', '.join(shown)}; choose another "
-            f"folder with {folder_flag}"
-        )
+        if differences:
+            raise CheckpointError(
+                f"{self.path} belongs to another model: in it, {', '.join(differences)}; choose "
+                f"another folder with {folder_flag}"
+            )
 
 
 # --- Finding.
@@ -180,10 +173,11 @@ def _find_newest(folder, check=lambda path: None):
     """Returns the newest checkpoint's path, and why it may be the wrong one; either may be None."""
     for _ in range(2):  # a trainer may delete the checkpoint after saving a newer one
         if (state := _read_state(folder)) is not None:
+            path = state.model_checkpoint_path
             # If the folder was copied, an absolute path still names the original.
-            named = os.path.join(folder, os.path.basename(state.model_checkpoint_path))
-            if _exists(named):
-                return named, None
+            for checkpoint in (os.path.join(folder, os.path.basename(path)), path):
+                if _exists(checkpoint):
+                    return checkpoint, None
     readable = _find_readable(folder, check)
     if readable is None or not os.path.exists(os.path.join(folder, _STATE_FILE)):
         return readable, None
@@ -257,7 +251,7 @@ def check_in_other_process(path):
     index = f"{path}.index"
     with foreign_file(path, CheckpointError):  # a trainer may have deleted it
         modified = os.path.getmtime(index if os.path.isfile(index) else path)
-    number = -_read_in_other_process(os.path.abspath(path), modified)
+    number = -_read_in_other_process(path, modified)
     if number in _CRASHES:
         name = signal.Signals(number).name
         raise CheckpointError(f"{path} is damaged: reading it ends TensorFlow with {name}")
@@ -265,8 +259,8 @@ def check_in_other_process(path):
 
 @functools.cache  # it takes seconds, and a checkpoint may be looked for every second
 def _read_in_other_process(path, _):
-    command = [sys.executable, "-c", _READ_ALL, path]
-    return subprocess.run(command, cwd=_ROOT, capture_output=True, check=False).returncode
+    command = [sys.executable, "-P", "-c", _READ_ALL, path]
+    return subprocess.run(command, capture_output=True, check=False).returncode
 
 
 def _read_variables(path):

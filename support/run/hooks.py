@@ -104,7 +104,6 @@ class CheckpointHook(tf.train.SessionRunHook):
         self._progress = progress
         self._options = options
         self._saved_step = resumed and resumed.step
-        self._global_step = tf.train.get_or_create_global_step()
 
     def begin(self):
         # Not in `__init__`, because the hooks before this one may create variables in `begin`.
@@ -134,7 +133,7 @@ class CheckpointHook(tf.train.SessionRunHook):
         self._save(session)
 
     def _save(self, session):
-        step = int(session.run(self._global_step))
+        step = self._progress.step
         if step != self._saved_step:
             self._check_variables(session, step)
             folder, max_to_keep = self._options.train_dir, self._options.max_checkpoints_to_keep
@@ -234,9 +233,8 @@ class StopHook(tf.train.SessionRunHook):
 
     def __init__(self, progress, options, signals, worker):
         self._progress = progress
-        self._max_steps = options.max_steps
+        self._options = options
         self._signals = signals
-        self._check_input = options.check_input
         self._worker = worker
 
     def after_create_session(self, session, coord):
@@ -244,11 +242,12 @@ class StopHook(tf.train.SessionRunHook):
         thread = threading.Thread(target=self._watch, args=(coord,), daemon=True)
         coord.register_thread(thread)
         thread.start()
-        if self._progress.step >= self._max_steps:
+        if self._progress.step >= self._options.max_steps:
             coord.request_stop()
 
     def after_run(self, run_context, run_values):
-        if self._signals.signal_number is not None or self._progress.step >= self._max_steps:
+        is_last = self._progress.step >= self._options.max_steps
+        if is_last or self._signals.signal_number is not None:
             run_context.request_stop()
 
     def _watch(self, coord):
@@ -262,7 +261,7 @@ class StopHook(tf.train.SessionRunHook):
                     self._stop(coord)
             elif now >= next_check:
                 try:
-                    self._check_input()
+                    self._options.check_input()
                     self._worker.check_peers()
                 except UserError as error:
                     self._stop(coord, error)

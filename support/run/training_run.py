@@ -1,13 +1,4 @@
-"""A training run: its folder, the step from which it resumes, its graph and its session.
-
-with TrainingRun(options, settings) as run:
-    if run.has_steps_left():
-        with run.graph(seed):
-            ...
-            with run.session(loss) as sess:
-                while not sess.should_stop():
-                    sess.run(train_op)
-"""
+"""A training run: its folder, the step from which it resumes, its graph and its session."""
 
 import contextlib
 import json
