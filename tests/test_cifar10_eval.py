@@ -5,7 +5,6 @@ import os
 import pathlib
 import re
 import sys
-import threading
 import time
 import types
 
@@ -317,15 +316,6 @@ def test_test_data_that_changes_between_two_evaluations_is_an_error(checkpoint, 
     with pytest.raises(DataError, match="test_batch.bin was modified after the script started"):
         evaluate_forever(monkeypatch, change_and_save)
     assert evaluated_steps() == [7]
-
-
-def test_evaluations_leave_no_threads_behind(checkpoint):
-    FLAGS.num_examples = 10  # fewer than the queue holds
-    FLAGS.batch_size = 2
-    before = threading.active_count()
-    for _ in range(3):
-        cifar10_eval.evaluate()
-    assert threading.active_count() == before
 
 
 def test_results_are_written_when_stdout_is_lost(checkpoint, monkeypatch, capsys):

@@ -114,13 +114,10 @@ def find_single_checkpoint(path):
 
 
 def use_newest(path, use=lambda checkpoint: checkpoint):
-    """Calls a function with the newest `Checkpoint`, and returns what the function returns.
+    """Returns what `use` returns for the newest `Checkpoint`; for `path`, see above.
 
-    If a trainer deletes the checkpoint meanwhile, the function is called with the next one.
-
-    Args:
-      path: as for `find_latest_checkpoint`.
-      use: function of a `Checkpoint`; raises CheckpointError if the checkpoint is unusable.
+    If it raises CheckpointError because a trainer has deleted the checkpoint meanwhile, it is
+    called with the next one.
 
     Raises:
       UserError: there is no checkpoint, or the newest one cannot be read.

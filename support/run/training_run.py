@@ -71,13 +71,8 @@ class TrainingRun:
     """A run, from the first check of its folder to the last checkpoint; a context manager.
 
     In its context, no other process can train in `train_dir`, and work continues if stdout or
-    stderr is lost. In a cluster, only the chief uses `train_dir`.
-
-    Args:
-      options: `Options`.
-      settings: `TrainingSettings`, including `examples_per_step`. Each checkpoint records them and
-        the number of images seen.
-      worker: `support.base.worker.Worker`.
+    stderr is lost. In a cluster, only the chief uses `train_dir`. Each checkpoint records the
+    settings, which must include `examples_per_step`, and the number of images seen.
 
     Raises:
       UserError: on entering the context: `train_dir` cannot be used, another process is training
@@ -146,9 +141,7 @@ class TrainingRun:
         In a resumed run, random operations draw different numbers than at the start of the run, and
         the learning rate schedule continues from the number of images seen so far. In a cluster,
         each worker draws different random numbers, and the variables are on the parameter servers.
-
-        Args:
-          seed: int; the seed of all random operations. Drawn at random if None.
+        If `seed`, an int, is None, it is drawn at random.
         """
         seed = secrets.randbelow(2**31) if seed is None else seed
         self._seed = (seed + self._worker.index) % 2**31
