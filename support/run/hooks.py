@@ -104,6 +104,7 @@ class CheckpointHook(tf.train.SessionRunHook):
         self._progress = progress
         self._options = options
         self._saved_step = resumed and resumed.step
+        self._global_step = tf.train.get_or_create_global_step()
 
     def begin(self):
         # Not in `__init__`, because the hooks before this one may create variables in `begin`.
@@ -133,7 +134,7 @@ class CheckpointHook(tf.train.SessionRunHook):
         self._save(session)
 
     def _save(self, session):
-        step = self._progress.step
+        step = int(session.run(self._global_step))  # a step that failed may have been counted
         if step != self._saved_step:
             self._check_variables(session, step)
             folder, max_to_keep = self._options.train_dir, self._options.max_checkpoints_to_keep
