@@ -654,16 +654,6 @@ def send_at_step(signals, step):
     return send
 
 
-def test_a_signal_lets_the_step_finish_and_saves_it(tmp_path, signals):
-    with pytest.raises(Interrupted) as caught:
-        train(tmp_path, max_steps=100, before_step=send_at_step(signals, 3))
-    assert saved_step(tmp_path) == 4
-    assert caught.value.signal_number == signal.SIGUSR1
-    assert caught.value.message == (
-        f"step 4 is saved in {tmp_path}/model.ckpt-4; run the same command again to resume from it"
-    )
-
-
 def test_a_signal_at_the_last_step_does_not_interrupt_the_run(tmp_path, signals):
     assert train(tmp_path, max_steps=5, before_step=send_at_step(signals, 4)) == 5
     assert saved_step(tmp_path) == 5
