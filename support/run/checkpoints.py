@@ -350,12 +350,15 @@ def save(session, saver, folder, step, max_to_keep):
     """
     name = f"model.ckpt-{step}"
     path = os.path.join(folder, name)
-    saved = [*(old for old in _list_saved(folder) if old != name), name]
+    others = [old for old in _list_saved(folder) if old != name]
+    saved = [*others, name]
     try:
         _remove_unfinished(folder)
         _remove(path)  # left from before training resumed from an earlier step
         with session.graph.as_default():
             saver.export_meta_graph(f"{path}.meta")
+        if others:  # listed before it exists: after a kill, a later save deletes it
+            _write_state(folder, [name, *others])
         saver.save(session, path, write_meta_graph=False, write_state=False)
         _write_state(folder, saved)
         for old in saved[:-max_to_keep]:

@@ -103,6 +103,7 @@ class CheckpointHook(tf.train.SessionRunHook):
     def __init__(self, progress, options, resumed):
         self._progress = progress
         self._options = options
+        self._resumed = resumed
         self._saved_step = resumed and resumed.step
         self._global_step = tf.train.get_or_create_global_step()
 
@@ -110,6 +111,9 @@ class CheckpointHook(tf.train.SessionRunHook):
         # Not in `__init__`, because the hooks before this one may create variables in `begin`.
         self._saver = tf.train.Saver()
         tf.add_to_collection(tf.GraphKeys.SAVERS, self._saver)  # the session restores with it
+        if self._resumed is not None:
+            variables = checkpoints.find_variables(use_moving_averages=False)
+            self._resumed.check_variables(variables, "--train_dir")
         self._variables = [v for v in tf.global_variables() if v.dtype.base_dtype.is_floating]
         with tf.name_scope(graph_notes.FINITE_SCOPE):
             self._sums = [tf.reduce_sum(variable) for variable in self._variables]
