@@ -110,7 +110,7 @@ class SVHN:
 
     def __init__(self, folder, split):
         path = os.path.join(folder, f"{split}_32x32.mat")
-        if not os.path.exists(path):
+        if not os.path.isfile(path):
             raise DataError(f"{path} is missing; download it from {SVHN_URL}")
         try:
             self._images, labels = matlab.load_arrays(path, ["X", "y"])
