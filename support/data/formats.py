@@ -67,14 +67,8 @@ DEFAULT_NAMES = {
     "coarse": tuple(f"class {label}" for label in range(20)),
 }
 MAX_FILE_BYTES = 200_000_000  # the largest file has 153,700,000
-MAX_HEADER_BYTES = 100_000  # of a header in an archive that holds a long file name, for example
-_NAMES_AND_ATTRIBUTES = (
-    tarfile.GNUTYPE_LONGNAME,
-    tarfile.GNUTYPE_LONGLINK,
-    tarfile.XHDTYPE,
-    tarfile.XGLTYPE,
-    tarfile.SOLARIS_XHDTYPE,
-)
+MAX_HEADER_BYTES = 10_000  # of a header in an archive that holds a long file name, for example
+MAX_MEMBERS = 1000  # of an archive
 CIFAR_100_LABELS = ("coarse", "fine")  # the first two bytes of a record
 IMAGE_SHAPE = [32, 32, 3]  # height, width, depth
 
@@ -187,10 +181,7 @@ def _require_version(path, flag):
 
 
 def _read_files(version, path):
-    """Yields (name, content) for each file of a version in a folder or an archive: string, bytes.
-
-    Files that are missing are skipped.
-    """
+    """Yields (name, content) for each file of a version that exists: string, bytes."""
     names = (*version.name_files, *version.train_files, version.test_file)
     if os.path.isdir(path):
         for name in names:
@@ -203,24 +194,25 @@ def _read_files(version, path):
         for member in archive:
             name = os.path.basename(member.name)
             if name in names and member.isfile():
-                yield name, _read(archive.extractfile(member))
+                # A second header may have changed the size.
+                yield name, archive.extractfile(member).read(MAX_FILE_BYTES)
 
 
 class _Member(tarfile.TarInfo):
-    """A member of an archive. Its name and attributes may claim gigabytes, which is refused."""
+    """A member of an archive. Members may claim gigabytes or be endless, which is refused."""
 
     def _proc_member(self, archive):
-        if self.type in _NAMES_AND_ATTRIBUTES and self.size > MAX_HEADER_BYTES:
-            raise tarfile.ReadError(f"a header in it has {self.size} bytes")
+        limit = MAX_FILE_BYTES if self.isfile() else MAX_HEADER_BYTES
+        if self.size > limit:
+            raise ValueError(f"a file or header in it is larger than {limit:,} bytes")
+        if len(archive.members) == MAX_MEMBERS:
+            raise ValueError(f"it has more than {MAX_MEMBERS:,} files")
         return super()._proc_member(archive)
 
+    def _proc_sparse(self, *_):
+        raise ValueError("a file in it is sparse")
 
-def _read(file):
-    """Returns the content of a file, unless it is much too large: an archive can claim any size."""
-    content = file.read(MAX_FILE_BYTES + 1)
-    if len(content) > MAX_FILE_BYTES:
-        raise ValueError(f"a file in it has more than {MAX_FILE_BYTES:,} bytes")
-    return content
+    _proc_gnusparse_00 = _proc_gnusparse_01 = _proc_gnusparse_10 = _proc_sparse
 
 
 def _parse_class_names(content, name, path, label_kind):
