@@ -29,9 +29,9 @@ HEAD_TIMEOUT = 60.0  # seconds until the head of the response is complete
 MIN_RATE = 1000  # bytes per second, on average over RATE_PERIOD; the server is known to be slow
 RATE_PERIOD = 60.0  # seconds
 MAX_ARCHIVE_BYTES = 200_000_000  # the archive has 170,052,171
-MAX_ATTEMPTS = 1000
 MAX_DIGITS = 16  # of Content-Length
 RETRY_DELAYS = (1.0, 3.0, 10.0)  # seconds before each retry; progress restarts the sequence
+MIN_PROGRESS = 60_000  # bytes; fewer do not count, so that a slow server cannot go on forever
 CHUNK_BYTES = 1 << 20
 RETRY_ADVICE = (
     "run the same command again, choose another source with --data_url (a file or a URL), or use "
@@ -130,26 +130,18 @@ class _DownloadError(Exception):
     """The connection failed; the message gives the reason."""
 
 
-class _TooSlowError(_DownloadError):
-    """The connection is too slow. The bytes that it delivered do not count as progress."""
-
-
 def _fetch_with_retries(url, part):
     """Calls `_fetch` until it succeeds; gives up after RETRY_DELAYS without progress."""
-    delays = iter(RETRY_DELAYS)
-    largest_size, attempts = _size_of(part), 0
+    retry_delays = () if url.startswith("file:") else RETRY_DELAYS
+    delays, largest_size = iter(retry_delays), _size_of(part)
     while True:
         try:
             return _fetch(url, part)
         except _DownloadError as error:
             reason = mask_secrets(str(error), url)
-            attempts += 1
-            if _size_of(part) > largest_size and not isinstance(error, _TooSlowError):
-                largest_size = _size_of(part)
-                delays = iter(RETRY_DELAYS)
-            is_final = url.startswith("file:") or attempts == MAX_ATTEMPTS
-            delay = None if is_final else next(delays, None)
-            if delay is None:
+            if _size_of(part) >= largest_size + MIN_PROGRESS:
+                delays, largest_size = iter(retry_delays), _size_of(part)
+            if (delay := next(delays, None)) is None:
                 raise DataError(f"cannot download {url}: {reason}; {RETRY_ADVICE}") from error
             report(f"Download failed ({reason}); retrying in {delay:g} s")
             time.sleep(delay)
@@ -198,19 +190,14 @@ def _store(url, part, offset, answers):
                 )
             if time.monotonic() > deadline:
                 if bar.n - start < MIN_RATE * RATE_PERIOD:
-                    raise _TooSlowError(f"the server is slower than {MIN_RATE} bytes per second")
+                    raise _DownloadError(f"the server is slower than {MIN_RATE} bytes per second")
                 deadline, start = time.monotonic() + RATE_PERIOD, bar.n
     if total and bar.n < total:
         raise _DownloadError(f"the connection ended after {bar.n} of {total} bytes")
 
 
 def _receive(url, offset, answers, is_over):
-    """Puts the response of a server into the queue `answers`, until the event `is_over` is set.
-
-    The first entry is (status, length of the body), or None if the file ends at `offset`. Then
-    follow the pieces of the body, the last of which is empty. If there is an error, the last entry
-    is the exception.
-    """
+    """Puts a response into the queue `answers`: (status, length), pieces, and `b""` or an error."""
     try:
         request = urllib.request.Request(url)
         if offset:
@@ -225,7 +212,7 @@ def _receive(url, offset, answers, is_over):
     except urllib.error.HTTPError as error:
         error.close()  # it is also the response, and keeps the connection open
         is_end = offset and error.code == http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE
-        answers.put(None if is_end else error)
+        answers.put(None if is_end else error)  # None: the file ends at `offset`
     except Exception as error:  # raised again, by `_next`
         answers.put(error)
 
