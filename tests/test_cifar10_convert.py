@@ -372,7 +372,12 @@ def test_the_error_without_scipy_says_how_to_install_it(svhn, monkeypatch):
 def test_other_versions_of_cifar_are_converted(tmp_path, capsys, flag, kind, classes):
     columns = {"labels": [1] * 10, "fine_labels": [2] * 10, "coarse_labels": [3] * 10}
     (tmp_path / "cifar").mkdir()
-    for name in ("data_batch_1", "test_batch", "train", "test"):
+    for name in (
+        *(f"data_batch_{number}" for number in range(1, 6)),
+        "test_batch",
+        "train",
+        "test",
+    ):
         content = {"data": make_records(10)[:, 1:], **columns}
         (tmp_path / "cifar" / name).write_bytes(pickle.dumps(content))
     FLAGS[flag].value = tmp_path / "cifar"
@@ -382,7 +387,8 @@ def test_other_versions_of_cifar_are_converted(tmp_path, capsys, flag, kind, cla
     (found,) = read_records(tmp_path / "out", eval_data=True)
     assert found[:, 0].tolist() == columns[f"{kind}_labels".strip("_")]
     output = capsys.readouterr().out
-    assert output.startswith(f"Wrote 10 training images and 10 test images of {classes}")
+    count = 10 if kind else 50
+    assert output.startswith(f"Wrote {count} training images and 10 test images of {classes}")
     assert output.endswith(f") to {tmp_path}/out\n")
 
 

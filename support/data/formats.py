@@ -70,7 +70,6 @@ MAX_FILE_BYTES = 200_000_000  # the largest file has 153,700,000
 MAX_HEADER_BYTES = 10_000  # of a header in an archive that holds a long file name, for example
 MAX_MEMBERS = 1000  # of an archive
 CIFAR_100_LABELS = ("coarse", "fine")  # the first two bytes of a record
-IMAGE_SHAPE = [32, 32, 3]  # height, width, depth
 
 
 def find_version(path, versions=VERSIONS):
@@ -85,22 +84,20 @@ def find_version(path, versions=VERSIONS):
       (`Version`, path of the folder or archive), or None.
     """
     for version in versions:
-        if os.path.basename(path) in archive_names(version) and os.path.isfile(path):
+        # The original name, and those that Keras gives it.
+        folder = version.folder
+        archives = (version.archive, f"{folder}.tar.gz", f"{folder}-target_archive")
+        if os.path.basename(path) in archives and os.path.isfile(path):
             return version, path
         names = (version.train_files[0], version.test_file)
-        for folder in ("", version.folder, f"{version.folder}-target/{version.folder}"):
-            candidate = os.path.join(path, folder) if folder else path
+        for subfolder in ("", folder, f"{folder}-target/{folder}"):
+            candidate = os.path.join(path, subfolder) if subfolder else path
             if all(os.path.isfile(os.path.join(candidate, name)) for name in names):
                 return version, candidate
-        for name in archive_names(version):
+        for name in archives:
             if os.path.isfile(candidate := os.path.join(path, name)):
                 return version, candidate
     return None
-
-
-def archive_names(version):
-    """Returns the names of an archive: the original one, and those that Keras gives it."""
-    return version.archive, f"{version.folder}.tar.gz", f"{version.folder}-target_archive"
 
 
 def suggest_conversion(version, path, data_dir):
@@ -129,11 +126,6 @@ def convert(path, flag, output, label_kind=""):
       DataError: the files are missing, damaged or unsuitable, or the folder cannot be written.
       UserError: the folder exists and is not empty.
     """
-    if records.image_shape() != IMAGE_SHAPE:
-        raise DataError(
-            f"the images of --{flag} are {IMAGE_SHAPE}, but the constants in "
-            f"support/data/records.py are {records.image_shape()} (height, width, depth)"
-        )
     version, path = _require_version(path, flag)
     class_names = DEFAULT_NAMES[label_kind]
     parsed = {}
@@ -142,24 +134,16 @@ def convert(path, flag, output, label_kind=""):
             class_names = _parse_class_names(content, name, path, label_kind) or class_names
         else:
             parsed[name] = _parse_records(content, name, path, label_kind)
-    train_files = version.train_files[: sum(name in parsed for name in version.train_files) or 1]
-    for name in (*train_files, version.test_file):
+    for name in (*version.train_files, version.test_file):
         if name not in parsed:
             raise DataError(f"{path} has no file {name}")
-        if not len(parsed[name]):
-            raise DataError(f"{path}: {name} has no images")
-        if (largest := parsed[name][:, 0].max()) >= len(class_names):
-            raise DataError(
-                f"{path}: {name} has label {largest}, but there are only {len(class_names)} classes"
-            )
-    train = [parsed[name] for name in train_files]
-    if len(version.train_files) == 1:
-        train = np.array_split(train[0], min(len(records.TRAIN_FILES), len(train[0])))
-    test = parsed[version.test_file]
+    train, test = [parsed[name] for name in version.train_files], parsed[version.test_file]
+    if len(train) == 1:
+        train = np.array_split(train[0], len(records.TRAIN_FILES))
     with files.new_folder("--output", output) as staging:
-        for name, part in zip(records.TRAIN_FILES, train, strict=False):
+        names = (*records.TRAIN_FILES, *records.TEST_FILES)
+        for name, part in zip(names, [*train, test], strict=True):
             part.tofile(os.path.join(staging, name))
-        test.tofile(os.path.join(staging, records.TEST_FILES[0]))
         dataset.write_class_names(staging, class_names)
         dataset.check_dataset(staging)
     return sum(map(len, train)), len(test), class_names

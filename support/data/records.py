@@ -53,11 +53,9 @@ def count_records(folder, eval_data):
 def read_labels(path):
     """Returns the labels of the records in a file: uint8 [n]."""
     # Not a memory map: if another process truncated the file, SIGBUS would end this process.
-    labels = bytearray()
     with open(path, "rb") as file:
-        while record := file.read(RECORD_BYTES):
-            labels.append(record[0])
-    return np.frombuffer(labels, np.uint8)
+        records = iter(lambda: file.read(RECORD_BYTES), b"")
+        return np.array([record[0] for record in records], np.uint8)
 
 
 def find_problem(path, num_classes):
