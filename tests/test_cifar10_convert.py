@@ -334,21 +334,19 @@ def test_svhn_becomes_records_and_its_label_10_becomes_0(svhn, tmp_path, capsys)
     ("content", "message"),
     [
         ({"X": np.zeros([32, 32, 3, 42], np.uint8)}, r"X must .*X is uint8 \[32, 32, 3, 42\] and"),
-        ({"X": np.zeros([32, 32, 3, 43])}, r"X must .*X is float64 \[32, 32, 3, 43\] and y is "),
         ({"y": np.full([43, 1], 11)}, r"X must .* y must be 1 to 10, .* and y is \[11\]"),
         ({"y": np.array([["a"], [1.5]], object)}, "is not an SVHN file: it has no array y of "),
-        (b"\x89HDF\r\n\x1a\n" + bytes(999), "is not an SVHN file: [A-Za-z]+: "),
         (None, "is missing; download it from http://ufldl.s"),
+        ("pipe", "is missing; download it from http://ufldl.s"),
     ],
 )
 def test_unusable_matlab_files_are_refused(svhn, tmp_path, content, message):
     path = tmp_path / "train_32x32.mat"
+    path.unlink()
     if isinstance(content, dict):
         write_svhn(path, 43, **content)
-    elif content is None:
-        path.unlink()
-    else:
-        path.write_bytes(content)
+    elif content:
+        os.mkfifo(path)
     with pytest.raises(DataError, match=f"train_32x32.mat:? {message}"):
         cifar10_convert.main()
     assert not (tmp_path / "out").exists()
