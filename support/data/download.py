@@ -1,6 +1,5 @@
 """Downloads the CIFAR-10 archive, verifies it and extracts it."""
 
-import contextlib
 import http
 import os
 import pathlib
@@ -101,8 +100,7 @@ def _download(url, archive, sha256):
         f"No dataset in {data_dir}. Downloading CIFAR-10 from {url} (to use your own "
         "images instead, run cifar10_convert.py)"
     )
-    versions = [each for each in formats.VERSIONS if each.flag == "cifar10_python"]
-    if found := formats.find_version(os.path.expanduser("~/.keras/datasets"), versions):
+    if found := formats.find_version(os.path.expanduser("~/.keras/datasets"), formats.VERSIONS[:1]):
         command = formats.suggest_conversion(*found, data_dir)
         report(f"To use the copy from Keras, press Ctrl-C and run {command}")
     part = f"{archive}.part"
@@ -154,32 +152,27 @@ def _size_of(path):
 def _fetch(url, part):
     """Downloads the rest of `url` to `part`, or all of it if the server does not support ranges."""
     offset = _size_of(part)
-    answers, is_over = queue.Queue(maxsize=8), threading.Event()
-    # In a thread, because no read times out if the server sends a byte from time to time.
-    threading.Thread(target=_receive, args=(url, offset, answers, is_over), daemon=True).start()
-    try:
-        _store(url, part, offset, answers)
-    finally:
-        is_over.set()
-        with contextlib.suppress(queue.Empty):  # so that the thread does not wait for a place
-            while True:
-                answers.get_nowait()
-
-
-def _store(url, part, offset, answers):
-    """Writes the response of a server, from the queue `answers`, to `part`."""
-    if (head := _next(answers, HEAD_TIMEOUT)) is None:
+    if (response := _call(HEAD_TIMEOUT, _open, url, offset)) is None:
         return  # there are no more bytes
-    status, length = head
-    if status != http.HTTPStatus.PARTIAL_CONTENT:
+    try:
+        _store(response, url, part, offset)
+    finally:  # in a thread, because this waits until a read that takes too long has ended
+        threading.Thread(target=response.close, daemon=True).start()
+
+
+def _store(response, url, part, offset):
+    """Writes the body of a response to `part`."""
+    if response.status != http.HTTPStatus.PARTIAL_CONTENT:
         offset = 0  # the server sends the whole file
-    total = None if length is None else offset + length
+    length = response.headers["Content-Length"] or ""
+    is_number = length.isdecimal() and len(length) < MAX_DIGITS
+    total = offset + int(length) if is_number else None
     with (
         open(part, "ab" if offset else "wb", opener=files.open_without_links) as output,
         show_progress(f"Downloading {ARCHIVE_NAME}", total, "B", offset, True) as bar,
     ):
         deadline, start = time.monotonic() + RATE_PERIOD, offset
-        while chunk := _next(answers, DOWNLOAD_TIMEOUT):
+        while chunk := _call(DOWNLOAD_TIMEOUT, response.read1, CHUNK_BYTES):
             output.write(chunk)
             bar.update(len(chunk))
             if bar.n > MAX_ARCHIVE_BYTES:
@@ -196,38 +189,39 @@ def _store(url, part, offset, answers):
         raise _DownloadError(f"the connection ended after {bar.n} of {total} bytes")
 
 
-def _receive(url, offset, answers, is_over):
-    """Puts a response into the queue `answers`: (status, length), pieces, and `b""` or an error."""
+def _open(url, offset):
+    """Returns the response of a server; None if the file ends at `offset`."""
+    request = urllib.request.Request(url, headers={"Range": f"bytes={offset}-"} if offset else {})
     try:
-        request = urllib.request.Request(url)
-        if offset:
-            request.add_header("Range", f"bytes={offset}-")
-        with urllib.request.urlopen(request, timeout=DOWNLOAD_TIMEOUT) as response:
-            length = response.headers["Content-Length"] or ""
-            is_number = length.isdecimal() and len(length) < MAX_DIGITS
-            answers.put((response.status, int(length) if is_number else None))
-            while not is_over.is_set() and (chunk := response.read1(CHUNK_BYTES)):
-                answers.put(chunk)
-        answers.put(b"")
+        return urllib.request.urlopen(request, timeout=DOWNLOAD_TIMEOUT)
     except urllib.error.HTTPError as error:
         error.close()  # it is also the response, and keeps the connection open
-        is_end = offset and error.code == http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE
-        answers.put(None if is_end else error)  # None: the file ends at `offset`
-    except Exception as error:  # raised again, by `_next`
-        answers.put(error)
+        if offset and error.code == http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
+            return None
+        raise
 
 
-def _next(answers, timeout):
-    """Returns the next entry of `answers`. Raises _DownloadError if it is late or an exception."""
+def _call(timeout, function, *arguments):
+    """Calls a function. Raises _DownloadError if it raises an exception or takes too long."""
+    results = queue.SimpleQueue()
+
+    def run():
+        try:
+            results.put((function(*arguments), None))
+        except Exception as error:
+            results.put((None, error))
+
+    # In a thread, because no read times out if the server sends a byte from time to time.
+    threading.Thread(target=run, daemon=True).start()
     try:
-        answer = answers.get(timeout=timeout)
+        result, error = results.get(timeout=timeout)
     except queue.Empty:
         raise _DownloadError(f"no answer within {timeout:g} s") from None
-    if isinstance(answer, Exception):
+    if error:
         # The reason of an HTTPError lacks the status.
-        is_complete = isinstance(answer, urllib.error.HTTPError)
-        raise _DownloadError(answer if is_complete else getattr(answer, "reason", answer))
-    return answer
+        is_complete = isinstance(error, urllib.error.HTTPError)
+        raise _DownloadError(error if is_complete else getattr(error, "reason", error))
+    return result
 
 
 def _extract(archive, folder):
