@@ -47,7 +47,7 @@ def maybe_download_and_extract(data_dir, url=DATA_URL, sha256=ARCHIVE_SHA256):
     one downloads and the others wait.
 
     Args:
-      data_dir: path; the folder for the dataset, created if needed.
+      data_dir: path; created if needed.
       url: string; http://, https:// or file:// URL of the archive, or its path.
       sha256: string; the archive's SHA-256 in hexadecimal.
 

@@ -73,12 +73,10 @@ CIFAR_100_LABELS = ("coarse", "fine")  # the first two bytes of a record
 
 
 def find_version(path, versions=VERSIONS):
-    """Finds a version of CIFAR-10 or CIFAR-100 in a folder or an archive.
+    """Finds a version of CIFAR-10 or CIFAR-100.
 
-    Args:
-      path: path of an archive; of a folder with the files; or of a folder with the archive or the
-        folder, as torchvision and Keras (in `~/.keras/datasets`) keep them.
-      versions: iterable of `Version`s to look for.
+    The path is that of an archive; of a folder with the files; or of a folder with the archive or
+    the folder, as torchvision and Keras (in `~/.keras/datasets`) keep them.
 
     Returns:
       (`Version`, path of the folder or archive), or None.
@@ -115,7 +113,7 @@ def convert(path, flag, output, label_kind=""):
 
     Args:
       path: see `find_version`; an archive may have any name.
-      flag: string; the flag of the versions to look for, "cifar10_python" or "cifar100".
+      flag: string; that of the versions to look for, "cifar10_python" or "cifar100".
       output: path of the folder to create.
       label_kind: string; "fine" or "coarse" for CIFAR-100.
 
@@ -150,7 +148,6 @@ def convert(path, flag, output, label_kind=""):
 
 
 def _require_version(path, flag):
-    """Returns the `Version` and the path of the folder or archive; see `convert`."""
     versions = [version for version in VERSIONS if version.flag == flag]
     if found := find_version(path, versions):
         return found
