@@ -275,16 +275,36 @@ def check_archive_is_refused(path, message):
         formats.convert(str(path), "cifar10_python", str(path.parent / "out"))
 
 
-def test_an_archive_that_claims_a_huge_file_or_header_is_refused_at_once(tmp_path, monkeypatch):
-    monkeypatch.setattr(formats, "MAX_FILE_BYTES", 1_000_000)
-    subprocess.run(["truncate", "-s", "4G", "test_batch"], cwd=tmp_path, check=True)
-    command = ["tar", "--sparse", "-cf", "a.tar", "test_batch"]
-    subprocess.run(command, cwd=tmp_path, check=True)
-    check_archive_is_refused(tmp_path / "a.tar", "a file in it has more than 1,000,000 bytes")
+@pytest.mark.parametrize(
+    ("commands", "message"),
+    [
+        ("truncate -s 4G test_batch; tar --sparse -cf a.tar test_batch", "sparse"),
+        ("truncate -s 4G test_batch; tar --sparse -H posix -cf a.tar test_batch", "sparse"),
+        ("mkdir {1..1001}; tar -cf a.tar *", "more than 1,000 files"),
+        ("truncate -s 3M test_batch; tar -cf a.tar test_batch", "larger than 2,000,000 bytes"),
+    ],
+)
+def test_an_archive_that_claims_too_much_is_refused_at_once(
+    tmp_path, monkeypatch, commands, message
+):
+    monkeypatch.setattr(formats, "MAX_FILE_BYTES", 2_000_000)
+    subprocess.run(["bash", "-ec", commands], cwd=tmp_path, check=True)
+    check_archive_is_refused(tmp_path / "a.tar", f"a.tar cannot be read .*{message}")
+
+
+@pytest.mark.parametrize(
+    ("kind", "size", "message"),
+    [
+        (tarfile.GNUTYPE_LONGNAME, 20_000, "larger than 10,000 bytes"),
+        (tarfile.REGTYPE, -512, ""),  # the next file is this one again
+    ],
+)
+def test_an_archive_with_an_invalid_size_in_a_header_is_refused(tmp_path, kind, size, message):
     member = tarfile.TarInfo("././@LongLink")
-    member.type, member.size = tarfile.GNUTYPE_LONGNAME, 4 << 30
-    (tmp_path / "a.tar").write_bytes(member.tobuf(tarfile.GNU_FORMAT) + bytes(10_000))
-    check_archive_is_refused(tmp_path / "a.tar", "a.tar cannot be read")
+    header = member.tobuf()
+    member.type, member.size = kind, size
+    (tmp_path / "a.tar").write_bytes(header + member.tobuf(tarfile.GNU_FORMAT) + bytes(40_000))
+    check_archive_is_refused(tmp_path / "a.tar", f"a.tar cannot be read .*{message}")
 
 
 @pytest.mark.parametrize("mode", ["gz", "bz2", "xz"])

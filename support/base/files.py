@@ -275,7 +275,9 @@ def _has_files(folder):
 
 
 def hash_file(path):
-    """Returns the SHA-256 of a file's content in hexadecimal. Raises OSError."""
+    """Returns the SHA-256 of a regular file's content in hexadecimal. Raises OSError."""
+    if not stat.S_ISREG(os.stat(path).st_mode):  # reading a pipe would wait forever
+        raise OSError(errno.EINVAL, "it is not a regular file", path)
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

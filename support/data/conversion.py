@@ -36,14 +36,9 @@ _ENTRY = np.dtype([("key", ">u8"), ("pixels", ">u8"), ("label", np.uint8), ("is_
 class ImageFolders:
     """Images in folders, one folder for each class.
 
-    `len()` is the number of files. Iterating yields (name, label, image): bytes, int, and the image
-    that `read_images` yields.
-
-    Args:
-      parent: path of the folder that contains the folders.
-
-    Attributes:
-      class_names: tuple of strings; the sorted names of the folders, in printable form.
+    `class_names` are the sorted names of the folders in `parent`, in printable form. `len()` is the
+    number of files. Iterating yields (name, label, image): bytes, int, and the image that
+    `read_images` yields.
 
     Raises:
       DataError: the folder cannot be read, there are fewer than 2 or more than 256 classes, or two
@@ -94,12 +89,8 @@ class SVHN:
     """The training or test images of the Street View House Numbers, cropped to 32 x 32 pixels.
 
     `len()` is the number of images. Iterating yields (name, label, image): bytes, int, uint8
-    [32, 32, 3].
-
-    Args:
-      folder: path of the folder with the MATLAB 5 file, which has `X`, uint8 [32, 32, 3, n], and
-        `y`, [n, 1], the digits, where 10 stands for 0. The file is loaded into memory.
-      split: "train" or "test".
+    [32, 32, 3]. The file `train_32x32.mat` or `test_32x32.mat` in `folder` has `X`, uint8
+    [32, 32, 3, n], and `y`, [n, 1], the digits, where 10 stands for 0. It is loaded into memory.
 
     Raises:
       DataError: the file is missing, damaged, or has other contents.
@@ -110,7 +101,7 @@ class SVHN:
 
     def __init__(self, folder, split):
         path = os.path.join(folder, f"{split}_32x32.mat")
-        if not os.path.exists(path):
+        if not os.path.isfile(path):
             raise DataError(f"{path} is missing; download it from {SVHN_URL}")
         try:
             self._images, labels = matlab.load_arrays(path, ["X", "y"])
@@ -139,11 +130,8 @@ class SVHN:
 def find_splits(folder, test_fraction=None):
     """Finds the training and test images in a folder.
 
-    Args:
-      folder: path. The folder contains `train` and `test`, or other folders with the usual names,
-        both with a folder for each class. With `test_fraction`, it contains the folders of the
-        classes itself.
-      test_fraction: float or None.
+    The folder contains `train` and `test`, or other folders with the usual names, both with a
+    folder for each class. With `test_fraction`, it contains the folders of the classes itself.
 
     Returns:
       (train, test): `ImageFolders`. `test` is None if `test_fraction` is given.
@@ -248,11 +236,10 @@ def convert(train, test, output, seed=0, test_fraction=None):
 
     Args:
       train: `ImageFolders` or `SVHN`; the training images.
-      test: the test images, of the same classes; None to use `test_fraction` of each class of
-        `train`.
+      test: the test images, of the same classes; None to use a part of `train`.
       output: path of the folder to create.
       seed: int; determines the order of the records.
-      test_fraction: float, more than 0 and less than 1; None if `test` is given.
+      test_fraction: float between 0 and 1; that part of each class, if `test` is None.
 
     Returns:
       (train_count, test_count, class_names, unreadable_count): the numbers of records written; a

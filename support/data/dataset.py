@@ -54,20 +54,14 @@ def read_dataset(
     sets the size of an epoch, whatever the files contain; the number of classes must match the
     class names. All other numbers come from the files.
 
-    Args:
-      folder: path. The folder and its files may be missing, because prediction does not need them.
-      num_classes: int; see `read_class_names`.
-      num_train: int; training images in an epoch.
-      num_eval: int; test images in an epoch.
-      class_names: tuple of strings; those of the folder if None.
+    The folder and its files may be missing, because prediction does not need them.
 
     Raises:
       DataError: from `read_class_names`.
     """
-    with contextlib.suppress(OSError):  # training and evaluation have checked the files before
+    with contextlib.suppress(OSError):
         if num_train == NUM_EXAMPLES_PER_EPOCH_FOR_TRAIN:
             num_train = records.count_records(folder, eval_data=False)
-    with contextlib.suppress(OSError):
         if num_eval == NUM_EXAMPLES_PER_EPOCH_FOR_EVAL:
             num_eval = records.count_records(folder, eval_data=True)
     class_names = class_names or read_class_names(folder, num_classes)
@@ -93,12 +87,9 @@ def find_folder(data_dir, synthetic=False):
 def read_class_names(folder, num_classes=NUM_CLASSES):
     """Returns the class names, in the order of the labels: a tuple of strings.
 
-    They are the lines of `batches.meta.txt`. If that file does not exist, they are CIFAR-10's, or,
-    for a `num_classes` other than 10, "class 0", "class 1" and so on.
-
-    Args:
-      folder: path; the folder with the record files.
-      num_classes: int; any number of names may be listed if it is CIFAR-10's.
+    They are the lines of `batches.meta.txt`: `num_classes` lines, or any number if that is
+    CIFAR-10's. If that file does not exist, they are CIFAR-10's, or, for a `num_classes` other than
+    10, "class 0", "class 1" and so on.
 
     Raises:
       DataError: the file cannot be read, does not list 2 to 256 distinct names, or does not list
@@ -174,10 +165,6 @@ def check_dataset(folder, num_classes=NUM_CLASSES):
 
     Missing training files (see `records.record_files`) and classes without images are allowed. Each
     is reported in one line on stderr, because they may be a mistake.
-
-    Args:
-      folder: path; the folder with the record files.
-      num_classes: see `read_class_names`.
 
     Raises:
       DataError: a file fails the check. The message names the record and says how to fix it.

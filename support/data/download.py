@@ -1,6 +1,5 @@
 """Downloads the CIFAR-10 archive, verifies it and extracts it."""
 
-import contextlib
 import http
 import os
 import pathlib
@@ -29,9 +28,9 @@ HEAD_TIMEOUT = 60.0  # seconds until the head of the response is complete
 MIN_RATE = 1000  # bytes per second, on average over RATE_PERIOD; the server is known to be slow
 RATE_PERIOD = 60.0  # seconds
 MAX_ARCHIVE_BYTES = 200_000_000  # the archive has 170,052,171
-MAX_ATTEMPTS = 1000
 MAX_DIGITS = 16  # of Content-Length
 RETRY_DELAYS = (1.0, 3.0, 10.0)  # seconds before each retry; progress restarts the sequence
+MIN_PROGRESS = 60_000  # bytes; fewer do not count, so that a slow server cannot go on forever
 CHUNK_BYTES = 1 << 20
 RETRY_ADVICE = (
     "run the same command again, choose another source with --data_url (a file or a URL), or use "
@@ -48,7 +47,7 @@ def maybe_download_and_extract(data_dir, url=DATA_URL, sha256=ARCHIVE_SHA256):
     one downloads and the others wait.
 
     Args:
-      data_dir: path; the folder for the dataset, created if needed.
+      data_dir: path; created if needed.
       url: string; http://, https:// or file:// URL of the archive, or its path.
       sha256: string; the archive's SHA-256 in hexadecimal.
 
@@ -101,8 +100,7 @@ def _download(url, archive, sha256):
         f"No dataset in {data_dir}. Downloading CIFAR-10 from {url} (to use your own "
         "images instead, run cifar10_convert.py)"
     )
-    versions = [each for each in formats.VERSIONS if each.flag == "cifar10_python"]
-    if found := formats.find_version(os.path.expanduser("~/.keras/datasets"), versions):
+    if found := formats.find_version(os.path.expanduser("~/.keras/datasets"), formats.VERSIONS[:1]):
         command = formats.suggest_conversion(*found, data_dir)
         report(f"To use the copy from Keras, press Ctrl-C and run {command}")
     part = f"{archive}.part"
@@ -130,26 +128,18 @@ class _DownloadError(Exception):
     """The connection failed; the message gives the reason."""
 
 
-class _TooSlowError(_DownloadError):
-    """The connection is too slow. The bytes that it delivered do not count as progress."""
-
-
 def _fetch_with_retries(url, part):
     """Calls `_fetch` until it succeeds; gives up after RETRY_DELAYS without progress."""
-    delays = iter(RETRY_DELAYS)
-    largest_size, attempts = _size_of(part), 0
+    retry_delays = () if url.startswith("file:") else RETRY_DELAYS
+    delays, largest_size = iter(retry_delays), _size_of(part)
     while True:
         try:
             return _fetch(url, part)
         except _DownloadError as error:
             reason = mask_secrets(str(error), url)
-            attempts += 1
-            if _size_of(part) > largest_size and not isinstance(error, _TooSlowError):
-                largest_size = _size_of(part)
-                delays = iter(RETRY_DELAYS)
-            is_final = url.startswith("file:") or attempts == MAX_ATTEMPTS
-            delay = None if is_final else next(delays, None)
-            if delay is None:
+            if _size_of(part) >= largest_size + MIN_PROGRESS:
+                delays, largest_size = iter(retry_delays), _size_of(part)
+            if (delay := next(delays, None)) is None:
                 raise DataError(f"cannot download {url}: {reason}; {RETRY_ADVICE}") from error
             report(f"Download failed ({reason}); retrying in {delay:g} s")
             time.sleep(delay)
@@ -162,32 +152,27 @@ def _size_of(path):
 def _fetch(url, part):
     """Downloads the rest of `url` to `part`, or all of it if the server does not support ranges."""
     offset = _size_of(part)
-    answers, is_over = queue.Queue(maxsize=8), threading.Event()
-    # In a thread, because no read times out if the server sends a byte from time to time.
-    threading.Thread(target=_receive, args=(url, offset, answers, is_over), daemon=True).start()
-    try:
-        _store(url, part, offset, answers)
-    finally:
-        is_over.set()
-        with contextlib.suppress(queue.Empty):  # so that the thread does not wait for a place
-            while True:
-                answers.get_nowait()
-
-
-def _store(url, part, offset, answers):
-    """Writes the response of a server, from the queue `answers`, to `part`."""
-    if (head := _next(answers, HEAD_TIMEOUT)) is None:
+    if (response := _call(HEAD_TIMEOUT, _open, url, offset)) is None:
         return  # there are no more bytes
-    status, length = head
-    if status != http.HTTPStatus.PARTIAL_CONTENT:
+    try:
+        _store(response, url, part, offset)
+    finally:  # in a thread, because this waits until a read that takes too long has ended
+        threading.Thread(target=response.close, daemon=True).start()
+
+
+def _store(response, url, part, offset):
+    """Writes the body of a response to `part`."""
+    if response.status != http.HTTPStatus.PARTIAL_CONTENT:
         offset = 0  # the server sends the whole file
-    total = None if length is None else offset + length
+    length = response.headers["Content-Length"] or ""
+    is_number = length.isdecimal() and len(length) < MAX_DIGITS
+    total = offset + int(length) if is_number else None
     with (
         open(part, "ab" if offset else "wb", opener=files.open_without_links) as output,
         show_progress(f"Downloading {ARCHIVE_NAME}", total, "B", offset, True) as bar,
     ):
         deadline, start = time.monotonic() + RATE_PERIOD, offset
-        while chunk := _next(answers, DOWNLOAD_TIMEOUT):
+        while chunk := _call(DOWNLOAD_TIMEOUT, response.read1, CHUNK_BYTES):
             output.write(chunk)
             bar.update(len(chunk))
             if bar.n > MAX_ARCHIVE_BYTES:
@@ -198,49 +183,45 @@ def _store(url, part, offset, answers):
                 )
             if time.monotonic() > deadline:
                 if bar.n - start < MIN_RATE * RATE_PERIOD:
-                    raise _TooSlowError(f"the server is slower than {MIN_RATE} bytes per second")
+                    raise _DownloadError(f"the server is slower than {MIN_RATE} bytes per second")
                 deadline, start = time.monotonic() + RATE_PERIOD, bar.n
     if total and bar.n < total:
         raise _DownloadError(f"the connection ended after {bar.n} of {total} bytes")
 
 
-def _receive(url, offset, answers, is_over):
-    """Puts the response of a server into the queue `answers`, until the event `is_over` is set.
-
-    The first entry is (status, length of the body), or None if the file ends at `offset`. Then
-    follow the pieces of the body, the last of which is empty. If there is an error, the last entry
-    is the exception.
-    """
+def _open(url, offset):
+    """Returns the response of a server; None if the file ends at `offset`."""
+    request = urllib.request.Request(url, headers={"Range": f"bytes={offset}-"} if offset else {})
     try:
-        request = urllib.request.Request(url)
-        if offset:
-            request.add_header("Range", f"bytes={offset}-")
-        with urllib.request.urlopen(request, timeout=DOWNLOAD_TIMEOUT) as response:
-            length = response.headers["Content-Length"] or ""
-            is_number = length.isdecimal() and len(length) < MAX_DIGITS
-            answers.put((response.status, int(length) if is_number else None))
-            while not is_over.is_set() and (chunk := response.read1(CHUNK_BYTES)):
-                answers.put(chunk)
-        answers.put(b"")
+        return urllib.request.urlopen(request, timeout=DOWNLOAD_TIMEOUT)
     except urllib.error.HTTPError as error:
         error.close()  # it is also the response, and keeps the connection open
-        is_end = offset and error.code == http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE
-        answers.put(None if is_end else error)
-    except Exception as error:  # raised again, by `_next`
-        answers.put(error)
+        if offset and error.code == http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
+            return None
+        raise
 
 
-def _next(answers, timeout):
-    """Returns the next entry of `answers`. Raises _DownloadError if it is late or an exception."""
+def _call(timeout, function, *arguments):
+    """Calls a function. Raises _DownloadError if it raises an exception or takes too long."""
+    results = queue.SimpleQueue()
+
+    def run():
+        try:
+            results.put((function(*arguments), None))
+        except Exception as error:
+            results.put((None, error))
+
+    # In a thread, because no read times out if the server sends a byte from time to time.
+    threading.Thread(target=run, daemon=True).start()
     try:
-        answer = answers.get(timeout=timeout)
+        result, error = results.get(timeout=timeout)
     except queue.Empty:
         raise _DownloadError(f"no answer within {timeout:g} s") from None
-    if isinstance(answer, Exception):
+    if error:
         # The reason of an HTTPError lacks the status.
-        is_complete = isinstance(answer, urllib.error.HTTPError)
-        raise _DownloadError(answer if is_complete else getattr(answer, "reason", answer))
-    return answer
+        is_complete = isinstance(error, urllib.error.HTTPError)
+        raise _DownloadError(error if is_complete else getattr(error, "reason", error))
+    return result
 
 
 def _extract(archive, folder):

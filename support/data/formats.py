@@ -67,46 +67,35 @@ DEFAULT_NAMES = {
     "coarse": tuple(f"class {label}" for label in range(20)),
 }
 MAX_FILE_BYTES = 200_000_000  # the largest file has 153,700,000
-MAX_HEADER_BYTES = 100_000  # of a header in an archive that holds a long file name, for example
-_NAMES_AND_ATTRIBUTES = (
-    tarfile.GNUTYPE_LONGNAME,
-    tarfile.GNUTYPE_LONGLINK,
-    tarfile.XHDTYPE,
-    tarfile.XGLTYPE,
-    tarfile.SOLARIS_XHDTYPE,
-)
+MAX_HEADER_BYTES = 10_000  # of a header in an archive that holds a long file name, for example
+MAX_MEMBERS = 1000  # of an archive
 CIFAR_100_LABELS = ("coarse", "fine")  # the first two bytes of a record
-IMAGE_SHAPE = [32, 32, 3]  # height, width, depth
 
 
 def find_version(path, versions=VERSIONS):
-    """Finds a version of CIFAR-10 or CIFAR-100 in a folder or an archive.
+    """Finds a version of CIFAR-10 or CIFAR-100.
 
-    Args:
-      path: path of an archive; of a folder with the files; or of a folder with the archive or the
-        folder, as torchvision and Keras (in `~/.keras/datasets`) keep them.
-      versions: iterable of `Version`s to look for.
+    The path is that of an archive; of a folder with the files; or of a folder with the archive or
+    the folder, as torchvision and Keras (in `~/.keras/datasets`) keep them.
 
     Returns:
       (`Version`, path of the folder or archive), or None.
     """
     for version in versions:
-        if os.path.basename(path) in archive_names(version) and os.path.isfile(path):
+        # The original name, and those that Keras gives it.
+        folder = version.folder
+        archives = (version.archive, f"{folder}.tar.gz", f"{folder}-target_archive")
+        if os.path.basename(path) in archives and os.path.isfile(path):
             return version, path
         names = (version.train_files[0], version.test_file)
-        for folder in ("", version.folder, f"{version.folder}-target/{version.folder}"):
-            candidate = os.path.join(path, folder) if folder else path
+        for subfolder in ("", folder, f"{folder}-target/{folder}"):
+            candidate = os.path.join(path, subfolder) if subfolder else path
             if all(os.path.isfile(os.path.join(candidate, name)) for name in names):
                 return version, candidate
-        for name in archive_names(version):
+        for name in archives:
             if os.path.isfile(candidate := os.path.join(path, name)):
                 return version, candidate
     return None
-
-
-def archive_names(version):
-    """Returns the names of an archive: the original one, and those that Keras gives it."""
-    return version.archive, f"{version.folder}.tar.gz", f"{version.folder}-target_archive"
 
 
 def suggest_conversion(version, path, data_dir):
@@ -124,7 +113,7 @@ def convert(path, flag, output, label_kind=""):
 
     Args:
       path: see `find_version`; an archive may have any name.
-      flag: string; the flag of the versions to look for, "cifar10_python" or "cifar100".
+      flag: string; that of the versions to look for, "cifar10_python" or "cifar100".
       output: path of the folder to create.
       label_kind: string; "fine" or "coarse" for CIFAR-100.
 
@@ -135,11 +124,6 @@ def convert(path, flag, output, label_kind=""):
       DataError: the files are missing, damaged or unsuitable, or the folder cannot be written.
       UserError: the folder exists and is not empty.
     """
-    if records.image_shape() != IMAGE_SHAPE:
-        raise DataError(
-            f"the images of --{flag} are {IMAGE_SHAPE}, but the constants in "
-            f"support/data/records.py are {records.image_shape()} (height, width, depth)"
-        )
     version, path = _require_version(path, flag)
     class_names = DEFAULT_NAMES[label_kind]
     parsed = {}
@@ -148,31 +132,22 @@ def convert(path, flag, output, label_kind=""):
             class_names = _parse_class_names(content, name, path, label_kind) or class_names
         else:
             parsed[name] = _parse_records(content, name, path, label_kind)
-    train_files = version.train_files[: sum(name in parsed for name in version.train_files) or 1]
-    for name in (*train_files, version.test_file):
+    for name in (*version.train_files, version.test_file):
         if name not in parsed:
             raise DataError(f"{path} has no file {name}")
-        if not len(parsed[name]):
-            raise DataError(f"{path}: {name} has no images")
-        if (largest := parsed[name][:, 0].max()) >= len(class_names):
-            raise DataError(
-                f"{path}: {name} has label {largest}, but there are only {len(class_names)} classes"
-            )
-    train = [parsed[name] for name in train_files]
-    if len(version.train_files) == 1:
-        train = np.array_split(train[0], min(len(records.TRAIN_FILES), len(train[0])))
-    test = parsed[version.test_file]
+    train, test = [parsed[name] for name in version.train_files], parsed[version.test_file]
+    if len(train) == 1:
+        train = np.array_split(train[0], len(records.TRAIN_FILES))
     with files.new_folder("--output", output) as staging:
-        for name, part in zip(records.TRAIN_FILES, train, strict=False):
+        names = (*records.TRAIN_FILES, *records.TEST_FILES)
+        for name, part in zip(names, [*train, test], strict=True):
             part.tofile(os.path.join(staging, name))
-        test.tofile(os.path.join(staging, records.TEST_FILES[0]))
         dataset.write_class_names(staging, class_names)
         dataset.check_dataset(staging)
     return sum(map(len, train)), len(test), class_names
 
 
 def _require_version(path, flag):
-    """Returns the `Version` and the path of the folder or archive; see `convert`."""
     versions = [version for version in VERSIONS if version.flag == flag]
     if found := find_version(path, versions):
         return found
@@ -187,10 +162,7 @@ def _require_version(path, flag):
 
 
 def _read_files(version, path):
-    """Yields (name, content) for each file of a version in a folder or an archive: string, bytes.
-
-    Files that are missing are skipped.
-    """
+    """Yields (name, content) for each file of a version that exists: string, bytes."""
     names = (*version.name_files, *version.train_files, version.test_file)
     if os.path.isdir(path):
         for name in names:
@@ -203,24 +175,25 @@ def _read_files(version, path):
         for member in archive:
             name = os.path.basename(member.name)
             if name in names and member.isfile():
-                yield name, _read(archive.extractfile(member))
+                # A second header may have changed the size.
+                yield name, archive.extractfile(member).read(MAX_FILE_BYTES)
 
 
 class _Member(tarfile.TarInfo):
-    """A member of an archive. Its name and attributes may claim gigabytes, which is refused."""
+    """A member of an archive. Members may claim gigabytes or be endless, which is refused."""
 
     def _proc_member(self, archive):
-        if self.type in _NAMES_AND_ATTRIBUTES and self.size > MAX_HEADER_BYTES:
-            raise tarfile.ReadError(f"a header in it has {self.size} bytes")
+        limit = MAX_FILE_BYTES if self.isfile() else MAX_HEADER_BYTES
+        if self.size > limit:
+            raise ValueError(f"a file or header in it is larger than {limit:,} bytes")
+        if len(archive.members) == MAX_MEMBERS:
+            raise ValueError(f"it has more than {MAX_MEMBERS:,} files")
         return super()._proc_member(archive)
 
+    def _proc_sparse(self, *_):
+        raise ValueError("a file in it is sparse")
 
-def _read(file):
-    """Returns the content of a file, unless it is much too large: an archive can claim any size."""
-    content = file.read(MAX_FILE_BYTES + 1)
-    if len(content) > MAX_FILE_BYTES:
-        raise ValueError(f"a file in it has more than {MAX_FILE_BYTES:,} bytes")
-    return content
+    _proc_gnusparse_00 = _proc_gnusparse_01 = _proc_gnusparse_10 = _proc_sparse
 
 
 def _parse_class_names(content, name, path, label_kind):

@@ -60,10 +60,7 @@ def find_files(folder):
 
 
 def read_images(paths):
-    """Reads image files, and the images in folders and their subfolders.
-
-    Args:
-      paths: iterable of paths of files and folders.
+    """Reads the image files at some paths, and those in folders and their subfolders.
 
     Yields:
       (path, image), where image is uint8 [32, 32, 3]; the `ImageError` that `read_image` raised, or
@@ -135,13 +132,10 @@ def _check_scans(image):
 
 
 def stack_images(images):
-    """Returns images as one array, uint8 [n, 32, 32, 3].
+    """Returns an array or a list of images as one array, uint8 [n, 32, 32, 3].
 
     TensorFlow and NumPy convert other types to uint8 without an error: values from 0 to 1 would
     become black images.
-
-    Args:
-      images: uint8 [n, 32, 32, 3], or a list of n images.
 
     Raises:
       UserError: the images have another type or shape.
@@ -150,8 +144,8 @@ def stack_images(images):
     stacked = np.asarray(images)
     if stacked.dtype != np.uint8 or list(stacked.shape[1:]) != records.image_shape():
         raise UserError(
-            f"images must be uint8 {records.describe_shape('n')} with values from 0 to 255, not "
-            f"{stacked.dtype} {list(stacked.shape)}"
+            f"images must be uint8 [n, {str(records.image_shape())[1:]} with values from 0 to 255, "
+            f"not {stacked.dtype} {list(stacked.shape)}"
         )
     return stacked
 

@@ -1,8 +1,9 @@
 """Reads the pickles of CIFAR's Python versions without calling anything that they name.
 
 A pickle is a program. Python's unpickler calls the functions that the program names, and with
-hostile arguments, some functions of NumPy read memory outside their arrays. Here, names are only
-compared, and only the operations that create plain values and arrays are supported.
+hostile arguments, some functions of NumPy read memory outside their arrays. Here, a name only
+selects a function of this module, and only the operations that create plain values and arrays are
+supported.
 """
 
 import io
@@ -11,38 +12,43 @@ import pickle
 import numpy as np
 
 MAX_OPERATIONS = 1_000_000  # more than twice as many as CIFAR-100's training file has
+MAX_NAME_LENGTH = 100  # of keys, data types and functions
 
 _OPERATIONS = (
-    "PROTO MARK STOP NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 BINFLOAT "
+    "PROTO FRAME MARK STOP NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 BINFLOAT "
     "BINSTRING SHORT_BINSTRING BINUNICODE SHORT_BINUNICODE BINUNICODE8 "
     "BINBYTES SHORT_BINBYTES BINBYTES8 "
-    "EMPTY_LIST APPEND APPENDS EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_DICT "
-    "BINPUT LONG_BINPUT MEMOIZE BINGET LONG_BINGET GLOBAL STACK_GLOBAL"
+    "EMPTY_LIST APPEND APPENDS EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 SETITEM SETITEMS "
+    "BINPUT LONG_BINPUT MEMOIZE BINGET LONG_BINGET GLOBAL STACK_GLOBAL REDUCE"
 )
-MAX_NAME_LENGTH = 100  # of a function, with its module
 _DATA_TYPES = {"u1", "u2", "u4", "u8", "i8"}  # of arrays, without the byte order
 
 
-class _Name(str):
-    """What a pickle names, such as "numpy.ndarray"."""
+def _decode(text):
+    """Returns a short string of Python 2 or 3 as a string. Raises ValueError for anything else."""
+    # Hashing a deeply nested tuple would crash Python.
+    if not isinstance(text, bytes | str) or len(text) > MAX_NAME_LENGTH:
+        raise ValueError("it has something else where a short string belongs")
+    return text.decode() if isinstance(text, bytes) else text
+
+
+class _Dict(dict):
+    def __setitem__(self, key, value):
+        super().__setitem__(_decode(key), value)
 
 
 class _DataType:
     """The data type of an array. The pickle first creates it, and then sets its byte order."""
 
-    def __init__(self, name, *_):
-        if _decode(name) not in _DATA_TYPES:
+    byte_order = "="
+
+    def __init__(self, name):
+        self.name = _decode(name)
+        if self.name not in _DATA_TYPES:
             raise ValueError(f"it has an array whose type is none of {sorted(_DATA_TYPES)}")
-        self._name, self._byte_order = _decode(name), "="
 
     def set_state(self, _, byte_order, *__):
-        self._byte_order = {"<": "<", ">": ">"}.get(_decode(byte_order), "=")
-
-    def read(self, data, shape, order):
-        """Returns the array in some bytes. Raises ValueError if they do not fit the shape."""
-        if not all(isinstance(size, int) and size >= 0 for size in shape):
-            raise ValueError("it has an array without a shape")  # -1 would mean any size
-        return np.frombuffer(data, self._byte_order + self._name).reshape(shape, order=order)
+        self.byte_order = {"<": "<", ">": ">"}.get(_decode(byte_order), "=")
 
 
 class _Array:
@@ -51,101 +57,74 @@ class _Array:
     values = None
 
     def set_state(self, _, shape, data_type, is_fortran, data):
-        self.values = data_type.read(data, shape, "F" if is_fortran else "C")
+        if not all(isinstance(size, int) and size >= 0 for size in shape):
+            raise ValueError("it has an array without a shape")  # -1 would mean any size
+        values = np.frombuffer(data, data_type.byte_order + data_type.name)
+        self.values = values.reshape(shape, order="F" if is_fortran else "C")
 
 
-def _decode(text):
-    if not isinstance(text, bytes | str):  # hashing a deeply nested tuple would crash Python
-        raise ValueError("it has something else where a string belongs")
-    return text.decode() if isinstance(text, bytes) else text
+def _create_array(data, data_type, shape, order):
+    array = _Array()
+    array.set_state(None, shape, data_type, order == "F", data)
+    return array
 
 
-def _reduce(name, arguments):
-    """Returns the stand-in for the result of a function that a pickle calls."""
-    name = name.replace("numpy._core", "numpy.core") if isinstance(name, _Name) else ""  # NumPy 2
-    if name == "numpy.core.multiarray._reconstruct":
-        return _Array()
-    if name == "numpy.core.numeric._frombuffer":
-        array, (data, data_type, shape, order) = _Array(), arguments
-        array.set_state(None, shape, data_type, order == "F", data)
-        return array
-    if name == "numpy.dtype":
-        return _DataType(*arguments)
-    if name == "_codecs.encode":  # how Python 3 writes bytes for Python 2
-        return arguments[0].encode("latin-1")
-    raise ValueError(f"it calls {name or 'something that it does not name'}")
-
-
-class _CountedOperations(io.BytesIO):
-    """A file that limits the number of operations, each of which starts with a read."""
-
-    count = 0
-
-    def read(self, size=-1):
-        self.count += 1
-        if self.count > 2 * MAX_OPERATIONS:  # most operations also read an argument
-            raise ValueError(f"it has more than {MAX_OPERATIONS:,} operations")
-        return super().read(size)
+# What the names stand for. Not classes, because a pickle could then change their attributes.
+_FUNCTIONS = {
+    "numpy.core.multiarray._reconstruct": lambda *_: _Array(),
+    "numpy.core.numeric._frombuffer": _create_array,
+    "numpy.dtype": lambda name, *_: _DataType(name),
+    "numpy.ndarray": None,  # an argument of `_reconstruct`
+}
 
 
 class _Operations(dict):
-    """The methods that run operations, by their codes."""
+    """The methods that run operations, by their codes. Limits the number of operations."""
 
-    def __missing__(self, code):
-        raise ValueError(f"it uses the operation {bytes([code])!r}")
+    count = 0
 
-
-def _code(name):
-    return getattr(pickle, name)[0]
+    def __getitem__(self, code):
+        self.count += 1
+        if self.count > MAX_OPERATIONS:
+            raise ValueError(f"it has more than {MAX_OPERATIONS:,} operations")
+        if code not in self:
+            raise ValueError(f"it uses the operation {bytes([code])!r}")
+        return super().__getitem__(code)
 
 
 class _Unpickler(pickle._Unpickler):  # the unpickler that is written in Python
+    def __init__(self, content):
+        super().__init__(io.BytesIO(content), encoding="bytes")
+        self._bytes_to_convert = len(content)
+        codes = [getattr(pickle, name)[0] for name in _OPERATIONS.split()]
+        self.dispatch = _Operations(
+            {
+                **{code: self.dispatch[code] for code in codes},
+                pickle.EMPTY_DICT[0]: lambda self: self.append(_Dict()),
+                pickle.BUILD[0]: _Unpickler.load_build,
+                # The operation of its own would reserve memory in advance.
+                pickle.BYTEARRAY8[0]: pickle._Unpickler.load_binbytes8,
+            }
+        )
+
     def find_class(self, module, name):
-        if len(module) + len(name) > MAX_NAME_LENGTH:
-            raise ValueError("it has a name that is too long")
-        return _Name(f"{module}.{name}")
+        name = f"{module[:MAX_NAME_LENGTH]}.{name[:MAX_NAME_LENGTH]}"
+        name = name.replace("numpy._core", "numpy.core")  # NumPy 2
+        if name == "_codecs.encode":  # how Python 3 writes bytes for Python 2
+            return self._encode
+        if name not in _FUNCTIONS:
+            raise ValueError(f"it calls {name}")
+        return _FUNCTIONS[name]
 
-    converted_bytes = 0
-    max_bytes = None  # the size of the pickle
-
-    def load_frame(self):
-        self.read(8)  # the size of the frame, which is not needed
-
-    def load_reduce(self):
-        arguments = self.stack.pop()
-        self.stack[-1] = value = _reduce(self.stack[-1], arguments)
-        self.converted_bytes += len(value) if isinstance(value, bytes) else 0
-        if self.converted_bytes > self.max_bytes:
+    def _encode(self, text, _):
+        self._bytes_to_convert -= len(text)
+        if self._bytes_to_convert < 0:
             raise ValueError("it converts the same text again and again")
+        return text.encode("latin-1")
 
     def load_build(self):
         state = self.stack.pop()
         self.stack[-1].set_state(*state)  # other values have no such method
-
-    def load_setitems(self):
-        self._set_items(self.pop_mark())
-
-    def load_setitem(self):
-        value = self.stack.pop()
-        self._set_items([self.stack.pop(), value])
-
-    def _set_items(self, items):
-        keys = items[::2]
-        if not all(isinstance(key, bytes | str) for key in keys):  # hashing nested tuples may crash
-            raise ValueError("it has a key that is not a string")
-        self.stack[-1].update(zip(keys, items[1::2], strict=True))
-
-    dispatch = _Operations(
-        {
-            **{code: pickle._Unpickler.dispatch[code] for code in map(_code, _OPERATIONS.split())},
-            _code("BYTEARRAY8"): pickle._Unpickler.load_binbytes8,  # reserves no memory in advance
-            _code("FRAME"): load_frame,
-            _code("REDUCE"): load_reduce,
-            _code("BUILD"): load_build,
-            _code("SETITEM"): load_setitem,
-            _code("SETITEMS"): load_setitems,
-        }
-    )
 
 
 def load_dict(content):
@@ -162,12 +141,9 @@ def load_dict(content):
     """
     if not content.startswith(pickle.PROTO):
         raise ValueError("it is not a pickle of protocol 2 or later")
-    unpickler = _Unpickler(_CountedOperations(content), encoding="bytes")
-    unpickler.max_bytes = len(content)
-    loaded = unpickler.load()
+    loaded = _Unpickler(content).load()
     if not isinstance(loaded, dict):
         raise ValueError("it is not a pickled dict")
     return {
-        _decode(key): value.values if isinstance(value, _Array) else value
-        for key, value in loaded.items()
+        key: value.values if isinstance(value, _Array) else value for key, value in loaded.items()
     }

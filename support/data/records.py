@@ -29,11 +29,6 @@ def image_shape():
     return [HEIGHT, WIDTH, DEPTH]
 
 
-def describe_shape(*dimensions):
-    """Returns the shape of images, after other dimensions, for a message: "[n, 32, 32, 3]"."""
-    return f"[{', '.join(map(str, [*dimensions, *image_shape()]))}]"
-
-
 def record_files(folder, eval_data):
     """Returns the paths of the test file (`eval_data` true) or of the training files.
 
@@ -53,11 +48,9 @@ def count_records(folder, eval_data):
 def read_labels(path):
     """Returns the labels of the records in a file: uint8 [n]."""
     # Not a memory map: if another process truncated the file, SIGBUS would end this process.
-    labels = bytearray()
     with open(path, "rb") as file:
-        while record := file.read(RECORD_BYTES):
-            labels.append(record[0])
-    return np.frombuffer(labels, np.uint8)
+        records = iter(lambda: file.read(RECORD_BYTES), b"")
+        return np.array([record[0] for record in records], np.uint8)
 
 
 def find_problem(path, num_classes):
@@ -90,16 +83,10 @@ def find_problem(path, num_classes):
 
 
 class ChangeDetector:
-    """Detects changes to record files while they are being read.
+    """Detects changes to the `record_files` while they are being read.
 
-    `find_problem` validates the files before they are read. If one is truncated or overwritten
-    later, TensorFlow reads fewer records or wrong labels without an error.
-
-    Creating a detector reads the files once; CIFAR-10's training files take a fraction of a second.
-
-    Args:
-      folder: path; the folder with the record files.
-      eval_data: bool; watch the test file instead of the training files.
+    If one is truncated or overwritten, TensorFlow reads fewer records or wrong labels without an
+    error. Creating a detector reads the files once; CIFAR-10's take a fraction of a second.
     """
 
     def __init__(self, folder, eval_data):

@@ -53,12 +53,9 @@ def parse_settings(text):
 def find_mismatch(trained, wanted):
     """Finds the first setting that prevents a checkpoint from being used.
 
-    Args:
-      trained: `TrainingSettings` of the checkpoint; None if unknown.
-      wanted: `TrainingSettings` of the program.
-
     Returns:
-      (string, string): the setting in `trained` and in `wanted`; None if they match.
+      (string, string): the setting in `trained`, and in `wanted`; None if they match, or if
+      `trained` is None: unknown.
     """
     if trained is None:
         return None
@@ -72,10 +69,7 @@ def find_mismatch(trained, wanted):
 
 
 def find_changes(trained, wanted):
-    """Returns descriptions of the changed settings with which training can resume: list of strings.
-
-    For `trained` and `wanted`, see `find_mismatch`.
-    """
+    """Returns descriptions of changed settings with which training can resume: list of strings."""
     changes = []
     if trained is None:
         return changes

@@ -41,11 +41,8 @@ def maybe_generate(data_dir):
     colors and noise vary from image to image. Each class has a typical color, but these colors
     overlap, so a model has to learn the shapes. The bytes are always the same.
 
-    Args:
-      data_dir: path; the dataset goes into its subfolder `cifar-10-synthetic-bin`.
-
     Returns:
-      The path of the folder with the record files.
+      The path of the folder with the record files: `cifar-10-synthetic-bin` in `data_dir`.
 
     Raises:
       DataError: `data_dir` itself holds records, or the folder cannot be written.
@@ -106,10 +103,7 @@ def _generate_records(count, generator):
 
 
 def _random_colors(hues, generator):
-    """Returns a color of random saturation and brightness per hue: float32 [count, 3, 1, 1].
-
-    With a `records.DEPTH` of 1, it is a shade of gray: float32 [count, 1, 1, 1].
-    """
+    """Returns a color, or a shade of gray, per hue: float32 [count, records.DEPTH, 1, 1]."""
     saturations = generator.uniform(0.3, 1.0, hues.size)
     values = generator.uniform(80.0, 220.0, hues.size)
     colors = [

@@ -384,6 +384,7 @@ def test_a_folder_of_another_user_is_refused_where_everybody_can_write(
         append,
         lambda path: files.open_without_links(path, os.O_WRONLY | os.O_APPEND),
         lambda path: files.read_regular(path, 10),
+        files.hash_file,
     ],
 )
 def test_a_named_pipe_is_refused_at_once(tmp_path, use):

@@ -32,6 +32,7 @@ UNREACHABLE = "http://127.0.0.1:1/"
 @pytest.fixture(autouse=True)
 def retries_are_immediate(monkeypatch):
     monkeypatch.setattr(download, "RETRY_DELAYS", (0.0, 0.0, 0.0))
+    monkeypatch.setattr(download, "MIN_PROGRESS", 1000)
 
 
 def make_archive(path, special=()):
@@ -47,7 +48,7 @@ def make_archive(path, special=()):
             archive.addfile(member, io.BytesIO(b"x" * member.size))
         for name, content in contents.items():
             member = tarfile.TarInfo(f"cifar-10-batches-bin/{name}")
-            member.size = len(content)
+            member.size, member.mode = len(content), 0o600
             if member.name not in [each.name for each in special]:
                 archive.addfile(member, io.BytesIO(content))
     return hashlib.sha256(path.read_bytes()).hexdigest()
@@ -61,20 +62,11 @@ def archive(tmp_path):
 
 
 class Server:
-    """A server on loopback that serves `body`, with faults.
+    """A server on loopback that serves `body`, with pauses after every 1,000 bytes, and faults.
 
-    Args:
-      body: bytes.
-      pause: seconds to wait after every 1,000 bytes.
-      supports_ranges: bool.
-      sends_length: bool; whether there is a header `Content-Length`.
-      faults: see below.
-
-    Attributes:
-      url: string.
-      requests: list of the requests' `Range` headers; None for a request without one.
-      faults: list; the faults of the next requests, one each: the number of bytes after which to
-        cut the connection; "busy" to answer with an error; or "stalled" to stop after 1,000 bytes.
+    Each of the `faults` concerns one request: the number of bytes after which to cut the
+    connection; "busy" to answer with an error; or "stalled" to stop after 1,000 bytes. `requests`
+    are the requests' `Range` headers; None for a request without one.
     """
 
     def __init__(self, body, pause=0.0, supports_ranges=True, sends_length=True, faults=()):
@@ -139,11 +131,8 @@ def check_failure(data_dir, url, pattern, remaining=()):
     """Expects a download to fail with a message that gives advice, and to leave `remaining`."""
     with pytest.raises(DataError, match=pattern) as error:
         download.maybe_download_and_extract(data_dir, url)
-    message = str(error.value)
-    assert "run the same command again" in message
-    assert "--data_url" in message
-    assert "--synthetic_data" in message
-    assert "\n" not in message
+    advice = "run the same command again, .* --data_url .* --synthetic_data$"
+    assert re.search(advice, str(error.value))
     assert os.listdir(data_dir) == [*remaining]
 
 
@@ -178,6 +167,14 @@ def test_other_versions_of_cifar_are_not_downloaded_again(tmp_path, version):
     folder.mkdir(parents=True)
     for name in (version.train_files[0], version.test_file):
         (folder / name).touch()
+    (tmp_path / version.archive).touch()
+    for url in (str(tmp_path / version.archive), f"{UNREACHABLE}{version.archive}"):
+        message = (
+            rf"{version.archive} is {version.title}, .* --{version.flag}=\S*{version.archive} "
+        )
+        with pytest.raises(DataError, match=message):
+            download.maybe_download_and_extract(tmp_path / "data", url)
+    assert not (tmp_path / "data").exists()
     with pytest.raises(DataError, match="which the scripts cannot read") as error:
         download.maybe_download_and_extract(tmp_path / "my data", UNREACHABLE)
     assert os.listdir(tmp_path / "my data") == [version.folder]
@@ -186,17 +183,6 @@ def test_other_versions_of_cifar_are_not_downloaded_again(tmp_path, version):
     output = f"--output={tmp_path}/my data/cifar-10-batches-bin"
     expected = ["python", "cifar10_convert.py", f"--{version.flag}={folder}", *labels, output]
     assert shlex.split(command) == expected
-
-
-@pytest.mark.parametrize("version", formats.VERSIONS)
-def test_another_version_as_the_source_is_refused_at_once(tmp_path, version):
-    path = tmp_path / version.archive
-    path.touch()
-    for url in (str(path), f"{UNREACHABLE}{version.archive}"):
-        message = rf"{version.archive} is {version.title}, .* --{version.flag}=\S*{path.name} "
-        with pytest.raises(DataError, match=message):
-            download.maybe_download_and_extract(tmp_path / "data", url)
-    assert not (tmp_path / "data").exists()
 
 
 def test_an_existing_archive_is_verified_and_takes_precedence_over_other_versions(tmp_path):
@@ -209,15 +195,13 @@ def test_an_existing_archive_is_verified_and_takes_precedence_over_other_version
     dataset.check_dataset(download.maybe_download_and_extract(tmp_path, UNREACHABLE, sha256))
 
 
-def test_a_copy_that_keras_has_is_mentioned_before_a_download(
-    tmp_path, archive, capsys, monkeypatch
-):
+def test_a_copy_that_keras_has_is_mentioned_before_a_download(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     path = tmp_path / ".keras" / "datasets" / "cifar-10-batches-py-target_archive"
     path.parent.mkdir(parents=True)
-    path.write_bytes(b"1")
-    _, sha256 = archive
-    download.maybe_download_and_extract(tmp_path / "data", str(tmp_path / "mirror.tar.gz"), sha256)
+    path.touch()
+    with pytest.raises(DataError, match="cannot download"):
+        download.maybe_download_and_extract(tmp_path / "data", UNREACHABLE)
     command = (
         f"cifar10_convert.py --cifar10_python={path} --output={tmp_path}/data/cifar-10-batches"
     )
@@ -225,7 +209,9 @@ def test_a_copy_that_keras_has_is_mentioned_before_a_download(
 
 
 @pytest.mark.parametrize("kind", ["http", "file", "home"])
-def test_the_archive_is_downloaded_verified_and_extracted(tmp_path, monkeypatch, archive, kind):
+def test_the_archive_is_downloaded_verified_and_extracted_with_the_umask(
+    tmp_path, monkeypatch, archive, kind
+):
     monkeypatch.setenv("HOME", str(tmp_path))
     body, sha256 = archive
     path = tmp_path / "mirror.tar.gz"
@@ -237,19 +223,8 @@ def test_the_archive_is_downloaded_verified_and_extracted(tmp_path, monkeypatch,
     assert sorted(os.listdir(folder)) == sorted([*FILES, "batches.meta.txt", "readme.html"])
     dataset.check_dataset(folder)
     assert sorted(os.listdir(data_dir)) == ["cifar-10-batches-bin", ARCHIVE]
-
-
-def test_files_get_the_permissions_of_the_umask(tmp_path, archive):
-    body, sha256 = archive
-    with contextlib.ExitStack() as stack:
-        stack.callback(os.umask, os.umask(0o027))
-        fetch(tmp_path / "data", stack.enter_context(Server(body)), sha256)
-    modes = {
-        path.name: oct(path.stat().st_mode & 0o777)
-        for path in [tmp_path / "data", *(tmp_path / "data").rglob("*")]
-    }
-    folders = {"data", "cifar-10-batches-bin"}
-    assert modes == {name: "0o750" if name in folders else "0o640" for name in modes}
+    modes = {found.stat().st_mode for found in (path, data_dir / ARCHIVE, *data_dir.glob("*/*"))}
+    assert len(modes) == 1  # not those in the archive
 
 
 def test_a_download_with_another_sha256_is_refused_and_deleted(tmp_path):
@@ -268,12 +243,11 @@ def test_an_unreachable_source_is_reported_with_advice(tmp_path, capsys, url, nu
 
 @pytest.mark.parametrize(
     ("faults", "supports_ranges", "num_requests"),
-    [([1000] * 9, False, 4), ([3000, 2000] * 20, False, 4), ([10] * 50, True, 5)],
+    [([1000] * 9, False, 4), ([10] * 50, True, 4)],
 )
 def test_retries_with_little_or_no_progress_end_and_keep_the_partial_file(
-    tmp_path, monkeypatch, faults, supports_ranges, num_requests
+    tmp_path, faults, supports_ranges, num_requests
 ):
-    monkeypatch.setattr(download, "MAX_ATTEMPTS", 5)
     data_dir = tmp_path / "data"
     with Server(b"x" * 5000, supports_ranges=supports_ranges, faults=faults) as server:
         check_failure(data_dir, server.url, r"ended after \d+ of \d+ bytes", remaining=[PART])
@@ -456,7 +430,8 @@ def raw_server(pieces):
 
 
 OK = b"HTTP/1.1 200 OK\r\n\r\n"
-RANGE = b"HTTP/1.1 206 Partial Content\r\nContent-Length: 1000000\r\n\r\n"
+CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+RANGE = b"HTTP/1.1 206 Partial Content\r\nContent-Length: " + b"9" * 5000 + b"\r\n\r\n"
 
 
 @pytest.mark.parametrize(
@@ -464,25 +439,19 @@ RANGE = b"HTTP/1.1 206 Partial Content\r\nContent-Length: 1000000\r\n\r\n"
     [
         ([b"HTTP/1.1 100 Continue\r\n\r\n"], "no answer within 0.5 s"),
         ([b"HTTP/1.1 200 OK\r\nA: ", b"a"], "no answer within 0.5 s"),
-        ([OK, b"a"], "slower than 1000 bytes per second"),
+        ([CHUNKED, b"0"], "no answer within 0.5 s"),
         ([RANGE, b"a"], "slower than 1000 bytes per second"),
         ([b"HTTP/1.1 404 \x1b[31mred\rgreen\r\n\r\n", b""], r"\\x1b\[31mred"),
-        ([b"HTTP/1.1 200 OK\r\nContent-Length: " + b"9" * 5000 + b"\r\n\r\n", b"a"], "slower than"),
     ],
 )
 def test_a_hostile_server_ends_the_download_and_no_secret_is_printed(
     tmp_path, monkeypatch, capsys, pieces, message
 ):
-    monkeypatch.setattr(download, "HEAD_TIMEOUT", 0.5)
-    monkeypatch.setattr(download, "RATE_PERIOD", 0.5)
-    before = set(threading.enumerate())
+    for name in ("HEAD_TIMEOUT", "DOWNLOAD_TIMEOUT", "RATE_PERIOD"):
+        monkeypatch.setattr(download, name, 0.5)
     with raw_server(pieces) as url:
         with pytest.raises(DataError, match=message) as error:
             download.maybe_download_and_extract(tmp_path, url)
-        for thread in set(threading.enumerate()) - before:
-            if "_receive" in thread.name and "slower" in message:
-                thread.join(timeout=10)
-                assert not thread.is_alive()
         printed = f"{error.value}\n{capsys.readouterr().err}"
     assert all(line.isprintable() for line in printed.splitlines())
     assert "secret" not in printed
@@ -501,15 +470,6 @@ def test_a_secret_in_a_malformed_url_is_not_printed(tmp_path, capsys, url):
     with pytest.raises(DataError) as error:
         download.maybe_download_and_extract(tmp_path, url)
     assert "pa55" not in f"{error.value}{capsys.readouterr().err}"
-
-
-def test_attempts_that_each_receive_a_few_bytes_are_limited(tmp_path, archive, monkeypatch):
-    monkeypatch.setattr(download, "MAX_ATTEMPTS", 5)
-    content, sha256 = archive
-    with Server(content, faults=[10] * 50) as server:
-        with pytest.raises(DataError, match="the connection ended after"):
-            download.maybe_download_and_extract(tmp_path / "data", server.url, sha256)
-        assert len(server.requests) == 5
 
 
 def test_an_endless_file_ends_the_download_and_is_deleted(tmp_path, monkeypatch):

@@ -12,6 +12,7 @@ from support.data import pickles
 # What a pickle needs to create an array, after which BUILD sets its state.
 DATA_TYPE = b"cnumpy\ndtype\n\x8c\x02u1K\x00K\x01\x87R"
 ARRAY = b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85C\x01b\x87R"
+TEXT = b"]\x8c\x80" + b"a" * 128 + b"\x94a"  # a list with a text that can be repeated
 BATCH = {
     "labels": [3, 1, 2],
     "data": np.arange(12, dtype=np.uint8).reshape(3, 4),
@@ -52,29 +53,17 @@ def array_of(data_type=DATA_TYPE, shape=b"K\x04\x85", data=b"C\x04abcd"):
         ),
         (array_of(shape=b"J\xff\xff\xff\xff\x85"), "an array without a shape"),
         (array_of(shape=b"K\x05\x85"), "cannot reshape"),
-        (array_of(shape=b"J\xff\xff\xff\x7fJ\xff\xff\xff\x7f\x86"), "array"),
-        (array_of(data=b"\x8c\x04abcd"), "object"),
         (dict_of(b"cnumpy\nload\n\x8c\x01a\x85R"), "it calls numpy.load"),
-        (dict_of(b"K\x01\x8c\x01a\x85R"), "it calls something that it does not name"),
-        # A tuple so deep that its hash would crash, as the name of a type and as a byte order.
-        (dict_of(b"cnumpy\ndtype\n)" + b"\x85" * 9_000 + b"R"), "where a string belongs"),
-        (array_of(DATA_TYPE + b"(K\x03)" + b"\x85" * 9_000 + b"tb"), "where a string belongs"),
-        (
-            dict_of(
-                b"]\x8c\x80" + b"a" * 128 + b"\x94a" + b"c_codecs\nencode\nh\x00h\x00\x86Ra" * 100
-            ),
-            "converts the same text again and again",
-        ),
-        (
-            b"\x80\x04\x8d" + (1000).to_bytes(8, "little") + b"a" * 1000 + b"\x94h\x00\x93.",
-            "too long",
-        ),
-        (dict_of(b"]}b"), "no attribute 'set_state'"),
-        (b"\x80\x04}" + b")" + b"\x85" * 10_000 + b"K\x01s.", "a key that is not a string"),
+        (dict_of(b"cnumpy\ndtype\n}b"), "no attribute 'set_state'"),
+        # A tuple so deep that its hash would crash: the name of a type, a byte order, a key.
+        (dict_of(b"cnumpy\ndtype\n)" + b"\x85" * 9_000 + b"R"), "where a short string belongs"),
+        (array_of(DATA_TYPE + b"(K\x03)" + b"\x85" * 9_000 + b"tb"), "a short string belongs"),
+        (b"\x80\x04})" + b"\x85" * 10_000 + b"K\x01s.", "where a short string belongs"),
+        (dict_of(b"K\x01s\x8c\x65" + b"a" * 101 + b"K\x01"), "where a short string belongs"),
+        (dict_of(TEXT + b"c_codecs\nencode\nh\x00h\x00\x86Ra" * 100), "converts the same text"),
         (b"\x80\x04}" + b"0" * 50_000 + b".", "it uses the operation b'0'"),
         (b"\x80\x04}" + b"]" * 50_000 + b".", "it has more than 20,000 operations"),
         (dict_of(b"\x96\xff\xff\xff\xff\x1f\x00\x00\x00"), None),  # 137 GB
-        (b"\x80\x04}r\xff\xff\xff\x7f.", None),  # a place far behind in the memo
         (b"", None),
     ],
 )
@@ -90,12 +79,4 @@ def test_hostile_pickles_are_refused_or_harmless_at_once(content, message, monke
     else:
         with pytest.raises(Exception, match=re.escape(message)):  # of any type
             pickles.load_dict(content)
-    assert time.process_time() - start < 5
-
-
-def test_lists_that_contain_each_other_many_times_are_read_at_once():
-    lists = b"]\x94" + b"".join(b"](" + b"h%c" % n * 9 + b"e\x94" for n in range(60))
-    start = time.process_time()
-    loaded = pickles.load_dict(b"\x80\x04" + lists + b"}\x8c\x01a" + b"h\x3cs.")
-    assert len(loaded["a"]) == 9  # as text, it would have 9 ** 60 brackets
     assert time.process_time() - start < 5
