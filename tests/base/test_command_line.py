@@ -200,7 +200,7 @@ def rate_script(write_script):
         from absl import flags
         from support.base import command_line, options
 
-        options.DEFINE_float("rate", 0.1, "A rate.")
+        options.DEFINE_float("rate", 0.1, "A rate.", "[0, 9]")
         options.DEFINE_boolean("quiet", False, "Whether to be quiet.")
 
         def main(argv):
