@@ -103,7 +103,7 @@ def _configure_logging():
 
 def _make_printable(record):
     """Escapes the message of a log record. This is a filter that lets all records pass."""
-    lines = record.getMessage().splitlines()
+    lines = record.getMessage().split("\n")
     record.msg, record.args = shorten("\n".join(map(printable, lines))), None
     return True
 

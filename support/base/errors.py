@@ -10,8 +10,8 @@ class UserError(Exception):
     """The user can fix this. The message is one line that says what is wrong and what to do."""
 
     def __init__(self, message):
-        # Quoted text may span several lines.
-        super().__init__(shorten(printable(mask_secrets(" ".join(message.split())))))
+        line = re.sub(r"\s*\n\s*", " ", message.strip())  # quoted text may span several lines
+        super().__init__(shorten(printable(mask_secrets(line))))
 
 
 class DataError(UserError):
@@ -42,7 +42,7 @@ def first_line(error):
     TensorFlow's errors have dozens of lines; the reason follows the line that names the node.
     """
     match = re.search(r"^Node: .*\n(.+)", str(error), re.MULTILINE)
-    return match[1] if match else (str(error).splitlines() or [repr(error)])[0]
+    return match[1] if match else str(error).partition("\n")[0] or repr(error)
 
 
 @contextlib.contextmanager

@@ -15,13 +15,12 @@ import time
 import filelock
 
 from support.base.errors import DataError, UserError
-from support.base.messages import report
+from support.base.messages import report, report_once
 
 # How flock fails on file systems that have no locks: NFS without a lock daemon, Lustre mounted
 # without `flock`, FUSE and others. 524 is the Linux kernel's own ENOTSUPP, which some pass on.
 _NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EBADF, errno.EINVAL, 524}
 MAX_HOLDER_BYTES = 1000  # that are read from a lock file
-_without_locks = set()  # (device, error number) of the warnings that this process has printed
 
 
 class LockedError(UserError):
@@ -52,7 +51,11 @@ def lock(path, on_wait=None):
         except OSError as error:
             if error.errno not in _NO_LOCKS:
                 raise
-            _warn_of_missing_locks(path, error)
+            folder = os.path.dirname(path) or "."
+            report_once(
+                f"Warning: the file system of {folder} does not support locks "
+                f"({error.strerror}); make sure that no two processes write to the same folder"
+            )
             _remove(path)
         else:
             _write_holder(path)
@@ -73,6 +76,8 @@ def open_without_links(path, flags):
     Raises:
       OSError: the path is a link, or the file cannot be opened.
     """
+    if os.path.islink(path):  # O_NOFOLLOW gives another message: too many levels of links
+        raise OSError(errno.ELOOP, "it is a link", path)
     # Without O_NONBLOCK, opening a named pipe would wait forever.
     return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
 
@@ -100,16 +105,16 @@ def refuse_folder_of_others(flag, folder):
     That user could read and replace what is written there. Mount points and folders of root are
     accepted.
     """
-    path = os.path.abspath(folder)
     shared = stat.S_IWOTH | stat.S_ISVTX  # everybody can create files there, and delete only theirs
     with contextlib.suppress(OSError):  # it is missing, or cannot be read: reported later
-        owners = {os.stat(path).st_uid, os.lstat(path).st_uid}
-        is_in_shared = os.stat(os.path.dirname(path)).st_mode & shared == shared
-        if is_in_shared and owners - {os.geteuid(), 0} and not os.path.ismount(path):
-            raise UserError(
-                f"{flag}={folder} belongs to another user, in a folder that everybody can write "
-                "to; choose another folder"
-            )
+        for path in (os.path.abspath(folder), os.path.realpath(folder)):
+            owners = {os.stat(path).st_uid, os.lstat(path).st_uid}
+            is_in_shared = os.stat(os.path.dirname(path)).st_mode & shared == shared
+            if is_in_shared and owners - {os.geteuid(), 0} and not os.path.ismount(path):
+                raise UserError(
+                    f"{flag}={folder} belongs to another user, in a folder that everybody can "
+                    "write to; choose another folder"
+                )
 
 
 def _acquire(file_lock, path, on_wait):
@@ -128,18 +133,6 @@ def _acquire(file_lock, path, on_wait):
 def _remove(path):
     with contextlib.suppress(OSError):  # the folder may have become read-only
         pathlib.Path(path).unlink(missing_ok=True)
-
-
-def _warn_of_missing_locks(path, error):
-    """Reports on stderr that a lock file cannot be locked, once for each file system and reason."""
-    folder = os.path.dirname(path) or "."
-    cause = os.stat(folder).st_dev, error.errno
-    if cause not in _without_locks:
-        _without_locks.add(cause)
-        report(
-            f"Warning: the file system of {folder} does not support locks ({error.strerror}); make "
-            "sure that no two processes write to the same folder"
-        )
 
 
 def _write_holder(path):

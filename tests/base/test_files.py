@@ -134,7 +134,6 @@ def fail_to_lock(monkeypatch, number):
     def fail(descriptor, operation):
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(files, "_without_locks", set(), raising=False)
     monkeypatch.setattr(fcntl, "flock", fail)
 
 
@@ -328,24 +327,20 @@ def test_a_json_file_that_cannot_be_written_is_a_one_line_error(tmp_path, write)
 # --- Files that somebody else has prepared.
 
 
-@pytest.mark.parametrize(
-    ("write", "name"),
-    [
-        (append, "a"),
-        (lock_and_release, "a"),
-        (lambda path: files.write_json_atomically(path, []), "a.part"),
-    ],
-)
-def test_nothing_is_written_through_a_link(tmp_path, write, name):
-    victim = tmp_path / "victim"
+def test_nothing_is_written_through_a_link(tmp_path):
+    path, victim = tmp_path / "a", tmp_path / "victim"
     victim.write_text("mine")
-    (tmp_path / name).symlink_to(victim)
-    with contextlib.suppress(UserError, OSError):
-        write(tmp_path / "a")
+    path.symlink_to(victim)
+    with pytest.raises(UserError, match="/a: it is a link$"):
+        append(path)
+    with pytest.raises(OSError, match="it is a link"):
+        lock_and_release(path)
+    (tmp_path / "a.part").symlink_to(victim)
+    files.write_json_atomically(path, [])
     assert victim.read_text() == "mine"
 
 
-@pytest.mark.parametrize("name", ["a", "a/"])
+@pytest.mark.parametrize("name", ["a", "a/", "own/link"])
 @pytest.mark.parametrize(
     ("mode", "owner", "is_refused"),
     [
@@ -360,6 +355,8 @@ def test_a_folder_of_another_user_is_refused_where_everybody_can_write(
 ):
     folder = tmp_path / "a"
     folder.mkdir()
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "link").symlink_to(folder)
     tmp_path.chmod(mode)
     given = f"{tmp_path}/{name}"
     real = os.stat
