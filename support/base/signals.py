@@ -55,6 +55,8 @@ class StopSignals:
       signal_number: int; the number of the first signal, or None.
     """
 
+    _interrupts = True
+
     def __init__(self):
         self.signal_number = None
         self._is_first = True
@@ -85,13 +87,11 @@ class StopSignals:
         self._thread.join()
         self._receiver.close()
 
-    def _stop(self, number):
-        raise Interrupted(number)
-
     def _handle(self, number, frame):
         if self._is_first and not _is_stopping:
             self._is_first = False
-            self._stop(number)
+            if self._interrupts:
+                raise Interrupted(number)
         elif number in _REQUESTS and not _runs_script:
             raise KeyboardInterrupt
 
@@ -107,10 +107,6 @@ class StopSignals:
 
 
 class DeferredSignals(StopSignals):
-    """A context in which the first signal interrupts nothing: the program polls `signal_number`.
+    """A context in which the first signal interrupts nothing: the program polls `signal_number`."""
 
-    For the list of signals, and for a second signal, see the base class.
-    """
-
-    def _stop(self, number):
-        pass
+    _interrupts = False

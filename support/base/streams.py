@@ -14,14 +14,7 @@ import sys
 class _Output:
     """A text stream that the null device replaces as soon as it cannot be written.
 
-    Args:
-      stream: the text stream to write to.
-      is_needed: bool; whether the method that finds the stream lost raises its OSError.
-      notice: string; printed on stderr when the stream is lost, together with the reason. None for
-        no notice.
-
-    Attributes:
-      error: the OSError of the loss, or None.
+    If the stream is needed, the method that finds it lost raises its OSError. A notice is printed.
     """
 
     def __init__(self, stream, is_needed=False, notice=None):
