@@ -27,13 +27,12 @@ def run(main, takes_arguments=False):
     """Runs a script's `main(argv)` and exits.
 
     The exit code is 1, after a message, for an error that the user can fix (`UserError`) and for a
-    mistake on the command line. For a stop signal, it is 128 plus the signal's number, after a line
-    that says how to resume; see `StopSignals`. If stdout can no longer be written, the script ends,
-    except within `streams.tolerate_lost_output`. It ends silently if the reader of stdout, for
-    example `head`, has exited.
+    mistake on the command line. For a stop signal, it is 128 plus the signal's number; see
+    `StopSignals`. If stdout can no longer be written, the script ends, except within
+    `streams.tolerate_lost_output`; silently if the reader of stdout, such as `head`, has exited.
 
-    At the end of a run, all flags have the values that they had before, so that a command line has
-    no effect on later runs in the same process.
+    At the end, all flags have the values that they had before: a command line has no effect on
+    later runs in the same process.
 
     Args:
       main: function of the list of arguments that are not flags; the script's name comes first.

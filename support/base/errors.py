@@ -47,15 +47,11 @@ def first_line(error):
 
 @contextlib.contextmanager
 def foreign_file(path, error_class=DataError, cure=""):
-    """Turns any error in the context into an error of one line: "PATH cannot be read (reason)".
+    """Turns any error in the context into an error of one line: "PATH cannot be read (reason)CURE".
 
     Damaged and hostile files cause errors of any type, whichever library reads them. Put only the
     call of the library into the context: a mistake in our own code should have its traceback.
-
-    Args:
-      path: string; the path, or a description of what is read.
-      error_class: subclass of `UserError`.
-      cure: string; what to do, with a semicolon in front. It is appended to the message.
+    `error_class` is a subclass of `UserError`.
     """
     try:
         yield

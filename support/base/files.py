@@ -67,13 +67,10 @@ def lock(path, on_wait=None):
 
 
 def open_without_links(path, flags):
-    """Opens a file for writing, unless it is a link; pass this to `open` as `opener`.
+    """Opens a file for writing, or raises OSError; pass this to `open` as `opener`.
 
-    In a folder such as `/tmp`, another user may have created a link with this name, and writing
-    through it would overwrite a file elsewhere.
-
-    Raises:
-      OSError: the path is a link, or the file cannot be opened.
+    A link is refused: in a folder such as `/tmp`, another user may have created one with this name,
+    and writing through it would overwrite a file elsewhere.
     """
     if os.path.islink(path):  # O_NOFOLLOW gives another message: too many levels of links
         raise OSError(errno.ELOOP, "it is a link", path)
@@ -99,10 +96,9 @@ def read_regular(path, max_bytes):
 
 
 def refuse_folder_of_others(flag, folder):
-    """Raises UserError if another user created `folder` in a shared folder such as `/tmp`.
+    """Raises UserError if another user, but not root, created `folder` in one such as `/tmp`.
 
-    That user could read and replace what is written there. Mount points and folders of root are
-    accepted.
+    That user could read and replace what is written there. Mount points are accepted.
     """
     shared = stat.S_IWOTH | stat.S_ISVTX  # everybody can create files there, and delete only theirs
     with contextlib.suppress(OSError):  # it is missing, or cannot be read: reported later

@@ -43,9 +43,8 @@ _registered = {}
 def register_constants(namespace):
     """Makes the constants of a module available as defaults of flags.
 
-    A flag looks up the current value whenever it is read. Two modules may define the same
-    constant: `cifar10.py` copies some from `cifar10_input.py`. You can edit either copy. If you
-    edit both, the copy in the module that was registered later takes effect.
+    Two modules may define the same constant: `cifar10.py` copies some from `cifar10_input.py`. You
+    can edit either copy. If you edit both, that of the module that was registered later counts.
 
     Args:
       namespace: dict; the module's `globals()`. A module that is loaded again replaces itself.

@@ -39,10 +39,10 @@ def running_script():
 class StopSignals:
     """A context in which the first stop signal raises `Interrupted`.
 
-    The stop signals are SIGINT, SIGTERM, SIGHUP, SIGUSR1, SIGUSR2 and SIGXCPU. A second SIGINT or
-    SIGTERM ends a script at once. Other signals do not count for this, because shells, schedulers
-    and the system may send several. In a process that does more than run a script, for example a
-    notebook, SIGINT or SIGTERM after any stop signal raises KeyboardInterrupt instead.
+    A second SIGINT or SIGTERM ends a script at once. Other signals do not count for this, because
+    shells, schedulers and the system may send several. In a process that does more than run a
+    script, for example a notebook, SIGINT or SIGTERM after any stop signal raises KeyboardInterrupt
+    instead.
 
     Python runs signal handlers only in the main thread and only between two of its instructions,
     but a call into TensorFlow can take minutes. So a thread is notified of the signals as well.
