@@ -71,14 +71,12 @@ def run(main, takes_arguments=False):
 
 def _run_main(main, takes_arguments):
     """Parses the command line and calls `main`."""
+    if "--helpfull" in sys.argv[1:]:
+        app.usage(writeto_stdout=True, exitcode=0)  # absl itself would exit with 1
     try:
         argv = FLAGS(sys.argv)  # not `app.run`, which would make TensorFlow look for GPUs
     except flags.Error as error:
         raise app.UsageError(error) from error
-    except SystemExit:
-        if "--helpfull" in sys.argv[1:]:  # absl exits with 1 although it printed the help
-            sys.exit(0)
-        raise
     if FLAGS.only_check_args:
         return
     if len(argv) > 1 and not takes_arguments:

@@ -29,18 +29,12 @@ def test_an_error_that_the_user_can_fix_is_one_line_with_exit_code_1(write_scrip
     assert run_file(path) == (1, "", "script.py: error: the disk is full\n")
 
 
-@pytest.mark.parametrize(
-    ("statement", "error"),
-    [
-        ("1 / 0", "ZeroDivisionError"),
-        ("raise BrokenPipeError('a socket')", "BrokenPipeError: a socket"),
-    ],
-)
-def test_a_bug_has_a_traceback(write_script, statement, error):
+def test_a_bug_has_a_traceback(write_script):
+    statement = "raise BrokenPipeError('a socket')"  # not that of stdout
     code, output, errors = run_file(write_script(FAILS.format(statement=statement)))
     assert (code, output) == (1, "")
     assert "Traceback" in errors
-    assert error in errors
+    assert "BrokenPipeError: a socket" in errors
 
 
 @pytest.mark.parametrize(

@@ -359,18 +359,12 @@ def test_a_folder_of_another_user_is_refused_where_everybody_can_write(
         files.refuse_folder_of_others("--train_dir", given)
 
 
-@pytest.mark.parametrize(
-    "use",
-    [
-        append,
-        lambda path: files.open_without_links(path, os.O_WRONLY | os.O_APPEND),
-        lambda path: files.read_regular(path, 10),
-    ],
-)
-def test_a_named_pipe_is_refused_at_once(tmp_path, use):
+def test_a_named_pipe_is_refused_at_once(tmp_path):
     os.mkfifo(tmp_path / "a")
-    with pytest.raises((OSError, UserError)):
-        use(str(tmp_path / "a"))
+    with pytest.raises(UserError):
+        append(tmp_path / "a")
+    with pytest.raises(OSError, match="not a regular file"):
+        files.read_regular(tmp_path / "a", 10)
 
 
 def test_a_file_is_read_up_to_a_size(tmp_path):
