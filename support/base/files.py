@@ -72,10 +72,13 @@ def open_without_links(path, flags):
     A link is refused: in a folder such as `/tmp`, another user may have created one with this name,
     and writing through it would overwrite a file elsewhere.
     """
-    if os.path.islink(path):  # O_NOFOLLOW gives another message: too many levels of links
-        raise OSError(errno.ELOOP, "it is a link", path)
-    # Without O_NONBLOCK, opening a named pipe would wait forever.
-    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+    try:
+        # Without O_NONBLOCK, opening a named pipe would wait forever.
+        return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            error.strerror = "it is a link"
+        raise
 
 
 def read_regular(path, max_bytes):
