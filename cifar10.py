@@ -172,11 +172,13 @@ def _normalize(images, name):
 
 
 def _fully_connected(features, name, units, stddev, wd, relu=True):
-    """Fully connected layer, ReLU optional: float32 [batch, n] to [batch, units]."""
+    """Fully connected layer, ReLU optional: float32 [batch, ...] to [batch, units]."""
     bias = 0.1 if relu else 0.0  # if positive, more ReLUs are active at first
+    size = features.shape[1:].num_elements()
     with tf.variable_scope(name):
-        shape = [features.shape.as_list()[1], units]
-        weights = _variable_with_weight_decay("weights", shape, stddev, wd, read=True)
+        if features.shape.rank > 2:
+            features = tf.reshape(features, [-1, size])
+        weights = _variable_with_weight_decay("weights", [size, units], stddev, wd, read=True)
         biases = _variable_on_cpu("biases", [units], tf.constant_initializer(bias))
         output = tf.matmul(features, weights) + biases
         activation = (tf.nn.relu if relu else tf.identity)(output, name=name)
@@ -225,17 +227,15 @@ def inference(images, num_classes=None):
         # Source: layers-conv-local-11pct.cfg and layer-params-conv-local-11pct.cfg of cuda-convnet.
         local3 = _locally_connected(pool2, "local3", channels=32, stddev=0.04, wd=wd)
         local4 = _locally_connected(local3, "local4", channels=32, stddev=0.04, wd=wd)
-        features = tf.reshape(local4, [-1, local4.shape[1:].num_elements()])  # [batch, 1152]
         softmax_wd = wd
     else:
-        flat = tf.reshape(pool2, [-1, pool2.shape[1:].num_elements()])  # [batch, 2304]
-        local3 = _fully_connected(flat, "local3", 384, stddev=0.04, wd=wd)
-        local4 = _fully_connected(local3, "local4", 192, stddev=0.04, wd=wd)
-        features, softmax_wd = local4, None  # [batch, 192]
+        local3 = _fully_connected(pool2, "local3", 384, stddev=0.04, wd=wd)  # [batch, 384]
+        local4 = _fully_connected(local3, "local4", 192, stddev=0.04, wd=wd)  # [batch, 192]
+        softmax_wd = None
 
     # No softmax here: the loss takes logits, which is faster and numerically more stable.
-    stddev = 1.0 / features.shape.as_list()[1]
-    return _fully_connected(features, "softmax_linear", num_classes, stddev, softmax_wd, relu=False)
+    stddev = 1.0 / local4.shape[1:].num_elements()
+    return _fully_connected(local4, "softmax_linear", num_classes, stddev, softmax_wd, relu=False)
 
 
 def loss(logits, labels, scope=None):

@@ -24,12 +24,8 @@ from support.base import command_line, files, options
 from support.base.errors import CheckpointError, UserError, first_line
 from support.base.messages import printable, report
 from support.data import image_files, records
-from support.ops.tensorflow_v1 import (
-    out_of_memory_explained,
-    session_config,
-    tf,
-    warn_of_unusable_gpus,
-)
+from support.ops import tensorflow_v1
+from support.ops.tensorflow_v1 import tf
 from support.run import checkpoints
 
 FLAGS = flags.FLAGS
@@ -57,8 +53,9 @@ def open_model():
     options.values()  # checks them: a constant may have been edited
     trained = checkpoints.use_newest(FLAGS.checkpoint_dir).settings
     settings = cifar10.training_settings(trained and trained.class_names)
+    config = tensorflow_v1.session_config(FLAGS.use_fp16)
     shape = [None, *records.image_shape()]
-    with tf.Graph().as_default(), tf.Session(config=session_config(FLAGS.use_fp16)) as session:
+    with tf.Graph().as_default(), tf.Session(config=config) as session:
         images = tf.placeholder(tf.uint8, shape, name="images")
         # TensorFlow does not compare the images that an exported model gets with the placeholder.
         crops = cifar10_input.central_crops(tf.ensure_shape(images, shape))
@@ -95,7 +92,7 @@ def predict(model, images):
     if not len(images):  # some operations refuse empty batches
         return []
     images = image_files.stack_images(images)
-    with out_of_memory_explained():
+    with tensorflow_v1.out_of_memory_explained():
         probabilities = model.session.run(model.probabilities, {model.images: images})
     if not np.isfinite(probabilities).all():
         raise CheckpointError(f"{model.checkpoint.path} produces non-finite probabilities")
@@ -151,20 +148,19 @@ def export(model, export_dir):
     """Writes a model as a SavedModel with the signature `serving_default`.
 
     Its input is `images`, uint8 [n, 32, 32, 3]. Its outputs are `probabilities`, float32
-    [n, classes]; `classes`, int64 [n], the index of the most likely class of each image; and
-    `class_names`, string [n, classes], the names in the order of the probabilities. The names are
-    repeated for each image because servers expect each output to have a row per image.
+    [n, classes]; `classes`, int64 [n], the index of the most likely class; and `class_names`,
+    string [n, classes], repeated because servers expect each output to have a row per image.
 
     Raises:
       UserError: the folder is neither new nor empty, or cannot be written.
     """
-    names = tf.constant([model.class_names])
+    num_images = tf.shape(model.images)[0]
     signature = tf.saved_model.predict_signature_def(
         {"images": model.images},
         {
             "probabilities": model.probabilities,
             "classes": tf.argmax(model.probabilities, axis=1),
-            "class_names": tf.tile(names, [tf.shape(model.images)[0], 1]),
+            "class_names": tf.tile(tf.constant([model.class_names]), [num_images, 1]),
         },
     )
     with files.new_folder("--export_dir", export_dir) as staging:
@@ -187,7 +183,7 @@ def main(argv):
     paths = argv[1:]
     if not paths and FLAGS.export_dir is None:
         raise app.UsageError("specify images or folders of images, or --export_dir")
-    warn_of_unusable_gpus()
+    tensorflow_v1.warn_of_unusable_gpus()
     with open_model() as model:
         if FLAGS.export_dir is not None:
             export(model, FLAGS.export_dir)

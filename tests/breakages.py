@@ -178,7 +178,7 @@ BREAKAGES = [Breakage(*entry) for entry in [
      "(collector, num_workers, num_workers)", "(collector, 1, num_workers)",
      "cluster/test_synchronization.py", "a_step_applies_the_mean or each_worker_waits"),
     ("a GPU of AMD is not looked for", "support/ops/tensorflow_v1.py",
-     '"nvgpu*", "dxg", "kfd")', '"nvgpu*", "dxg")',
+     '"dev/dxg", "dev/kfd")', '"dev/dxg")',
      "ops/test_tensorflow_v1.py", "the_device_of_a_driver"),
 ]]
 # fmt: on

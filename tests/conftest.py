@@ -349,6 +349,13 @@ def flags_are_restored(tmp_path):
         yield
 
 
+@pytest.fixture(params=[True, False], ids=["fast", "reference"])
+def fast_ops(request):
+    """Runs a test with the fast operations and with those of the tutorial."""
+    flags.FLAGS.fast_ops = request.param
+    return request.param
+
+
 @pytest.fixture
 def warnings(monkeypatch):
     """The warnings that TensorFlow's logger receives."""

@@ -3,7 +3,6 @@
 import re
 
 import pytest
-import turns
 from conftest import run_script
 
 ROW = r"\| [^|]+ \| \d+\.\d\d \| \d+\.\d\d to \d+\.\d\d \|"
@@ -34,13 +33,6 @@ def test_the_comparison_prints_its_table_and_the_throughputs():
         assert re.fullmatch(ROW, row)
     assert lines[-1].startswith("Throughput in images per second: float32 ")
     assert "Traceback" not in process.stderr
-
-
-def test_untimed_steps_run_before_the_timed_ones(monkeypatch):
-    steps = []
-    monkeypatch.setattr("sys.stdin", ["2\n", "5\n"])
-    turns.serve(steps.append, warm_up_steps=lambda count: count + 1)
-    assert steps == [3, 2, 6, 5]
 
 
 @pytest.mark.slow

@@ -5,7 +5,6 @@ import os
 import pathlib
 import re
 import sys
-import threading
 import time
 import types
 
@@ -38,11 +37,11 @@ FLAGS = cifar10_eval.FLAGS
 @pytest.fixture
 def records(tmp_path):
     """A small dataset, and flags that name it and new folders; the training and test records."""
-    FLAGS.data_dir = str(tmp_path)
-    FLAGS.checkpoint_dir = str(tmp_path / "train")
-    FLAGS.eval_dir = str(tmp_path / "eval")
+    FLAGS.data_dir = str(tmp_path / "data[1] ?*猫")
+    FLAGS.checkpoint_dir = str(tmp_path / "train {x}猫")
+    FLAGS.eval_dir = str(tmp_path / "eval {x}猫")
     FLAGS.run_once = True
-    folder = tmp_path / dataset.EXTRACTED_FOLDER
+    folder = tmp_path / FLAGS.data_dir / dataset.EXTRACTED_FOLDER
     return write_dataset(folder, train_counts=(20, 1, 30, 8, 5), test_count=131, patches=True)
 
 
@@ -184,21 +183,6 @@ def test_a_checkpoint_trained_on_other_classes_is_refused_before_anything_starts
     assert not os.path.exists(FLAGS.eval_dir)
 
 
-def test_any_number_of_classes_is_evaluated_and_reported_by_name(tmp_path, records):
-    names = tuple(f"class {number}" for number in range(13))
-    folder = tmp_path / dataset.EXTRACTED_FOLDER
-    _, test = write_dataset(folder, test_count=40, class_names=names)
-    save_checkpoint(FLAGS.checkpoint_dir, 7, TrainingSettings(names, 25))
-    variables = numpy_model.random_variables(AVERAGED, len(names))
-    predictions = numpy_model.inference(standardized_centers(test), variables).argmax(axis=1)
-    cifar10_eval.evaluate()
-    (result,) = written_results()
-    assert np.shape(result["confusion_matrix"]) == (13, 13)
-    assert result["class_names"] == list(names)
-    assert result["precision"] == pytest.approx(np.mean(predictions == test[:, 0]))
-    assert {f"recall/{name}" for name in names} <= written_tags()
-
-
 def test_a_tie_counts_as_the_first_of_the_classes(records, capsys, monkeypatch):
     _, test = records
     variables = numpy_model.random_variables(AVERAGED)
@@ -252,6 +236,8 @@ def evaluate_forever(monkeypatch, on_wait):
     """Evaluates new checkpoints; `on_wait` is called in place of `time.sleep`."""
     clock = types.SimpleNamespace(sleep=on_wait, monotonic=time.monotonic)
     monkeypatch.setattr(evaluation, "time", clock)
+    check = "check_in_other_process"  # takes seconds
+    monkeypatch.setattr(evaluation.checkpoints, check, lambda path: None)
     FLAGS.run_once = False
     cifar10_eval.evaluate()
 
@@ -294,10 +280,7 @@ def test_a_checkpoint_without_the_variables_is_an_error_that_names_them(records)
         session.run(tf.global_variables_initializer())
         pathlib.Path(FLAGS.checkpoint_dir).mkdir()
         tf.train.Saver().save(session, f"{FLAGS.checkpoint_dir}/model.ckpt", 7)
-    message = (
-        r"another model: in it, conv\d/\w+/ExponentialMovingAverage is missing, .*, and 5 more "
-        "differ"
-    )
+    message = r"another model: in it, (\w+/\w+/ExponentialMovingAverage is missing,? ?){10}; choose"
     with pytest.raises(CheckpointError, match=message):
         cifar10_eval.evaluate()
 
@@ -333,15 +316,6 @@ def test_test_data_that_changes_between_two_evaluations_is_an_error(checkpoint, 
     with pytest.raises(DataError, match="test_batch.bin was modified after the script started"):
         evaluate_forever(monkeypatch, change_and_save)
     assert evaluated_steps() == [7]
-
-
-def test_evaluations_leave_no_threads_behind(checkpoint):
-    FLAGS.num_examples = 10  # fewer than the queue holds
-    FLAGS.batch_size = 2
-    before = threading.active_count()
-    for _ in range(3):
-        cifar10_eval.evaluate()
-    assert threading.active_count() == before
 
 
 def test_results_are_written_when_stdout_is_lost(checkpoint, monkeypatch, capsys):

@@ -25,29 +25,13 @@ from support.ops.tensorflow_v1 import tf
 
 pytestmark = pytest.mark.usefixtures("graph")
 
-both_pipelines = pytest.mark.parametrize("fast_ops", [True, False], ids=["fast", "reference"])
-
-
 FLAGS = cifar10_input.FLAGS
 
 
-def set_flags(flags):
-    """Gives the flags in a dictionary their values."""
-    for name, value in flags.items():
-        setattr(FLAGS, name, value)
-
-
-def distorted_inputs(folder, batch_size, fraction=0.4, threads=16, shard=(0, 1), **flags):
-    """Creates the training input with values of flags."""
-    set_flags({"min_fraction_of_examples_in_queue": fraction, "num_preprocess_threads": threads})
-    set_flags(flags)
-    return cifar10_input.distorted_inputs(folder, batch_size, shard)
-
-
-def inputs(eval_data, folder, batch_size, num_epochs=None, **flags):
-    """Creates the evaluation input with values of flags."""
-    set_flags(flags)
-    return cifar10_input.inputs(eval_data, folder, batch_size, num_epochs)
+def distorted_inputs(folder, batch_size, fraction=0.4, shard=(0, 1)):
+    """Creates a training input whose queue holds a fraction of an epoch."""
+    FLAGS.min_fraction_of_examples_in_queue = fraction
+    return cifar10_input.distorted_inputs(str(folder), batch_size, shard)
 
 
 def run_batches(tensors, count=None):
@@ -96,7 +80,6 @@ def test_a_record_of_known_bytes_is_read_as_the_image_that_it_describes(tmp_path
 # The evaluation input.
 
 
-@both_pipelines
 @pytest.mark.parametrize(
     ("eval_data", "batch_size", "num_epochs", "sizes"),
     [(True, 7, 1, [7] * 18 + [5]), (True, 128, 3, [128] * 3 + [9]), (False, 4, 1, [4] * 15)],
@@ -105,7 +88,7 @@ def test_evaluation_gives_each_record_once_per_epoch_in_the_order_of_the_files(
     tmp_path, eval_data, batch_size, num_epochs, sizes, fast_ops
 ):
     train, test = write_dataset(tmp_path, train_counts=[40, 20], test_count=131)
-    tensors = inputs(eval_data, str(tmp_path), batch_size, num_epochs, fast_ops=fast_ops)
+    tensors = cifar10_input.inputs(eval_data, str(tmp_path), batch_size, num_epochs)
     with running_queues() as session:
         batches = all_batches(session, tensors)
     assert [len(batch_labels) for _, batch_labels in batches] == sizes
@@ -115,10 +98,9 @@ def test_evaluation_gives_each_record_once_per_epoch_in_the_order_of_the_files(
     np.testing.assert_allclose(images, standardized_centers(expected), atol=1e-4)
 
 
-@both_pipelines
 def test_evaluation_repeats_forever_in_full_batches_by_default(tmp_path, fast_ops):
     _, test = write_dataset(tmp_path, test_count=5)
-    images, labels = inputs(True, str(tmp_path), 4, fast_ops=fast_ops)
+    images, labels = cifar10_input.inputs(True, str(tmp_path), 4)
     assert (images.dtype, images.shape) == (tf.float32, [4, 24, 24, 3])
     assert (labels.dtype, labels.shape) == (tf.int32, [4])
     (labels,) = run_batches([labels], 10)
@@ -149,12 +131,11 @@ def test_central_crops_refuse_images_of_another_shape(shape):
 # The training input.
 
 
-@both_pipelines
 def test_training_input_repeats_forever_and_shuffles_the_training_files(tmp_path, fast_ops):
     train, _ = write_dataset(tmp_path)
     train[:, 0] = 7
     train.tofile(tmp_path / "data_batch_1.bin")
-    images, labels = distorted_inputs(str(tmp_path), 8, 0.002, fast_ops=fast_ops)
+    images, labels = distorted_inputs(tmp_path, 8, 0.002)
     assert (images.dtype, images.shape) == (tf.float32, [8, 24, 24, 3])
     assert (labels.dtype, labels.shape) == (tf.int32, [8])
     images, labels = run_batches([images, labels], 40)
@@ -166,7 +147,6 @@ def test_training_input_repeats_forever_and_shuffles_the_training_files(tmp_path
     assert np.count_nonzero(np.diff(labels == 7)) > 50
 
 
-@both_pipelines
 def test_training_images_keep_their_labels(tmp_path, fast_ops):
     # Images with an even label are darker on the left, those with an odd label are darker at the
     # top. A flip keeps a horizontal gradient horizontal, and no other distortion changes it.
@@ -176,20 +156,20 @@ def test_training_images_keep_their_labels(tmp_path, fast_ops):
         image = np.broadcast_to(ramp if record[0] % 2 == 0 else ramp[:, np.newaxis], [3, 32, 32])
         record[1:] = image.reshape(-1)
     write_train_files(tmp_path, records)
-    images, labels = run_batches(distorted_inputs(str(tmp_path), 100, 0.01, fast_ops=fast_ops), 1)
+    images, labels = run_batches(distorted_inputs(tmp_path, 100, 0.01), 1)
     across = np.abs(images[:, :, 0] - images[:, :, -1]).mean(axis=(1, 2))
     down = np.abs(images[:, 0] - images[:, -1]).mean(axis=(1, 2))
     np.testing.assert_array_equal(across > down, labels % 2 == 0)
 
 
-@both_pipelines
 def test_training_crops_have_the_given_size_and_are_flipped_only_if_asked(tmp_path, fast_ops):
     records = make_records(500)
     records[:, 1:] = np.tile(np.arange(32), 96)  # brighter from left to right
     write_train_files(tmp_path, records)
+    FLAGS.crop_size = 20
     for random_flip in (True, False):
-        flags = {"random_flip": random_flip, "crop_size": 20, "fast_ops": fast_ops}
-        images, _ = run_batches(distorted_inputs(str(tmp_path), 200, 0.01, **flags), 1)
+        FLAGS.random_flip = random_flip
+        images, _ = run_batches(distorted_inputs(tmp_path, 200, 0.01), 1)
         assert images.shape == (200, 20, 20, 3)
         is_flipped = images[:, 0, 0, 0] > images[:, 0, -1, 0]
         assert is_flipped.any() == random_flip
@@ -206,15 +186,14 @@ def test_a_fraction_of_an_epoch_stays_in_the_training_queue(tmp_path, capsys):
     )
 
 
-@both_pipelines
 def test_the_seed_determines_all_batches_if_one_thread_reads(tmp_path, fast_ops):
     write_dataset(tmp_path, train_counts=[40] * 5)
+    FLAGS.num_preprocess_threads = 1
 
     def run(seed):
         with tf.Graph().as_default():
             tf.set_random_seed(seed)
-            tensors = distorted_inputs(str(tmp_path), 8, 0.2, 1, fast_ops=fast_ops)
-            return run_batches(tensors, 30)
+            return run_batches(distorted_inputs(tmp_path, 8, 0.2), 30)
 
     images, labels = run(5)
     images_again, labels_again = run(5)
@@ -229,16 +208,13 @@ OF_THE_TUTORIAL = {"ReaderReadV2", "AdjustContrastv2", "QueueEnqueueV2"}
 ON_BLOCKS = {"ReaderReadUpToV2", "BatchMatMulV2"}
 
 
-@pytest.mark.parametrize(
-    ("flags", "used", "unused"),
-    [({}, ON_BLOCKS, OF_THE_TUTORIAL), ({"fast_ops": False}, OF_THE_TUTORIAL, ON_BLOCKS)],
-)
 def test_training_images_are_distorted_in_blocks_or_one_by_one_as_in_the_tutorial(
-    tmp_path, flags, used, unused
+    tmp_path, graph, fast_ops
 ):
     write_dataset(tmp_path)
-    distorted_inputs(str(tmp_path), 8, **flags)
-    types = {operation.type for operation in tf.get_default_graph().get_operations()}
+    distorted_inputs(tmp_path, 8)
+    used, unused = (ON_BLOCKS, OF_THE_TUTORIAL) if fast_ops else (OF_THE_TUTORIAL, ON_BLOCKS)
+    types = {operation.type for operation in graph.get_operations()}
     assert types >= {"FixedLengthRecordReaderV2", "DecodeRaw", *used}
     assert types.isdisjoint(unused)
 
@@ -254,7 +230,6 @@ def write_numbered_records(folder, counts):
         part.tofile(folder / f"data_batch_{number}.bin")
 
 
-@both_pipelines
 def test_each_record_belongs_to_exactly_one_shard_and_is_read_without_shards(tmp_path, fast_ops):
     counts = (3, 4, 5, 6, 7)
     folder = tmp_path / "a:7\nb"
@@ -262,9 +237,7 @@ def test_each_record_belongs_to_exactly_one_shard_and_is_read_without_shards(tmp
     numbers_in_file = [number for count in counts for number in range(count)]
     for index, count in ((0, 3), (1, 3), (2, 3), (0, 1)):
         with tf.Graph().as_default():
-            shard = index, count
-            tensors = distorted_inputs(str(folder), 100, 0.0, shard=shard, fast_ops=fast_ops)
-            _, labels = run_batches(tensors, 5)
+            _, labels = run_batches(distorted_inputs(folder, 100, 0.0, shard=(index, count)), 5)
         of_shard = [label for label, n in enumerate(numbers_in_file) if n % count == index]
         drawn = collections.Counter(labels.tolist())
         assert sorted(drawn) == of_shard
@@ -274,7 +247,7 @@ def test_each_record_belongs_to_exactly_one_shard_and_is_read_without_shards(tmp
 def test_more_shards_than_records_in_a_file_are_refused(tmp_path):
     write_dataset(tmp_path, train_counts=(2, 1, 2, 1, 2))
     with pytest.raises(UserError, match="3 workers, but a file has 1 records"):
-        distorted_inputs(str(tmp_path), 8, shard=(0, 3))
+        distorted_inputs(tmp_path, 8, shard=(0, 3))
 
 
 # Batches, as forks of the tutorial make them.
@@ -308,17 +281,12 @@ def test_single_images_are_batched_as_in_the_tutorial(tmp_path, shuffle):
 # Both inputs.
 
 
-@both_pipelines
-@pytest.mark.parametrize("is_training", [True, False])
-def test_every_input_operation_is_on_the_cpu(tmp_path, is_training, fast_ops):
+def test_every_input_operation_is_on_the_cpu(tmp_path, graph, fast_ops):
     write_dataset(tmp_path)
     with tf.device("/device:GPU:0"):
-        if is_training:
-            distorted_inputs(str(tmp_path), 8, shard=(0, 2), fast_ops=fast_ops)
-        else:
-            inputs(True, str(tmp_path), 8, num_epochs=1, fast_ops=fast_ops)
-    operations = tf.get_default_graph().get_operations()
-    assert {operation.device for operation in operations} == {"/device:CPU:0"}
+        distorted_inputs(tmp_path, 8, shard=(0, 2))
+        cifar10_input.inputs(True, str(tmp_path), 8, num_epochs=1)
+    assert {operation.device for operation in graph.get_operations()} == {"/device:CPU:0"}
 
 
 def test_a_missing_file_is_an_error_when_the_input_is_built(tmp_path):
@@ -326,26 +294,21 @@ def test_a_missing_file_is_an_error_when_the_input_is_built(tmp_path):
     os.remove(tmp_path / "data_batch_4.bin")
     os.remove(tmp_path / "test_batch.bin")
     with pytest.raises(ValueError, match="Failed to find file: .*data_batch_4.bin"):
-        distorted_inputs(str(tmp_path), 8)
+        distorted_inputs(tmp_path, 8)
     with pytest.raises(ValueError, match="Failed to find file: .*test_batch.bin"):
-        inputs(True, str(tmp_path), 8)
+        cifar10_input.inputs(True, str(tmp_path), 8)
 
 
-@pytest.mark.parametrize("is_training", [True, False])
-def test_the_image_sheet_shows_the_batch_that_the_model_gets(tmp_path, monkeypatch, is_training):
+def test_the_image_sheet_shows_the_batch_that_the_model_gets(tmp_path, monkeypatch):
     write_dataset(tmp_path)
     sheets = []
     monkeypatch.setattr(summaries, "image_sheet", lambda *arguments: sheets.append(arguments))
-    if is_training:
-        images, _ = distorted_inputs(str(tmp_path), 6)
-    else:
-        images, _ = inputs(True, str(tmp_path), 6)
-    ((tag, shown),) = sheets
-    assert tag == "input"
-    assert shown is images
+    training_images, _ = distorted_inputs(tmp_path, 6)
+    images, _ = cifar10_input.inputs(True, str(tmp_path), 6)
+    assert [tag for tag, _ in sheets] == ["input", "input"]
+    assert [shown for _, shown in sheets] == [training_images, images]
 
 
-@both_pipelines
 def test_edits_of_the_reader_and_of_the_central_crops_take_effect_in_both_pipelines(
     tmp_path, monkeypatch, fast_ops
 ):
@@ -363,8 +326,8 @@ def test_edits_of_the_reader_and_of_the_central_crops_take_effect_in_both_pipeli
 
     monkeypatch.setattr(cifar10_input, "read_cifar10", edited_read)
     monkeypatch.setattr(cifar10_input, "central_crops", edited_crops)
-    images, labels = run_batches(inputs(True, str(tmp_path), 8, num_epochs=1, fast_ops=fast_ops))
+    images, labels = run_batches(cifar10_input.inputs(True, str(tmp_path), 8, num_epochs=1))
     np.testing.assert_array_equal(labels, test[:, 0] + 100)
     np.testing.assert_array_equal(images, 255 - pixels(test)[:, :24, :24])
-    _, labels = run_batches(distorted_inputs(str(tmp_path), 8, fast_ops=fast_ops), 1)
+    _, labels = run_batches(distorted_inputs(tmp_path, 8), 1)
     assert (labels >= 100).all()

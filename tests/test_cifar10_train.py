@@ -27,8 +27,8 @@ FLAGS = cifar10_train.FLAGS
 @pytest.fixture
 def small_run(tmp_path):
     """A function that trains a few steps on a small dataset and returns the lines of metrics."""
-    write_dataset(tmp_path / dataset.EXTRACTED_FOLDER, train_counts=[40] * 5)
-    FLAGS.data_dir = str(tmp_path)
+    FLAGS.data_dir = str(tmp_path / "data[1] ?*猫")
+    write_dataset(tmp_path / FLAGS.data_dir / dataset.EXTRACTED_FOLDER, train_counts=[40] * 5)
     FLAGS.batch_size = 4
     FLAGS.log_frequency = 1
     FLAGS.min_fraction_of_examples_in_queue = 0.001
@@ -129,14 +129,9 @@ def test_gpus_that_stay_unused_or_are_shared_are_reported(
 @pytest.mark.parametrize("fast_ops", [True, False])
 def test_the_seed_determines_every_loss_if_one_thread_reads(small_run, fast_ops):
     FLAGS.fast_ops = fast_ops
-    first, again, other, drawn = (
-        [line["loss"] for line in small_run(name, seed)]
-        for name, seed in (("first", 5), ("again", 5), ("other", 6), ("drawn", None))
-    )
+    first, again = ([line["loss"] for line in small_run(n, 5)] for n in ("first", "again"))
     assert len(first) == 6
     assert first == again
-    assert not set(first) & set(other)
-    assert not set(first) & set(drawn)
 
 
 @pytest.fixture
@@ -289,6 +284,7 @@ def test_tensorboard_gets_exactly_these_tags(small_run, tmp_path, num_gpus, fast
     assert {"distorted_inputs", "total_loss", "update", *LAYERS, *of_script} <= scopes
     if not num_gpus:
         assert len(scopes) < 30  # the session's operations would add dozens
+        assert not [scope for scope in scopes if scope.startswith("Reshape")]
     # Functions would make TensorFlow look for GPUs, which prints an error where there is none.
     meta_graph = tf.MetaGraphDef.FromString((tmp_path / "run" / "model.ckpt-0.meta").read_bytes())
     functions = meta_graph.graph_def.library.function

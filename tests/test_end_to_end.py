@@ -102,54 +102,6 @@ def test_each_script_resumes_and_evaluates_checkpoints_of_the_other(
     assert {name.split(".")[0] for name in os.listdir(tmp_path / "eval")} == {"events", "results"}
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(600)
-def test_every_path_flag_means_itself_whatever_the_name(tmp_path):
-    """Beside each folder is one that its name matches as a pattern. That one stays as it is."""
-    names = {}
-    for number, label in enumerate(("house", "sun")):
-        for name in ("images[1] ?*", "images1 xy"):
-            folder = tmp_path / name / label
-            folder.mkdir(parents=True)
-            for i in range(6):
-                Image.new("RGB", (32, 32), (100 * number, 20 * i, 0)).save(folder / f"{i}.png")
-    for name in ("data", "train", "eval"):
-        matched = tmp_path / f"{name}1\u732b xy"
-        matched.mkdir()
-        for file in ("checkpoint", "model.ckpt-0.index", "model.ckpt-3.meta", "test_batch.bin"):
-            (matched / file).write_text("unrelated")
-        # TensorFlow would look for checkpoints in the folders that match a pattern.
-        brackets = "[1]\u732b ?*" if name == "data" else "1\u732b {x}"
-        names[name] = f"{tmp_path}/{name}{brackets}"
-    before = {path: path.read_bytes() for path in tmp_path.glob("*1* xy/*") if path.is_file()}
-    assert len(before) == 12
-    images = f"{tmp_path}/images[1] ?*"
-    run_script(
-        "cifar10_convert.py", f"--images={images}", "--test_fraction=0.4",
-        f"--output={names['data']}",
-    )  # fmt: skip
-    for script, max_steps in (("cifar10_train.py", 3), ("cifar10_multi_gpu_train.py", 6)):
-        process = run_script(
-            script, f"--data_dir={names['data']}", f"--train_dir={names['train']}",
-            f"--max_steps={max_steps}", "--batch_size=4", "--save_checkpoint_steps=1",
-            "--max_checkpoints_to_keep=2",
-        )  # fmt: skip
-        assert f"step {max_steps - 3}, loss = " in process.stdout
-    indexes = {name for name in os.listdir(names["train"]) if name.endswith(".index")}
-    assert indexes == {"model.ckpt-5.index", "model.ckpt-6.index"}
-    process = run_script(
-        "cifar10_eval.py", f"--data_dir={names['data']}", f"--checkpoint_dir={names['train']}",
-        f"--eval_dir={names['eval']}", "--run_once",
-    )  # fmt: skip
-    assert ": precision @ 1 = " in process.stdout
-    assert "results.jsonl" in os.listdir(names["eval"])
-    process = run_script(
-        "cifar10_predict.py", f"--checkpoint_dir={names['train']}", f"{images}/sun/0.png"
-    )
-    assert process.stdout.startswith(f"{images}/sun/0.png: ")
-    assert {path: path.read_bytes() for path in before} == before
-
-
 def test_the_end_of_a_run_prints_no_warnings_of_canceled_queues(train_flags, eval_flags):
     trained = run_script("cifar10_train.py", *train_flags, "--batch_size=16", "--max_steps=2")
     check_training_output(trained, [0])

@@ -30,10 +30,7 @@ LOST_AFTER = 3  # failed checks in a row, a second apart, before a task counts a
 STATUS_TIMEOUT = 5  # seconds to wait for the answer of a parameter server, which may be lost
 MAX_WAIT_FOR_WORKERS = 20.0  # seconds that a parameter server keeps running after training
 
-USED_SERVERS = (  # they hold the variables and gradients of a chief that has ended
-    "the parameter servers have been used by an earlier chief; restart all tasks to resume from "
-    "the newest checkpoint"
-)
+_CURE = "; restart all tasks to resume from the newest checkpoint"
 
 # Raised by a session whose parameter server is lost or has been restarted.
 _CONNECTION_ERRORS = (tf.errors.UnavailableError, tf.errors.AbortedError)
@@ -45,15 +42,14 @@ def run_worker(task, server, train, settings, timeout, shard_data=False):
     Args:
       task: the `Task`.
       server: the `tf.train.Server` from `start_server`.
-      train: function of a `Worker` that trains up to the last step. On the chief it also restores
-        and saves, and returns at once if there is nothing left to train.
+      train: function of a `Worker` that trains up to the last step, if it is not reached yet.
       settings: the `TrainingSettings`. They must be those of the chief.
       timeout: seconds that another task may be missing.
       shard_data: bool; whether each worker reads its own part of the records.
 
     Raises:
       UserError: a task is missing for too long, the chief has stopped, or it trains with different
-        settings. Also whatever `train` raises.
+        settings.
     """
     wait_for_peers(task, task.parameter_servers, timeout)
     statuses = [ChiefStatus(task, server.target, index) for _, index in task.parameter_servers]
@@ -63,7 +59,10 @@ def run_worker(task, server, train, settings, timeout, shard_data=False):
         if task.is_chief:
             with _outcome_reported(statuses):
                 if any(status.read(STATE) for status in statuses):
-                    raise UserError(USED_SERVERS)
+                    # They hold the variables and gradients of a chief that has ended.
+                    raise UserError(
+                        f"the parameter servers have been used by an earlier chief{_CURE}"
+                    )
                 wait_for_peers(task, task.workers, timeout)
                 statuses[0].write(SETTINGS, format_settings(settings))
                 train(worker)
@@ -109,11 +108,7 @@ def _check_settings(task, status, settings):
 def serve_parameters(task, config, timeout):
     """Holds variables as a parameter server until the chief has finished training.
 
-    The `timeout` is the number of seconds that another task may be missing, or the host name of
-    this task unknown.
-
-    Raises:
-      UserError: the server cannot start, the chief has stopped, or a task is missing for too long.
+    For the arguments and errors, see `start_server` and `run_worker`.
     """
     server = start_server(task, config, timeout)
     wait_for_peers(task, task.parameter_servers, timeout)
@@ -176,10 +171,7 @@ def _find_loss(task, status, failed_checks):
 
 
 def _explain_loss(task, lost):
-    return (
-        f"lost the connection to {task.describe(*lost)}; restart all tasks to resume from the "
-        "newest checkpoint"
-    )
+    return f"lost the connection to {task.describe(*lost)}{_CURE}"
 
 
 def _end_at_once(message):

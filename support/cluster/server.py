@@ -2,6 +2,7 @@
 
 import errno
 import ipaddress
+import os
 import socket
 import time
 
@@ -42,14 +43,12 @@ def start_server(task, config, timeout=0):
     It neither encrypts nor authenticates: use it on a private network.
 
     Args:
-      task: the `Task`.
-      config: the `tf.ConfigProto` from `session_config`. It configures the devices of every session
-        that uses this server. The server of a "ps" task uses no GPU.
+      task: the `Task`. A "ps" task uses no GPU.
+      config: the `tf.ConfigProto` of every session that uses this server, from `session_config`.
       timeout: seconds that the host name of this task may be unknown.
 
     Raises:
-      UserError: the host name is unknown for too long, the port is in use, the address does not
-        belong to this machine, or a worker is configured for float16.
+      UserError: the server cannot start at this address, or a worker is configured for float16.
     """
     rewrites = config.graph_options.rewrite_options
     if task.type == "ps":
@@ -95,16 +94,11 @@ def _check_own_address(address, found):
     """Raises UserError unless a server can listen at one of the found addresses."""
     # TensorFlow would accept an address of another machine, and would print several lines about a
     # port in use. A name can have addresses of an IP version that this machine does not use.
-    for family, kind, _, _, socket_address in found:
+    for family, _, _, _, socket_address in found:
         try:
-            with socket.socket(family, kind) as probe:
-                # The port of a server that has just ended is free, although the system reserves
-                # it for a minute.
-                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                probe.bind(socket_address)
-                return
+            return socket.create_server(socket_address, family=family).close()
         except OSError as error:
-            reason = error.strerror
+            reason = os.strerror(error.errno)
             if error.errno == errno.EADDRINUSE:
                 break
     raise UserError(
@@ -146,18 +140,14 @@ def _make_check(task, peers, timeout):
 def make_chief_check(task, timeout):
     """Returns a function to call repeatedly while this task waits for the chief.
 
-    If the chief does not respond, the function reports that on stderr, and raises UserError after
-    `timeout` seconds. Without parameter servers, it does nothing: the only worker has no server.
+    It reports a chief that does not respond, and raises UserError after `timeout` seconds.
+    Without parameter servers, it does nothing: the only worker has no server.
     """
     return _make_check(task, task.workers[:1] if task.parameter_servers else [], timeout)
 
 
 def wait_for_peers(task, peers, timeout):
-    """Waits until the servers of `peers`, a list of (type, index), accept connections.
-
-    Raises:
-      UserError: some of them did not respond in time. The message lists them.
-    """
+    """Waits until `peers`, a list of (type, index), respond. Raises UserError after the timeout."""
     check = _make_check(task, peers, timeout)
     while not check():
         time.sleep(POLL_INTERVAL)

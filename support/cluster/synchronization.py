@@ -14,10 +14,7 @@ FAILED = "failed"  # an error or a signal has ended training
 class ChiefStatus:
     """The status of the chief, stored on a parameter server, where all tasks can read it.
 
-    Args:
-      task: the `Task` of this process.
-      target: string; the target of this process's server.
-      index: int; the index of the parameter server.
+    `task` and `target` are those of this process's server; `index` is that of the parameter server.
     """
 
     def __init__(self, task, target, index):
@@ -45,8 +42,7 @@ class ChiefStatus:
     def read(self, key, timeout=0):
         """Returns the string under STATE or SETTINGS; an empty one if none is stored.
 
-        A lost parameter server may never answer. With a `timeout` in seconds, DeadlineExceededError
-        is then raised.
+        Raises DeadlineExceededError after a `timeout` in seconds: a lost server may never answer.
         """
         options = tf.RunOptions(timeout_in_ms=1000 * timeout)
         return self._session.run(self._lookup, {self._key: key}, options).decode()
@@ -73,27 +69,22 @@ class SynchronizedStep(tf.train.SessionRunHook):
       gradients: list of (gradient, variable) of this worker.
       global_step: int64 [] variable.
       num_workers: int.
-      on_ready: function that the chief calls when the other workers can start; None if this worker
-        is not the chief.
-
-    Attributes:
-      average_gradients: list of (average gradient, variable), for the operation that is passed to
-        `set_update`.
-      train_op: adds the gradients of this worker and waits for the update.
-      add_tokens_op: adds a token for each worker, which ends steps that wait for an update.
+      on_ready: function that the chief calls when the other workers can start; else None.
     """
 
     def __init__(self, gradients, global_step, num_workers, on_ready):
-        self.average_gradients = []
+        self.average_gradients = []  # of (average gradient, variable), as in `gradients`
         # SyncReplicasOptimizer would update the moving averages only after the workers have their
         # tokens, so the chief could save averages that lack a step. It therefore only averages the
         # gradients here; `set_update` adds the tokens after the update.
         collector = types.SimpleNamespace(apply_gradients=self._collect)
         self._synchronizer = tf.train.SyncReplicasOptimizer(collector, num_workers, num_workers)
+        # Adds the gradients of this worker and waits for the update.
         self.train_op = self._synchronizer.apply_gradients(gradients, global_step)
         self._synchronizer.ready_for_local_init_op.mark_used()  # unused: workers wait for READY
         self._read_step_op = self._synchronizer.local_step_init_op
         self._start_op = self._synchronizer.chief_init_op
+        # Ends steps that wait for an update: a token for each worker.
         self.add_tokens_op = self._synchronizer.get_init_tokens_op(num_workers)
         self._num_workers = num_workers
         self._update_op = None

@@ -8,24 +8,18 @@ from typing import NamedTuple
 from support.base.errors import UserError, foreign_file
 
 TASK_TYPES = ("ps", "chief", "worker", "evaluator")
-EXAMPLE = (
-    '{"cluster": {"ps": ["host1:2222"], "chief": ["host2:2222"], "worker": ["host3:2222"]}, '
-    '"task": {"type": "worker", "index": 0}}'
+_CURE = (
+    '; write it like {"cluster": {"ps": ["host1:2222"], "chief": ["host2:2222"], "worker": '
+    '["host3:2222"]}, "task": {"type": "worker", "index": 0}}'
 )
 
 
 class Task(NamedTuple):
-    """One task of a cluster.
+    """One task of a cluster."""
 
-    Attributes:
-      cluster: dict from "ps", "chief" and "worker" to lists of addresses, `host:port`.
-      type: string; one of TASK_TYPES.
-      index: int; the number of the task among those of its type.
-    """
-
-    cluster: dict
-    type: str
-    index: int
+    cluster: dict  # from "ps", "chief" and "worker" to lists of addresses, `host:port`
+    type: str  # one of TASK_TYPES
+    index: int  # the number of the task among those of its type
 
     @property
     def workers(self):
@@ -63,14 +57,11 @@ class Task(NamedTuple):
 
 
 def find_task():
-    """Returns the `Task` of this process.
+    """Returns the `Task` of this process, or None if it trains alone.
 
-    The job and the task type `master`, as some clouds write it, are the chief.
-
-    Returns:
-      A `Task`, or None if TF_CONFIG is unset, has an empty cluster, or describes a single worker
-      without parameter servers. The cluster of the task omits evaluators, because no other task
-      contacts them. It may be empty for an evaluator.
+    It does if TF_CONFIG is unset, has an empty cluster, or describes a single worker without
+    parameter servers. The cluster of the task omits evaluators, because no other task contacts
+    them. It may be empty for an evaluator.
 
     Raises:
       UserError: TF_CONFIG is malformed or describes a cluster that cannot train.
@@ -78,14 +69,14 @@ def find_task():
     text = os.environ.get("TF_CONFIG", "").strip()
     if not text:
         return None
-    with foreign_file("TF_CONFIG", UserError, f"; write it like {EXAMPLE}"):
+    with foreign_file("TF_CONFIG", UserError, _CURE):
         config = json.loads(text)
-        cluster = _parse_cluster(config.get("cluster") or {})
-        task = _parse_task(config.get("task") or {}, cluster)
+    cluster = _parse_cluster(_read_object(config, "cluster"))
+    task = _parse_task(_read_object(config, "task"), cluster)
     if not cluster and task.index == 0 and task.type in ("chief", "worker"):
         return None
     count = len(cluster.get(task.type, []))
-    if task.type != "evaluator" and not 0 <= task.index < count:
+    if task.type != "evaluator" and task.index >= count:
         raise UserError(
             f"TF_CONFIG says that this is {task.type} {task.index}, but the job `{task.type}` has "
             f"{count} tasks; the first one has index 0"
@@ -104,11 +95,26 @@ def find_task():
     return task
 
 
+def _malformed(reason):
+    """Returns the error for a TF_CONFIG that is JSON, but not of the expected form."""
+    return UserError(f"TF_CONFIG cannot be read ({reason}){_CURE}")
+
+
+def _read_object(config, name):
+    """Returns the object of a name in TF_CONFIG, a dict; an empty one if it is missing."""
+    if not isinstance(config, dict):
+        raise _malformed("it is not a JSON object")
+    if not isinstance(value := config.get(name) or {}, dict):
+        raise _malformed(f"`{name}` is not a JSON object")
+    return value
+
+
 def _parse_type(name):
     """Returns one of TASK_TYPES from the name of a job or the type of a task."""
-    name = "chief" if name == "master" else name
+    name = "chief" if name == "master" else name  # as some clouds write it
     if name not in TASK_TYPES:
-        raise ValueError(f"{name!r} is not one of {', '.join(TASK_TYPES)}")
+        shown = repr(name) if isinstance(name, str) else "`type`"
+        raise _malformed(f"{shown} is not one of {', '.join(TASK_TYPES)}")
     return name
 
 
@@ -116,39 +122,35 @@ def _parse_cluster(jobs):
     """Returns the cluster of a `Task`, without evaluators and without jobs that have no tasks."""
     cluster = {}
     for job, addresses in jobs.items():
-        if isinstance(addresses, dict):  # by index, as Kubeflow writes some jobs
-            addresses = [addresses[str(index)] for index in range(len(addresses))]
+        addresses = addresses or []
+        if not isinstance(addresses, list) or not all(isinstance(a, str) for a in addresses):
+            raise _malformed(f"the job `{job}` does not list the addresses of its tasks")
         if addresses and _parse_type(job) != "evaluator":
             cluster.setdefault(_parse_type(job), []).extend(addresses)
     endpoints = [split_address(address) for job in cluster.values() for address in job]
     if len(set(endpoints)) < len(endpoints):
-        raise ValueError("two tasks have the same address")
+        raise _malformed("two tasks have the same address")
     return cluster
 
 
 def _parse_task(task, cluster):
     """Returns the `Task` that a JSON object describes. Its index may be out of range."""
-    type_ = task.get("type")
+    type_, index = task.get("type"), task.get("index") or 0
     if not type_:
         if sum(map(len, cluster.values())) > 1:
-            raise ValueError("`type` is missing in `task`")
+            raise _malformed("`type` is missing in `task`")
         type_ = next(iter(cluster), "worker")  # the only one
-    return Task(cluster, _parse_type(type_), int(str(task.get("index") or 0)))
+    if not isinstance(index, int | str) or not re.fullmatch(r"\d{1,9}", str(index)):
+        raise _malformed("`index` is not a number, 0 or more")
+    return Task(cluster, _parse_type(type_), int(index))
 
 
 def split_address(address):
-    """Returns the host and the port of an address.
+    """Returns the host, without brackets, and the port of `host:port` or `[IPv6 address]:port`.
 
-    Args:
-      address: string, `host:port`. The host can be an IPv6 address in brackets.
-
-    Returns:
-      (string, int): the host without brackets, and the port.
-
-    Raises:
-      ValueError: the string is not such an address.
+    Raises UserError if the string is not such an address.
     """
-    match = re.fullmatch(r"\[?([^][\s/]+)\]?:(\d{1,5})", str(address))
+    match = re.fullmatch(r"\[?([^][\s/]+)\]?:(\d{1,5})", address)
     if match is None or not 0 < int(match[2]) < 65536:
-        raise ValueError(f"{address!r} is not an address of the form host:port")
+        raise _malformed(f"{address!r} is not an address of the form host:port")
     return match[1], int(match[2])

@@ -17,12 +17,8 @@ class Worker(worker.Worker):
 
     Its sessions connect to no other worker, because workers may stop and restart at any time.
 
-    Args:
-      task: the `Task`.
-      target: string; the target of this process's server.
-      statuses: list of `ChiefStatus`, one for each parameter server.
-      timeout: seconds that another worker may be missing.
-      shard_data: bool; whether each worker reads its own part of the records.
+    `target` is that of this process's server, and `statuses` has a `ChiefStatus` for each parameter
+    server. For the other arguments, see `run_worker`.
     """
 
     def __init__(self, task, target, statuses, timeout, shard_data=False):
@@ -77,23 +73,16 @@ class Worker(worker.Worker):
         return [self._step]
 
     def release(self, session):
-        """Ends a step that waits for other workers.
-
-        On the chief, the step ends normally, so that the session can save a checkpoint. On another
-        worker, this closes the session.
-        """
+        """Ends a step that waits for other workers."""
         if self.is_chief:
-            session.run(self._step.add_tokens_op)
+            session.run(self._step.add_tokens_op)  # so that the session can save a checkpoint
         else:
             session.close()
 
     def check_peers(self):
-        """On the chief, reports on stderr which workers have been lost and which are back.
+        """On the chief, reports lost workers and those that are back; call it once a second.
 
-        Call it about once a second.
-
-        Raises:
-          UserError: a worker has been missing for longer than the timeout.
+        Raises UserError if a worker has been missing for longer than the timeout.
         """
         for peer in self._task.workers[1:] if self.is_chief else []:
             name = self._task.describe(peer)

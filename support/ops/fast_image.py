@@ -22,21 +22,15 @@ from support.ops.tensorflow_v1 import tf
 
 
 class Block:
-    """n images, and the random numbers of their distortions.
-
-    Args:
-      planes: uint8 [n, depth, height, width]; depth-major, as in the records: operations on a
-        whole channel then access adjacent memory, which is several times faster.
-
-    Attributes:
-      shape: `tf.TensorShape`; that of one image, [height, width, depth].
-    """
+    """n images, uint8 [n, depth, height, width], and the random numbers of their distortions."""
 
     __eq__ = None  # so that == raises an exception, like other operators
 
     def __init__(self, planes):
         depth, height, width = planes.shape.as_list()[1:]
-        self.shape = tf.TensorShape([height, width, depth])
+        self.shape = tf.TensorShape([height, width, depth])  # of one image
+        # Depth-major, as in the records: operations on a whole channel then access adjacent memory,
+        # which is several times faster.
         self.planes = planes
         self.count = tf.shape(planes)[0]
         self.corner = None  # (top, left) of the crop in pixels: int32 [n, 1] each
@@ -116,10 +110,9 @@ def _change(image, is_contrast, low, high):
 
 
 def supports(distort):
-    """Returns whether blocks support a distortion; prints a warning if they do not.
+    """Returns whether blocks support a distortion, a function like `cifar10_input.distort`.
 
-    Args:
-      distort: function of an image and a module of operations, like `cifar10_input.distort`.
+    If they do not, it prints a warning.
     """
     with tf.Graph().as_default():  # so that the attempt leaves nothing in the training graph
         shape = [None, records.DEPTH, records.HEIGHT, records.WIDTH]
@@ -156,19 +149,15 @@ def finish(image):
 
 
 def _crop_and_flip(image):
-    """Returns float32 [n, depth, height, width].
-
-    The rows are gathered. The columns are selected with a matrix product: column i of the result is
-    the product with a vector that has a single one. The result is exact even in 16 bits, because
-    pixels are integers below 256. The product also performs the flip, and it is faster than
-    gathering single values.
-    """
+    """Returns float32 [n, depth, height, width]."""
     depth, full_height, full_width = image.planes.shape.as_list()[1:]
     height, width, _ = image.shape.as_list()
     top, left = image.corner or [tf.zeros([image.count, 1], tf.int32)] * 2
     first_rows = tf.reshape(tf.range(tf.shape(top)[0] * depth) * full_height, [-1, depth, 1])
     rows = first_rows + (top + tf.range(height))[:, tf.newaxis, :]  # [n, depth, height]
     selected = tf.gather(tf.reshape(image.planes, [-1, full_width]), rows)
+    # A matrix product selects and flips the columns: each factor has a single one. That is faster
+    # than gathering single values, and exact even in 16 bits, as pixels are integers below 256.
     columns = left + tf.range(width)  # [n, width]
     if image.is_mirrored is not None:
         columns = tf.where_v2(image.is_mirrored, tf.reverse(columns, [1]), columns)
@@ -178,15 +167,12 @@ def _crop_and_flip(image):
 
 
 def _standardize(mean, contrast, deviation):
-    """Returns the mean and the contrast that give an image mean 0 and variance 1 in `finish`.
-
-    Like `tf.image.per_image_standardization`, it assumes a standard deviation of at least
-    1 / sqrt(number of values), so an image whose values are all equal becomes all zeros.
-    """
+    """Returns the mean and the contrast that give an image mean 0 and variance 1 in `finish`."""
     depth, height, width = deviation.shape.as_list()[1:]
     image_mean = tf.reduce_mean(mean, 1, keepdims=True)  # [n, 1, 1, 1]
     between_channels = tf.reduce_mean(tf.square(mean - image_mean), 1, keepdims=True)
     within_channels = tf.reduce_mean(tf.square(deviation), [1, 2, 3], keepdims=True)
     variance = between_channels + tf.square(contrast) * within_channels
+    # Limited as in `tf.image.per_image_standardization`: an image of one color becomes zeros.
     scale = tf.minimum(tf.rsqrt(variance), math.sqrt(depth * height * width))
     return (mean - image_mean) * scale, contrast * scale

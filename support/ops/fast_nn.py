@@ -27,12 +27,7 @@ def conv2d(input, filter, strides, padding, name=None, **others):
     That is the case for float32 filters of 5 x 5 with at least MIN_CHANNELS input and output
     channels, stride 1, padding SAME and at most MAX_BATCH_SIZE images. Relative to the L2 norm, the
     results have an error of about 3e-6; the error of `tf.nn.conv2d` is 2e-7. Do not use it in 16
-    bits, where the error would be too large.
-
-    Args: see `tf.nn.conv2d`, which is used if there are `others`.
-
-    Returns:
-      float32 [batch, height, width, channels] with stride 1 and padding SAME.
+    bits, where the error would be too large. For arguments and shapes, see `tf.nn.conv2d`.
     """
     if (
         tensorflow_v1.GPUS
@@ -70,11 +65,8 @@ def lrn(input, depth_radius=5, bias=1.0, alpha=1.0, beta=0.5, name=None):
 
     Source: section 3.3 of "ImageNet Classification with Deep Convolutional Neural Networks".
 
-    Args: as for `tf.nn.lrn`, which handles other inputs and a bias of 0.
-      input: float32 [batch, height, width, channels]; the number of channels is known.
-
-    Returns:
-      float32 [batch, height, width, channels].
+    The input and the result are float32 [batch, height, width, channels]. `tf.nn.lrn`, which has
+    the same arguments, handles other inputs and a bias of 0.
     """
     input = tf.convert_to_tensor(input)
     is_covered = input.dtype == tf.float32 and input.shape.ndims == 4 and bias > 0.0
@@ -110,8 +102,7 @@ def locally_connected(images, filters):
 
     Args:
       images: float32 [batch, height, width, m].
-      filters: float32 [height, width, 3, 3, m, channels]; those of position (y, x) are
-        `filters[y, x]`.
+      filters: float32 [height, width, 3, 3, m, channels].
 
     Returns:
       float32 [batch, height, width, channels].

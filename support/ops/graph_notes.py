@@ -7,7 +7,6 @@ schedule continues correctly if the number of images per step has changed.
 
 from support.ops.tensorflow_v1 import tf
 
-# Graph collections that the functions below fill.
 MUST_BE_FINITE = "must_be_finite"
 LEARNING_RATE = "learning_rate"
 QUEUE_LEVEL = "queue_level"
@@ -16,10 +15,7 @@ _IMAGES_OFFSET = "images_offset"
 
 
 def record_images_offset(offset):
-    """Records `images_seen - step * examples_per_step`, an int, at the start of a run.
-
-    It differs from 0 if earlier steps consumed more or fewer images than a step does now.
-    """
+    """Records `images_seen - step * examples_per_step`, an int, at the start of a run."""
     tf.add_to_collection(_IMAGES_OFFSET, offset)
 
 
@@ -29,11 +25,9 @@ def images_offset():
 
 
 def check_finite(tensor, name=None):
-    """Makes the session check after every step that all values of a tensor are finite.
+    """Makes the session check after every step that all values of a float32 tensor are finite.
 
-    Args:
-      tensor: float32 of any shape.
-      name: string; the tensor's name in the error message. Its own name if None.
+    Error messages call it `name`, by default its own.
     """
     name = name or tensor.op.name
     with tf.name_scope(FINITE_SCOPE):  # a sum is finite only if all of its terms are
@@ -47,11 +41,6 @@ def record_learning_rate(learning_rate):
 
 
 def watch_queue(size, min_size):
-    """Makes the session show how the training queue fills.
-
-    Args:
-      size: int32 []; the number of examples in the queue.
-      min_size: int; the number of examples that it needs before it yields the first batch.
-    """
+    """Makes the session show how the training queue fills: `size`, int32 [], up to `min_size`."""
     tf.add_to_collection(QUEUE_LEVEL, size)
     tf.add_to_collection(QUEUE_LEVEL, tf.constant(min_size))

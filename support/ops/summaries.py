@@ -42,9 +42,7 @@ def sparsity(tag, values):
 def image_sheet(tag, images):
     """Adds one image that shows a batch as a grid, each image scaled to its own range.
 
-    Args:
-      tag: string.
-      images: float32 [batch, height, width, 3]; the first MAX_SHEET_IMAGES are shown.
+    `images` are float32 [batch, height, width, 3]; the first MAX_SHEET_IMAGES are shown.
     """
     with tf.name_scope(SCOPE), tf.name_scope(f"{tag}_sheet"):
         images = images[:MAX_SHEET_IMAGES]
@@ -71,9 +69,7 @@ def image_sheet(tag, images):
 def merge_collected():
     """Merges the summaries of the default graph, including those from `tf.summary`.
 
-    Returns:
-      (scalars, others): the serialized scalars, and the serialized histograms and images, which are
-      much larger. Each is a string [], or None if the graph has no such summaries.
+    Returns scalars and others, which are much larger, each as a string []; None if there are none.
     """
     scalars, others = [], []
     for summary in tf.get_collection(tf.GraphKeys.SUMMARIES):
@@ -102,11 +98,9 @@ def _draw(graph_def):
 
 
 def _new_file_name(folder):
-    """Returns a unique name for an event file that sorts after the event files in the folder.
-
-    TensorBoard reads the files in the order of their names, which contain the time. If the clock
-    was set back, the events of a resumed run would be read before those that they replace.
-    """
+    """Returns a unique name for an event file that sorts after the event files in the folder."""
+    # TensorBoard reads the files in the order of their names, which contain the time. If the clock
+    # was set back, the events of a resumed run would be read before those that they replace.
     now = time.time_ns()
     second = now // 10**9
     for name in os.listdir(folder):
@@ -116,15 +110,11 @@ def _new_file_name(folder):
 
 
 class Writer(contextlib.AbstractContextManager):
-    """Writes an event file for TensorBoard; usable as a context manager.
+    """Writes an event file for TensorBoard to a folder, which the flag names in error messages.
 
     A `tf.summary.FileWriter` writes from a thread. If the file cannot be written, the thread prints
     a traceback, and a later call raises RuntimeError. Here, the call that fails raises UserError,
     and events are on disk when the call returns.
-
-    Args:
-      folder: path; created if needed.
-      flag: string; the flag that names the folder, for error messages.
     """
 
     def __init__(self, folder, flag):

@@ -2,14 +2,12 @@
 
 The other modules write `from support.ops.tensorflow_v1 import tf`; `tf` is `tensorflow.compat.v1`.
 
-Importing this module has five effects:
+Importing this module has five effects, the first two only if TensorFlow was not imported before:
 
 - TF_CPP_MIN_LOG_LEVEL becomes 2 unless it is set: TensorFlow's C++ code then logs errors only.
-  Otherwise, each queue thread would warn that it was canceled whenever a session ends. This has no
-  effect if TensorFlow was imported before.
+  Otherwise, each queue thread would warn that it was canceled whenever a session ends.
 - On x86, TF_ENABLE_ONEDNN_OPTS becomes 1 unless it is set: TensorFlow then uses oneDNN's kernels.
-  By itself, it does so only on processors with certain AVX512 or AMX instructions. This has no
-  effect if TensorFlow was imported before, either.
+  By itself, it does so only on processors with certain AVX512 or AMX instructions.
 - Eager execution is turned off, with a warning if TensorFlow was imported before and used it.
 - TensorFlow's Python logger has the level WARNING unless it has a level of its own. It no longer
   advises you to replace queues with tf.data.
@@ -34,7 +32,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 if platform.machine() == "x86_64":
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
 
-_was_imported = "tensorflow" in sys.modules
+_ends_eager_mode = "tensorflow" in sys.modules and sys.modules["tensorflow"].executing_eagerly()
 
 # The import creates half a million objects that stay alive. The garbage collector would traverse
 # them again and again; without it, the import takes 1.4 seconds instead of 1.9.
@@ -45,8 +43,6 @@ except KeyboardInterrupt:  # in the first seconds of a script, when nothing has 
     raise SystemExit(128 + signal.SIGINT) from None
 finally:
     gc.enable()
-
-_ends_eager_mode = _was_imported and tf.executing_eagerly()
 
 # Sessions, queues and readers exist in graph mode only. TensorFlow 2's resource variables stay
 # enabled: control dependencies determine the order of their reads and writes.
@@ -63,16 +59,13 @@ def can_have_gpus(root="/"):
     if sys.platform != "linux" or "TF_PLUGGABLE_DEVICE_LIBRARY_PATH" in os.environ:
         return True
     plug_ins = os.path.join(os.path.dirname(tf.sysconfig.get_lib()), "tensorflow-plugins")
-    if os.path.isdir(plug_ins) or os.path.isdir(os.path.join(root, "sys/module/nvidia")):
-        return True
-    devices = ("nvidia*", "nvhost*", "nvgpu*", "dxg", "kfd")
-    return any(glob.glob(os.path.join(root, "dev", name)) for name in devices)
+    names = ("sys/module/nvidia", "dev/nvidia*", "dev/nvhost*", "dev/nvgpu*", "dev/dxg", "dev/kfd")
+    return os.path.isdir(plug_ins) or any(glob.glob(os.path.join(root, name)) for name in names)
 
 
 _CAN_HAVE_GPUS = can_have_gpus()
 GPUS = tf.config.list_physical_devices("GPU") if _CAN_HAVE_GPUS else []
 USES_ONEDNN = os.environ.get("TF_ENABLE_ONEDNN_OPTS") == "1"
-
 
 # Without a level of its own, the logger would have that of the root logger, which absl sets to INFO
 # in `tf.app.run`.
@@ -93,8 +86,7 @@ if _ends_eager_mode:  # for example, in a notebook that also runs code for Tenso
 def conditionals_without_functions():
     """Makes `tf.cond` add plain operations to the graph within the context, as in TensorFlow 1.
 
-    By default, TensorFlow 2 adds functions instead. They clutter the graph in TensorBoard and make
-    TensorFlow look for GPUs.
+    TensorFlow 2's functions clutter the graph in TensorBoard and make TensorFlow look for GPUs.
     """
     uses_functions = tf.control_flow_v2_enabled()
     tf.disable_control_flow_v2()
@@ -144,12 +136,9 @@ def _warn_of_slow_bfloat16():
 def find_bfloat16_support(cpuinfo="/proc/cpuinfo"):
     """Returns how TensorFlow computes in bfloat16 on this processor.
 
-    Source: `IsDataTypeSupportedByOneDNNOnThisCPU` in TensorFlow, which requires AVX512F or
-    AVX-NE-CONVERT.
-
-    Returns:
-      "native" if the processor has bfloat16 instructions or is unknown; "emulated" if it has only
-      AVX512; "none" if TensorFlow computes in float32 although 16 bits were requested.
+    It is "native" if the processor has bfloat16 instructions or is unknown; "emulated" if it has
+    only AVX512; "none" if TensorFlow computes in float32 although 16 bits were requested. Source:
+    `IsDataTypeSupportedByOneDNNOnThisCPU` in TensorFlow.
     """
     if platform.machine() == "x86_64" and not USES_ONEDNN:
         return "none"
@@ -197,11 +186,10 @@ def warn_of_unusable_gpus(device="/dev/nvidia0"):
 def warn_of_shared_devices(num_towers):
     """Warns if TensorFlow finds fewer GPUs than towers."""
     if num_towers > len(GPUS):
+        shared = "them" if GPUS else "the CPU"
         tf.logging.warning(
-            "--num_gpus=%d, but TensorFlow finds %d GPU(s): the towers share %s.",
-            num_towers,
-            len(GPUS),
-            "them" if GPUS else "the CPU",
+            f"--num_gpus={num_towers}, but TensorFlow finds {len(GPUS)} GPU(s): the towers share "
+            f"{shared}."
         )
 
 
@@ -209,11 +197,8 @@ def warn_of_unused_gpus(num_used):
     """Warns if TensorFlow finds more GPUs than the number that training uses."""
     if num_used < len(GPUS):
         tf.logging.warning(
-            "%d of %d GPUs %s used; to use all, run cifar10_multi_gpu_train.py --num_gpus=%d",
-            num_used,
-            len(GPUS),
-            "is" if num_used == 1 else "are",
-            len(GPUS),
+            f"{num_used} of {len(GPUS)} GPUs {'is' if num_used == 1 else 'are'} used; to use all, "
+            f"run cifar10_multi_gpu_train.py --num_gpus={len(GPUS)}"
         )
 
 
@@ -233,9 +218,9 @@ def out_of_memory_explained():
         ) from error
 
 
-def find_processor_name(cpuinfo="/proc/cpuinfo"):
+def find_processor_name():
     """Returns the processor's name according to Linux, or what Python knows on other systems."""
-    name = re.search(r"^model name\s*: (.*)", _read(cpuinfo), re.MULTILINE)
+    name = re.search(r"^model name\s*: (.*)", _read("/proc/cpuinfo"), re.MULTILINE)
     return name[1] if name else platform.processor()
 
 

@@ -8,11 +8,10 @@ from support.ops.tensorflow_v1 import tf
 
 def drop_missing(gradients):
     """Returns the (gradient, variable) pairs with a gradient, and warns about the others."""
-    missing = [variable.op.name for gradient, variable in gradients if gradient is None]
-    if missing:
-        names = ", ".join(missing)
+    if missing := [variable.op.name for gradient, variable in gradients if gradient is None]:
         tf.logging.warning(
-            "Training does not change these variables, because no gradient reaches them: %s", names
+            "Training does not change these variables, because no gradient reaches them: %s",
+            ", ".join(missing),
         )
     return [pair for pair in gradients if pair[0] is not None]
 
@@ -33,9 +32,7 @@ def collect_updates(tower_name):
     """Returns the operations in `tf.GraphKeys.UPDATE_OPS`, except those of towers 1, 2 and so on.
 
     Batch normalization adds such operations. The towers share the variables, so one tower suffices.
-
-    Args:
-      tower_name: string; the operations of tower N are named `{tower_name}_N/...`.
+    The operations of tower N are named `{tower_name}_N/...`.
     """
     found = [getattr(update, "op", update) for update in tf.get_collection(tf.GraphKeys.UPDATE_OPS)]
     return [op for op in found if not re.match(f"{tower_name}_[1-9]", op.name)]

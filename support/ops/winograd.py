@@ -88,14 +88,8 @@ def _transform_filters(filters, num_tile_columns):
 
 @functools.cache
 def _transforms(size):
-    """Returns the one-dimensional transforms of all tiles in a row or a column of an image.
-
-    They include the division into tiles and the padding. Values are in the order (point, tile).
-
-    Returns:
-      of_data: float32 [8 * tiles, size].
-      of_products: float32 [size, 8 * tiles].
-    """
+    """Returns the transforms of a row or a column: [8 * tiles, size] and [size, 8 * tiles]."""
+    # They include the division into tiles and the padding. Values are in the order (point, tile).
     num_tiles = -(-size // TILE_SIZE)
     data_matrix, _, product_matrix = _matrices()
     padded_size = TILE_SIZE * num_tiles + FILTER_SIZE - 1
@@ -111,19 +105,12 @@ def _transforms(size):
 
 @functools.cache
 def _matrices():
-    """Returns the matrices of F(4, 5), exact up to their rounding to float64.
+    """Returns the matrices of F(4, 5): of data d [8], a filter g [5] and products p [8].
 
-    With data d of 8 values and a filter g of 5, the 4 outputs are
-    `product_matrix @ ((filter_matrix @ g) * (data_matrix @ d))`.
-
-    Returns:
-      data_matrix: [8, 8].
-      filter_matrix: [8, 5].
-      product_matrix: [4, 8].
+    The 4 outputs are `of_products @ p`, where p is `(of_filter @ g) * (of_data @ d)`.
     """
 
-    def evaluate(degree):
-        """Evaluates a polynomial with that many coefficients at all points: [8, degree]."""
+    def evaluate(degree):  # a polynomial with that many coefficients at all points: [8, degree]
         at_infinity = np.eye(degree)[-1]
         return np.vstack([np.vander(_POINTS, degree, increasing=True), at_infinity])
 

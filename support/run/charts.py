@@ -14,7 +14,6 @@ CELL_SIZE = 44  # side of a cell of the confusion matrix, unless MAX_MATRIX_SIZE
 MAX_MATRIX_SIZE = 1320  # side of all cells together
 MARGIN = 96  # width of the class names beside the matrix, and height of those above it
 LINE_HEIGHT = 14
-COUNT_FONT_SIZES = (13, 11, 9)  # all counts are drawn at the first of these sizes that fits
 ZOOM = 3  # side of the square that shows one pixel of a misclassified image
 CAPTION_HEIGHT = 34  # two lines below a misclassified image
 COLUMNS = 6  # misclassified images in a row
@@ -46,7 +45,7 @@ def draw_confusion_matrix(matrix, names):
     width = max(bottom, MARGIN + round(font.getlength(caption))) + 10
     image = Image.new("RGB", (width, bottom + 24), WHITE)
     _draw_names(image, names, cell_size, font)
-    _draw_cells(ImageDraw.Draw(image), matrix, cell_size)
+    _draw_cells(ImageDraw.Draw(image), matrix, cell_size, font)
     ImageDraw.Draw(image).text((MARGIN, bottom + 6), caption, BLACK, font)
     return _encode_png(image)
 
@@ -63,10 +62,8 @@ def _draw_names(image, names, cell_size, font):
         image.paste(strip.rotate(90, expand=True), (center - LINE_HEIGHT // 2 - 2, 4))
 
 
-def _draw_cells(draw, matrix, cell_size):
-    largest = str(np.max(matrix))
-    fonts = map(ImageFont.load_default, COUNT_FONT_SIZES)
-    font = next((font for font in fonts if font.getlength(largest) < cell_size), None)
+def _draw_cells(draw, matrix, cell_size, font):
+    has_counts = font.getlength(str(np.max(matrix))) < cell_size
     outline = GRAY if cell_size >= LINE_HEIGHT else None
     for row, counts in enumerate(matrix):
         total = max(1, int(np.sum(counts)))
@@ -75,7 +72,7 @@ def _draw_cells(draw, matrix, cell_size):
             share = count / total
             shade = tuple(round(255 - share * (255 - dark)) for dark in DARK_BLUE)
             draw.rectangle([left, top, left + cell_size, top + cell_size], shade, outline)
-            if font is not None:
+            if has_counts:
                 center = (left + cell_size // 2, top + cell_size // 2)
                 color = WHITE if share > 0.5 else BLACK
                 draw.text(center, str(count), color, font, anchor="mm")

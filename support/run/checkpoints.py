@@ -7,7 +7,6 @@ holds the training settings, so they accompany the checkpoint and add no variabl
 import contextlib
 import functools
 import os
-import pathlib
 import re
 import signal
 import subprocess
@@ -30,14 +29,11 @@ from support.ops.tensorflow_v1 import tf
 _STATE_FILE = "checkpoint"  # TensorFlow's record of which checkpoint is the newest
 _AVERAGE = "/ExponentialMovingAverage"  # the end of the names of variables' averages
 MAX_META_BYTES = 500_000_000
-_ROOT = pathlib.Path(__file__).parents[2]
 _CRASHES = {signal.SIGABRT, signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE}
-CHECK_TIMEOUT = 600  # seconds
 # Reads all variables of a checkpoint.
 _READ_ALL = """
-import sys
-from support.ops.tensorflow_v1 import tf
-reader = tf.train.load_checkpoint(sys.argv[1])
+import sys, tensorflow
+reader = tensorflow.train.load_checkpoint(sys.argv[1])
 for name in reader.get_variable_to_shape_map():
     reader.get_tensor(name)
 """
@@ -45,19 +41,12 @@ _SETTINGS = "cifar10_settings"  # a graph collection of one string, a JSON objec
 
 
 class Checkpoint(NamedTuple):
-    """What is known about a checkpoint; see `read`.
+    """What is known about a checkpoint; see `read`."""
 
-    Attributes:
-      path: string; the path of its files, without a suffix.
-      step: int; the global step.
-      settings: its `TrainingSettings`; None if its `.meta` file is missing.
-      shapes: dict from the names of its variables to their shapes, lists of ints.
-    """
-
-    path: str
+    path: str  # of its files, without a suffix
     step: int
-    settings: TrainingSettings | None
-    shapes: dict
+    settings: TrainingSettings | None  # None if its `.meta` file is missing
+    shapes: dict  # of its variables, lists of ints by name
 
     def check_settings(self, wanted, folder_flag="--checkpoint_dir"):
         """Raises CheckpointError unless the checkpoint matches `TrainingSettings`.
@@ -76,12 +65,7 @@ class Checkpoint(NamedTuple):
     def check_variables(self, variables, folder_flag="--checkpoint_dir"):
         """Raises CheckpointError unless the checkpoint has these variables, and no more layers.
 
-        Shapes must be equal. Only trained variables have averages, so the names of the averages
-        tell a layer that the model lacks from other variables, which are ignored.
-
-        Args:
-          variables: dict of `tf.Variable` by name in the checkpoint.
-          folder_flag: as for `check_settings`.
+        `variables` is a dict of `tf.Variable` by name in the checkpoint.
         """
         differences = []
         for name, variable in variables.items():
@@ -90,24 +74,21 @@ class Checkpoint(NamedTuple):
                 differences.append(f"{name} is missing")
             elif self.shapes[name] != shape:
                 differences.append(f"{name} is {self.shapes[name]}, not {shape}")
+        # Only trained variables have averages. Others that the model lacks are ignored.
         known = {name.removesuffix(_AVERAGE) for name in variables}
         trained = {name.removesuffix(_AVERAGE) for name in self.shapes if name.endswith(_AVERAGE)}
         differences += [f"{name} is additional" for name in sorted(trained - known)]
-        if not differences:
-            return
-        shown = differences[:5]
-        if (more := len(differences) - len(shown)) > 0:
-            shown.append(f"and {more} more differ")
-        raise CheckpointError(
-            f"{self.path} belongs to another model: in it, {', '.join(shown)}; choose another "
-            f"folder with {folder_flag}"
-        )
+        if differences:
+            raise CheckpointError(
+                f"{self.path} belongs to another model: in it, {', '.join(differences)}; choose "
+                f"another folder with {folder_flag}"
+            )
 
 
 # --- Finding.
 
 
-def find_latest_checkpoint(path):
+def find_latest_checkpoint(path, check=lambda path: None):
     """Returns the path of the newest checkpoint, or None if there is none.
 
     It is the one named in the state file `checkpoint`, which TensorFlow writes. If there is no
@@ -115,12 +96,12 @@ def find_latest_checkpoint(path):
     one with the highest step.
 
     Args:
-      path: a folder; or a checkpoint, which is then returned itself. For a checkpoint, this may
-        also be the path of one of its files, for example `model.ckpt-1000.index`.
+      path: a folder; or a checkpoint or one of its files, whose path is then returned.
+      check: called with a path before that checkpoint is read; may raise CheckpointError.
     """
     if (single := find_single_checkpoint(path)) is not None:
         return single
-    newest, problem = _find_newest(path)
+    newest, problem = _find_newest(path, check)
     if problem is not None:
         _warn_once(f"{problem}: using {newest}, which has the highest step.")
     return newest
@@ -133,13 +114,10 @@ def find_single_checkpoint(path):
 
 
 def use_newest(path, use=lambda checkpoint: checkpoint):
-    """Calls a function with the newest `Checkpoint`, and returns what the function returns.
+    """Returns what `use` returns for the newest `Checkpoint`; for `path`, see above.
 
-    If a trainer deletes the checkpoint meanwhile, the function is called with the next one.
-
-    Args:
-      path: as for `find_latest_checkpoint`.
-      use: function of a `Checkpoint`; raises CheckpointError if the checkpoint is unusable.
+    If it raises CheckpointError because a trainer has deleted the checkpoint meanwhile, it is
+    called with the next one.
 
     Raises:
       UserError: there is no checkpoint, or the newest one cannot be read.
@@ -188,19 +166,16 @@ def find_checkpoint_to_resume(train_dir):
         ) from error
 
 
-def _find_newest(folder):
+def _find_newest(folder, check=lambda path: None):
     """Returns the newest checkpoint's path, and why it may be the wrong one; either may be None."""
-    missing = None
-    while (state := _read_state(folder)) is not None:
-        path = state.model_checkpoint_path
-        # If the folder was copied, an absolute path still names the original.
-        for checkpoint in (os.path.join(folder, os.path.basename(path)), path):
-            if _exists(checkpoint):
-                return checkpoint, None
-        if path == missing:
-            break
-        missing = path  # a trainer may have deleted it since, after writing a newer one
-    readable = _find_readable(folder)
+    for _ in range(2):  # a trainer may delete the checkpoint after saving a newer one
+        if (state := _read_state(folder)) is not None:
+            path = state.model_checkpoint_path
+            # If the folder was copied, an absolute path still names the original.
+            for checkpoint in (os.path.join(folder, os.path.basename(path)), path):
+                if _exists(checkpoint):
+                    return checkpoint, None
+    readable = _find_readable(folder, check)
     if readable is None or not os.path.exists(os.path.join(folder, _STATE_FILE)):
         return readable, None
     return readable, (
@@ -208,10 +183,11 @@ def _find_newest(folder):
     )
 
 
-def _find_readable(folder):
+def _find_readable(folder, check=lambda path: None):
     """Returns the path of the readable checkpoint with the highest step in a folder, or None."""
     for path in _list_checkpoints(folder):
         with contextlib.suppress(CheckpointError):
+            check(path)
             _read_variables(path)
             return path
     return None
@@ -233,19 +209,14 @@ def _read_state(folder):
 
 def _list_checkpoints(folder):
     """Returns the paths of all checkpoints in a folder, complete or not, highest step first."""
-    try:
-        names = os.listdir(folder)
-    except (FileNotFoundError, NotADirectoryError):
-        names = []
-    except OSError as error:
-        raise UserError(f"cannot read the folder {folder}: {error.strerror}") from error
-    found = {
-        name.removesuffix(".index")
+    with foreign_file(f"the folder {folder}", UserError):
+        names = os.listdir(folder) if os.path.isdir(folder) else []
+    paths = {
+        os.path.join(folder, name.removesuffix(".index"))
         for name in names
         if re.fullmatch(r".*\.index|model\.ckpt-[0-9]+", name)
     }
-    paths = [os.path.join(folder, name) for name in sorted(found)]
-    return sorted(paths, key=lambda path: _step_in_name(path) or 0, reverse=True)
+    return sorted(paths, key=lambda path: (_step_in_name(path) or 0, path), reverse=True)
 
 
 def _step_in_name(checkpoint):
@@ -274,14 +245,19 @@ def check_in_other_process(path):
 
     TensorFlow aborts if an entry of an index file is invalid although its checksum is correct.
     """
-    command = [sys.executable, "-c", _READ_ALL, os.path.abspath(path)]
-    with foreign_file(path, CheckpointError):  # for TimeoutExpired
-        process = subprocess.run(
-            command, cwd=_ROOT, capture_output=True, check=False, timeout=CHECK_TIMEOUT
-        )
-    if -process.returncode in _CRASHES:
-        name = signal.Signals(-process.returncode).name
+    index = f"{path}.index"
+    with foreign_file(path, CheckpointError):  # a trainer may have deleted it
+        modified = os.path.getmtime(index if os.path.isfile(index) else path)
+    number = -_read_in_other_process(path, modified)
+    if number in _CRASHES:
+        name = signal.Signals(number).name
         raise CheckpointError(f"{path} is damaged: reading it ends TensorFlow with {name}")
+
+
+@functools.cache  # it takes seconds, and a checkpoint may be looked for every second
+def _read_in_other_process(path, _):
+    command = [sys.executable, "-P", "-c", _READ_ALL, path]
+    return subprocess.run(command, capture_output=True, check=False).returncode
 
 
 def _read_variables(path):
@@ -346,12 +322,8 @@ def restore(session, saver, checkpoint):
     Raises:
       CheckpointError: the checkpoint cannot be read, or a variable is not finite.
     """
-    try:
+    with foreign_file(checkpoint.path, CheckpointError):
         saver.restore(session, checkpoint.path)
-    # The Saver raises ValueError if files are missing.
-    except (tf.errors.OpError, OSError, ValueError) as error:
-        reason = first_line(error)
-        raise CheckpointError(f"{checkpoint.path} cannot be restored: {reason}") from error
     # Predictions would not reveal every NaN: some implementations of ReLU turn it into 0.
     variables = [v for v in tf.global_variables() if v.dtype.base_dtype.is_floating]
     for variable, value in zip(variables, session.run(variables), strict=True):
@@ -373,24 +345,20 @@ def save(session, saver, folder, step, max_to_keep):
     `tf.train.Saver.save` by itself writes the `.meta` file, which holds the settings, after the
     checkpoint, and deletes it before the checkpoint. Here, a checkpoint always has its settings.
 
-    Args:
-      session: a `tf.Session`.
-      saver: a `tf.train.Saver` in its graph.
-      folder: path of an existing folder.
-      step: int; the global step.
-      max_to_keep: int; the number of checkpoints to keep.
-
     Raises:
       UserError: the checkpoint cannot be written. Unfinished files are deleted.
     """
     name = f"model.ckpt-{step}"
     path = os.path.join(folder, name)
-    saved = [*(old for old in _list_saved(folder) if old != name), name]
+    others = [old for old in _list_saved(folder) if old != name]
+    saved = [*others, name]
     try:
         _remove_unfinished(folder)
         _remove(path)  # left from before training resumed from an earlier step
         with session.graph.as_default():
             saver.export_meta_graph(f"{path}.meta")
+        if others:  # listed before it exists: after a kill, a later save deletes it
+            _write_state(folder, [name, *others])
         saver.save(session, path, write_meta_graph=False, write_state=False)
         _write_state(folder, saved)
         for old in saved[:-max_to_keep]:

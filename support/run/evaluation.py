@@ -55,13 +55,13 @@ def use_new_checkpoints(folder, use, interval_secs, last_step=None, check_traine
 
 def _wait_for_checkpoint(folder, previous, check_trainer):
     """Waits for a checkpoint other than the `previous` one, and returns its path."""
-    newest = checkpoints.find_latest_checkpoint(folder)
-    if newest is None and previous is None:
-        report(f"Waiting for a checkpoint in {folder}")
-    while newest in (None, previous):
+    check, is_reported = checkpoints.check_in_other_process, previous is not None
+    while (newest := checkpoints.find_latest_checkpoint(folder, check)) in (None, previous):
+        if not is_reported:
+            report(f"Waiting for a checkpoint in {folder}")
+            is_reported = True
         check_trainer()
         time.sleep(1)
-        newest = checkpoints.find_latest_checkpoint(folder)
     return newest
 
 
@@ -81,12 +81,9 @@ def check_eval_dir(eval_dir, checkpoint_dir):
 
 
 def limit_examples(available, limit, is_default):
-    """Returns how many images to evaluate; reports on stderr if some are left out or missing.
+    """Returns how many of the available images to evaluate; `limit` is --num_examples.
 
-    Args:
-      available: int; the number of images.
-      limit: int; --num_examples.
-      is_default: bool; whether the limit is the default, which the user did not choose.
+    Reports on stderr if images are missing, or left out by a limit that is only the default.
     """
     if available < limit:
         report(

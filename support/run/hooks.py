@@ -22,17 +22,11 @@ class ProgressHook(tf.train.SessionRunHook):
     """Prints the progress of training, and stops training at a value that is not finite.
 
     The first step of a run always has a line, and its speed includes the time to fill the queue.
-
-    Attributes:
-      examples_per_step: int; images that one step consumes, over all towers or workers.
-      step: int; the step that is being trained.
-      is_in_step: bool; whether a step is running.
-      has_trained: bool; whether this run has finished a step.
     """
 
     def __init__(self, loss, examples_per_step, options, worker):
         self._loss = loss
-        self.examples_per_step = examples_per_step
+        self.examples_per_step = examples_per_step  # over all towers or workers
         self._log_frequency = options.log_frequency
         self._global_step = tf.train.get_or_create_global_step()
         self._must_be_finite = tf.get_collection(graph_notes.MUST_BE_FINITE) or [loss]
@@ -43,11 +37,10 @@ class ProgressHook(tf.train.SessionRunHook):
         self._last_learning_rate = []
 
     def after_create_session(self, session, coord):
-        self.step = int(session.run(self._global_step))
+        self.step = int(session.run(self._global_step))  # the one that is being trained
         self._first_step_since_line = self.step
         self._start_time = time.monotonic()
-        self._is_line_due = True
-        self.has_trained = self.is_in_step = False
+        self.has_trained = self.is_in_step = False  # has_trained: whether it has finished a step
 
     def before_run(self, run_context):
         self.is_in_step = True
@@ -55,21 +48,21 @@ class ProgressHook(tf.train.SessionRunHook):
 
     def after_run(self, run_context, run_values):
         loss, must_be_finite, self._last_learning_rate = run_values.results
-        self.has_trained, self.is_in_step = True, False
+        self.is_in_step = False
         for tensor, value in zip(self._must_be_finite, must_be_finite, strict=True):
             if not math.isfinite(value):  # NanTensorHook would ignore infinity
                 name = tensor.op.name.removeprefix(graph_notes.FINITE_SCOPE)
-                raise self.nonfinite_error(name, f"is {value}")
+                raise self.nonfinite_error(name, f"is {value}", self.step)
         # A step fetched together with the update could be the one from before the update.
         next_step = int(run_context.session.run(self._global_step))
-        is_due = self._is_line_due or self.step % self._log_frequency == 0
-        if is_due and next_step > self.step:  # otherwise, no step was completed
-            self._print_line(loss)
+        if next_step > self.step:  # otherwise, no step was completed
+            if not self.has_trained or self.step % self._log_frequency == 0:
+                self._print_line(loss)
+            self.has_trained = True
         self.step = next_step
 
-    def nonfinite_error(self, name, problem, step=None):
-        """Returns the UserError for a non-finite tensor at a step, the current one if None."""
-        step = self.step if step is None else step
+    def nonfinite_error(self, name, problem, step):
+        """Returns the UserError for a non-finite tensor at a step."""
         rates = [f", where the learning rate is {rate:g}" for rate in self._last_learning_rate]
         return UserError(
             f"{name} {problem} at step {step}{''.join(rates)}; the step is not saved: run the same "
@@ -97,7 +90,6 @@ class ProgressHook(tf.train.SessionRunHook):
             files.append_json_line(self._metrics_path, metrics)
         self._start_time = now
         self._first_step_since_line = self.step + 1
-        self._is_line_due = False
 
 
 class CheckpointHook(tf.train.SessionRunHook):
@@ -111,6 +103,7 @@ class CheckpointHook(tf.train.SessionRunHook):
     def __init__(self, progress, options, resumed):
         self._progress = progress
         self._options = options
+        self._resumed = resumed
         self._saved_step = resumed and resumed.step
         self._global_step = tf.train.get_or_create_global_step()
 
@@ -118,6 +111,9 @@ class CheckpointHook(tf.train.SessionRunHook):
         # Not in `__init__`, because the hooks before this one may create variables in `begin`.
         self._saver = tf.train.Saver()
         tf.add_to_collection(tf.GraphKeys.SAVERS, self._saver)  # the session restores with it
+        if self._resumed is not None:
+            variables = checkpoints.find_variables(use_moving_averages=False)
+            self._resumed.check_variables(variables, "--train_dir")
         self._variables = [v for v in tf.global_variables() if v.dtype.base_dtype.is_floating]
         with tf.name_scope(graph_notes.FINITE_SCOPE):
             self._sums = [tf.reduce_sum(variable) for variable in self._variables]
@@ -142,7 +138,7 @@ class CheckpointHook(tf.train.SessionRunHook):
         self._save(session)
 
     def _save(self, session):
-        step = int(session.run(self._global_step))
+        step = int(session.run(self._global_step))  # a step that failed may have been counted
         if step != self._saved_step:
             self._check_variables(session, step)
             folder, max_to_keep = self._options.train_dir, self._options.max_checkpoints_to_keep
@@ -242,9 +238,8 @@ class StopHook(tf.train.SessionRunHook):
 
     def __init__(self, progress, options, signals, worker):
         self._progress = progress
-        self._max_steps = options.max_steps
+        self._options = options
         self._signals = signals
-        self._check_input = options.check_input
         self._worker = worker
 
     def after_create_session(self, session, coord):
@@ -252,11 +247,12 @@ class StopHook(tf.train.SessionRunHook):
         thread = threading.Thread(target=self._watch, args=(coord,), daemon=True)
         coord.register_thread(thread)
         thread.start()
-        if self._progress.step >= self._max_steps:
+        if self._progress.step >= self._options.max_steps:
             coord.request_stop()
 
     def after_run(self, run_context, run_values):
-        if self._signals.signal_number is not None or self._progress.step >= self._max_steps:
+        is_last = self._progress.step >= self._options.max_steps
+        if is_last or self._signals.signal_number is not None:
             run_context.request_stop()
 
     def _watch(self, coord):
@@ -270,7 +266,7 @@ class StopHook(tf.train.SessionRunHook):
                     self._stop(coord)
             elif now >= next_check:
                 try:
-                    self._check_input()
+                    self._options.check_input()
                     self._worker.check_peers()
                 except UserError as error:
                     self._stop(coord, error)

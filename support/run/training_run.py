@@ -1,13 +1,4 @@
-"""A training run: its folder, the step from which it resumes, its graph and its session.
-
-with TrainingRun(options, settings) as run:
-    if run.has_steps_left():
-        with run.graph(seed):
-            ...
-            with run.session(loss) as sess:
-                while not sess.should_stop():
-                    sess.run(train_op)
-"""
+"""A training run: its folder, the step from which it resumes, its graph and its session."""
 
 import contextlib
 import json
@@ -49,14 +40,7 @@ _CLOSING_GRACE = 6.0
 
 
 class Options(NamedTuple):
-    """The options of a run. Except for the last three, they are the flags of the same names.
-
-    Attributes:
-      config: `tf.ConfigProto` of the session; `session_config()` if None.
-      check_input: called once a second from another thread; raises `DataError` when the input has
-        become unusable.
-      flags: dict; recorded in `run.json`.
-    """
+    """The options of a run. Except for the last three, they are the flags of the same names."""
 
     train_dir: str
     max_steps: int
@@ -66,17 +50,16 @@ class Options(NamedTuple):
     max_checkpoints_to_keep: int = 5
     save_summaries_steps: int = 100
     save_histograms_steps: int = 1000
-    config: tf.ConfigProto | None = None
+    config: tf.ConfigProto | None = None  # of the session; `session_config()` if None
+    # Called once a second from another thread; raises DataError if the input becomes unusable.
     check_input: Callable = lambda: None
-    flags: dict | None = None
+    flags: dict | None = None  # recorded in `run.json`
 
     @classmethod
     def select(cls, flags, data_folder):
-        """Returns the `Options` that flags describe.
+        """Returns the `Options` that flags describe, a dict of values by name.
 
-        Args:
-          flags: dict of the values of all flags by name.
-          data_folder: path of the record files; `check_input` detects changes to them.
+        `check_input` detects changes to the record files in `data_folder`.
         """
         values = {name: flags[name] for name in cls._fields if name in flags}
         values["config"] = session_config(flags["use_fp16"], flags["log_device_placement"])
@@ -88,13 +71,8 @@ class TrainingRun:
     """A run, from the first check of its folder to the last checkpoint; a context manager.
 
     In its context, no other process can train in `train_dir`, and work continues if stdout or
-    stderr is lost. In a cluster, only the chief uses `train_dir`.
-
-    Args:
-      options: `Options`.
-      settings: `TrainingSettings`, including `examples_per_step`. Each checkpoint records them and
-        the number of images seen.
-      worker: `support.base.worker.Worker`.
+    stderr is lost. In a cluster, only the chief uses `train_dir`. Each checkpoint records the
+    settings, which must include `examples_per_step`, and the number of images seen.
 
     Raises:
       UserError: on entering the context: `train_dir` cannot be used, another process is training
@@ -163,15 +141,14 @@ class TrainingRun:
         In a resumed run, random operations draw different numbers than at the start of the run, and
         the learning rate schedule continues from the number of images seen so far. In a cluster,
         each worker draws different random numbers, and the variables are on the parameter servers.
-
-        Args:
-          seed: int; the seed of all random operations. Drawn at random if None.
+        If `seed`, an int, is None, it is drawn at random.
         """
         seed = secrets.randbelow(2**31) if seed is None else seed
         self._seed = (seed + self._worker.index) % 2**31
         step, images_offset = self._find_start()
         with tf.Graph().as_default() as graph, tf.device(self._worker.device_setter()):
-            tf.set_random_seed(_mix(self._seed, step))
+            mixed = random.Random(f"{self._seed} {step}").randrange(2**31)
+            tf.set_random_seed(mixed if step > 0 else self._seed)
             graph_notes.record_images_offset(images_offset)
             yield graph
 
@@ -182,10 +159,9 @@ class TrainingRun:
         if self._checkpoint is None:
             return 0, 0
         step, settings = self._checkpoint.step, self._checkpoint.settings
-        images_seen = settings and settings.images_seen(step)
-        if images_seen is None:  # unknown
-            return step, 0
-        return step, images_seen - step * self._settings.examples_per_step
+        images_seen = settings and settings.images_seen(step)  # None if unknown
+        now = step * self._settings.examples_per_step
+        return step, 0 if images_seen is None else images_seen - now
 
     @contextlib.contextmanager
     def session(self, loss, hooks=()):
@@ -207,7 +183,7 @@ class TrainingRun:
           Interrupted: a signal has arrived.
         """
         options, worker = self._options, self._worker
-        has_left_loop = False
+        has_left_loop = False  # without an error
         with contextlib.ExitStack() as stack:
             signals = stack.enter_context(DeferredSignals())
             progress = ProgressHook(loss, self._settings.examples_per_step, options, worker)
@@ -233,12 +209,8 @@ class TrainingRun:
             self._check_outcome(progress, signals, has_left_loop)
 
     def _start_saving(self, progress, stack):
-        """Records the start of the run, and returns the hooks that write its files.
-
-        `stack` is the `ExitStack` that closes the files.
-        """
+        """Records the start of the run, and returns the hooks that write its files."""
         if self._checkpoint is not None:
-            self._checkpoint.check_settings(self._settings, "--train_dir")
             variables = checkpoints.find_variables(use_moving_averages=False)
             self._checkpoint.check_variables(variables, "--train_dir")
         offset = graph_notes.images_offset()
@@ -288,15 +260,12 @@ class TrainingRun:
         except tf.errors.OpError as error:
             if is_nonfinite_histogram(error):
                 name = first_line(error).rpartition(": ")[2].removeprefix(summaries.SCOPE)
-                raise progress.nonfinite_error(name, "is not finite") from error
+                raise progress.nonfinite_error(name, "is not finite", progress.step) from error
             self._options.check_input()  # a change of the data may be the cause
             raise
 
     def _check_outcome(self, progress, signals, has_left_loop):
-        """Raises an error if a signal, the input or the chief ended the run before the last step.
-
-        `has_left_loop`: whether the training loop has ended without an error.
-        """
+        """Raises an error if a signal, the input or the chief ended the run too early."""
         max_steps, newest = self._options.max_steps, self._checkpoint
         if progress.step >= max_steps or self._worker.is_over:
             return
@@ -342,19 +311,14 @@ class TrainingRun:
         files.write_json_atomically(path, [*_read_starts(path), start])
 
 
-def _mix(seed, step):
-    """Returns the seed for the random operations of a run that starts at a step."""
-    return random.Random(f"{seed} {step}").randrange(2**31) if step > 0 else seed
-
-
 def _read_starts(path):
     """Returns the JSON list in a file; an empty one if there is no file. Raises UserError."""
     if not os.path.exists(path):
         return []
     with foreign_file(path, UserError, "; move it away"):
         starts = json.loads(files.read_regular(path, MAX_RUN_FILE_BYTES))
-    if not (isinstance(starts, list) and all(isinstance(start, dict) for start in starts)):
-        raise UserError(f"{path} is not a list of earlier runs; move it away")
+        if not isinstance(starts, list):
+            raise ValueError("it is not a list of earlier runs")
     return starts
 
 

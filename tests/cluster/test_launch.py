@@ -430,13 +430,3 @@ def test_tasks_end_when_another_one_is_missing_for_too_long(tmp_path):
         assert_ended(cluster, "ps 1", "no response from ps 0 .* for 6 s .*")
         assert cluster.wait("evaluator", timeout=40) == [1]
         assert_ended(cluster, "evaluator", "no response from chief 0 .* for 6 s .*")
-
-
-@pytest.mark.slow
-def test_a_signal_ends_tasks_that_wait_for_the_others(tmp_path):
-    with Cluster(tmp_path) as cluster:
-        cluster.start("ps", "worker")
-        for type_ in ("worker", "ps"):
-            cluster.wait_for_output(type_, "Waiting for chief 0")
-            assert cluster.kill(type_, signal.SIGTERM) == 143
-            assert "SIGTERM" in cluster.lines(type_)[-1]

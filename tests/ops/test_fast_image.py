@@ -4,7 +4,6 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
-from absl.testing import flagsaver
 from conftest import make_records, pixels, running_queues, write_dataset
 
 import cifar10_input
@@ -12,6 +11,8 @@ from support.ops import fast_image
 from support.ops.tensorflow_v1 import tf
 
 pytestmark = pytest.mark.usefixtures("graph")
+
+FLAGS = cifar10_input.FLAGS
 
 
 class Draws(NamedTuple):
@@ -154,17 +155,13 @@ def image(tmp_path):
     return image
 
 
-def training_images(folder, fast_ops, count, **limits):
+def training_images(folder, count):
     """Returns `count` images of a training input: float32 [count, 24, 24, 3]."""
+    FLAGS.min_fraction_of_examples_in_queue = 0.01
+    FLAGS.num_preprocess_threads = 1
     with tf.Graph().as_default():
         tf.set_random_seed(11)
-        with flagsaver.flagsaver(
-            fast_ops=fast_ops,
-            min_fraction_of_examples_in_queue=0.01,
-            num_preprocess_threads=1,
-            **limits,
-        ):
-            images, _ = cifar10_input.distorted_inputs(str(folder), count)
+        images, _ = cifar10_input.distorted_inputs(str(folder), count)
         with running_queues() as session:
             return session.run(images)
 
@@ -206,7 +203,7 @@ def decode(distorted, image):
 
 def test_crops_flips_and_contrasts_of_the_training_input_are_uniform(tmp_path, image):
     count = 3240
-    crops, flips, contrasts = decode(training_images(tmp_path, True, count), image)
+    crops, flips, contrasts = decode(training_images(tmp_path, count), image)
     drawn = np.bincount(crops + 81 * flips, minlength=162)
     # Chi-squared over 162 cells: mean 161, standard deviation sqrt(2 * 161) = 18.
     expected = count / 162
@@ -215,10 +212,9 @@ def test_crops_flips_and_contrasts_of_the_training_input_are_uniform(tmp_path, i
     assert_uniform(contrasts, 0.2, 1.8)
 
 
-@pytest.mark.parametrize("fast_ops", [True, False])
 def test_the_limits_of_the_contrast_may_be_equal(tmp_path, image, fast_ops):
-    limits = {"min_contrast_factor": 0.5, "max_contrast_factor": 0.5}
-    check_contrasts(0.5, 0.5)(training_images(tmp_path, fast_ops, 100, **limits), image)
+    FLAGS.min_contrast_factor = FLAGS.max_contrast_factor = 0.5
+    check_contrasts(0.5, 0.5)(training_images(tmp_path, 100), image)
 
 
 # --- Edits of `cifar10_input.distort`.
@@ -263,7 +259,6 @@ def check_brightness(images, image):
     assert_uniform(deltas.mean(axis=(1, 2, 3)), -63, 63)
 
 
-@pytest.mark.parametrize("fast_ops", [True, False])
 @pytest.mark.parametrize(
     ("distort", "is_supported", "check"),
     [
@@ -277,7 +272,7 @@ def test_an_edited_distortion_has_the_same_effect_with_both_backends(
     tmp_path, image, monkeypatch, warnings, distort, is_supported, check, fast_ops
 ):
     monkeypatch.setattr(cifar10_input, "distort", distort)
-    images = training_images(tmp_path, fast_ops, 600)
+    images = training_images(tmp_path, 600)
     check(images, image)
     assert len(warnings) == (fast_ops and not is_supported)
 
@@ -293,7 +288,8 @@ def test_a_distortion_may_use_the_graph_of_training_and_an_attempt_leaves_nothin
     monkeypatch.setattr(cifar10_input, "distort", with_variables)
     operations = []
     for fast_ops in (True, False):
-        with tf.Graph().as_default() as graph, flagsaver.flagsaver(fast_ops=fast_ops):
+        FLAGS.fast_ops = fast_ops
+        with tf.Graph().as_default() as graph:
             tf.train.get_or_create_global_step()
             cifar10_input.distorted_inputs(str(tmp_path), 8)
             operations.append([node.name for node in graph.as_graph_def().node])

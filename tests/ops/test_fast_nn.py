@@ -73,29 +73,6 @@ def test_other_parameters_have_the_effect_that_they_have_in_tf_nn(parameters):
     assert_close(found, run(tf.nn.lrn, *batch, **parameters))
 
 
-def test_tensorflow_derives_equal_gradients_from_a_stored_graph(monkeypatch):
-    monkeypatch.setattr(tensorflow_v1, "GPUS", [])
-    batch = make_input([2, 3, 3, 10], 3.0)
-    parameters = {"depth_radius": 2, "bias": 2.0, "alpha": 0.1, "beta": 0.75}
-    images = tf.constant(batch[0], name="images")
-    result = fast_nn.lrn(images, **parameters, name="norm")
-
-    def first_and_second_gradients(result, images):
-        (first,) = tf.gradients(result, images, tf.constant(batch[1]))
-        (second,) = tf.gradients(first, images, tf.constant(batch[1][::-1].copy()))
-        with tf.Session() as session:
-            return session.run([first, second])
-
-    stored = tf.get_default_graph().as_graph_def()
-    found = first_and_second_gradients(result, images)
-    with tf.Graph().as_default():
-        loaded = tf.import_graph_def(stored, return_elements=["norm:0", "images:0"], name="")
-        derived = first_and_second_gradients(*loaded)
-        assert operation_types() >= {"RsqrtGrad"}
-    assert_close(found, derived)
-    assert_close(derived[:1], compute_exactly(*batch, **parameters)[1:])
-
-
 @pytest.mark.parametrize(
     ("gpus", "dtype", "shape", "bias"),
     [

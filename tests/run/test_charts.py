@@ -73,16 +73,15 @@ def test_the_matrix_of_any_number_of_classes_has_a_viewable_size(count):
     np.testing.assert_array_equal(dark, matrix > 0)
 
 
-def test_counts_are_drawn_as_large_as_all_of_them_fit():
+def test_counts_are_drawn_if_all_of_them_fit():
     heights = []
-    for largest in (7, 123456, 10**9):
+    for largest in (7, 10**9):
         matrix = np.array([[7, 0], [0, largest]])
         image = decode(charts.draw_confusion_matrix(matrix, ["a", "b"]))
         side, margin = charts.CELL_SIZE, charts.MARGIN
         white = image[margin + 1 : margin + side, margin + 1 : margin + side].sum(axis=2) > 600
         heights.append(white.any(axis=1).sum())  # of the 7, which is white on a dark cell
-    assert heights[0] > heights[1] > 0
-    assert heights[2] == 0  # the largest count does not fit, so none is drawn
+    assert heights[0] > heights[1] == 0
 
 
 def test_the_caption_of_a_mistake_has_the_true_class_above_the_predicted_class_in_red():

@@ -76,11 +76,18 @@ def test_after_a_damaged_checkpoint_evaluation_waits_for_the_next_one(tmp_path, 
     assert evaluate(tmp_path, clock, {3: 2}, 8) == [2]
 
 
-def test_evaluation_survives_a_checkpoint_that_would_end_the_process(tmp_path, clock, monkeypatch):
+@pytest.mark.parametrize("has_state_file", [True, False])
+def test_evaluation_survives_a_checkpoint_that_would_end_the_process(
+    tmp_path, clock, monkeypatch, has_state_file
+):
     monkeypatch.undo()  # the check is real
     monkeypatch.setattr(evaluation, "time", clock)
-    give_invalid_type(save(tmp_path, 1))
-    assert evaluate(tmp_path, clock, {3: 2}, 5) == [2]
+    save(tmp_path, 1)
+    give_invalid_type(save(tmp_path, 2))
+    if not has_state_file:
+        (tmp_path / "checkpoint").unlink()
+    expected = [3] if has_state_file else [1, 3]
+    assert evaluate(tmp_path, clock, {3: 3}, 5) == expected
 
 
 def give_invalid_type(path):
