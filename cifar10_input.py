@@ -39,8 +39,8 @@ MAX_CONTRAST_FACTOR = 1.8
 # Some of these constants are the defaults of flags.
 options.register_constants(globals())
 options.define("input")
-max_size = min(records.HEIGHT, records.WIDTH)  # of a crop; the minimum is 8, as it is pooled twice
-FLAGS["crop_size"].rules.append((lambda n: 8 <= n <= max_size, f"it must be 8 to {max_size}"))
+# The smallest crop has 8 pixels, because it is pooled twice.
+FLAGS["crop_size"].parser = flags.IntegerParser(8, min(records.HEIGHT, records.WIDTH))
 
 
 class CIFAR10Record:

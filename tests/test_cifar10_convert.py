@@ -370,7 +370,7 @@ def test_missing_and_conflicting_flags_are_usage_errors(values, message):
 
 @pytest.mark.parametrize("value", [0.0, 1.0, -0.5, float("nan")])
 def test_test_fraction_must_be_between_0_and_1(value):
-    with pytest.raises(flags.IllegalFlagValueError, match="more than 0 and less than 1"):
+    with pytest.raises(flags.IllegalFlagValueError, match=r"in the interval \(0, 1\)"):
         FLAGS.test_fraction = value
 
 

@@ -241,7 +241,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-def test_training_on_a_file_system_without_locks_warns_once(tmp_path, train_dir):
+def test_training_on_a_file_system_without_locks_warns_of_each_folder(tmp_path, train_dir):
     flags = [
         f"--data_dir={tmp_path / 'data'}",
         "--synthetic_data",
@@ -251,8 +251,9 @@ def test_training_on_a_file_system_without_locks_warns_once(tmp_path, train_dir)
         "--min_fraction_of_examples_in_queue=0.001",
     ]
     process = run_script("-c", WITHOUT_LOCKS, "cifar10_train.py", *flags)
-    (warning,) = messages(process.stderr)
-    assert "does not support locks (No locks available)" in warning
+    folders = (tmp_path / "data", train_dir)
+    for folder, warning in zip(folders, messages(process.stderr), strict=True):
+        assert f"of {folder} does not support locks (No locks available)" in warning
     assert saved_step(train_dir) == 2
     assert not list(tmp_path.rglob("*.lock"))
 

@@ -119,7 +119,7 @@ def read_pickle(path):
 
 def read_image(path):
     with pytest.MonkeyPatch.context() as context:
-        context.setattr(image_files, "_report_scaling", lambda: None)
+        context.setattr(image_files, "report_once", lambda message: None)
         assert image_files.read_image(path).shape == (32, 32, 3)
 
 
@@ -347,7 +347,7 @@ def test_a_record_file_that_is_truncated_during_the_check_causes_no_crash(tmp_pa
 
 
 def test_secrets_in_flags_are_not_recorded(tmp_path):
-    flags = {"data_url": "https://ann:secret@host/a?signature=secret", "batch_size": 8}
+    flags = {"data_url": "https://ann:secret@host/a?signature=the secret", "batch_size": 8}
     run_options = training_run.Options(str(tmp_path), 0, flags=flags)
     with training_run.TrainingRun(run_options, SETTINGS) as run, run.graph():
         tf.train.get_or_create_global_step()

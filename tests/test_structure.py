@@ -4,12 +4,11 @@ import-linter and ruff check which module may import what; see pyproject.toml.
 """
 
 import ast
-import os
 import re
 
 import breakages
 import pytest
-from conftest import ROOT, messages, run_script, script_environment
+from conftest import ROOT, messages, run_script
 
 TOP_LEVEL = {path.stem for path in ROOT.glob("*.py")}
 COMMANDS = TOP_LEVEL - {"cifar10", "cifar10_input"}
@@ -82,18 +81,3 @@ assert find_state() == before, (before, find_state())
 """
     process = run_script("-c", code, *sorted(MODULES))
     assert (process.stdout, messages(process.stderr)) == ("", [])
-
-
-def test_what_is_written_to_stderr_is_not_lost_if_the_process_dies_during_the_import(tmp_path):
-    # Stands for a TensorFlow that needs instructions which the processor does not have.
-    package = tmp_path / "tensorflow" / "compat"
-    package.mkdir(parents=True)
-    (tmp_path / "tensorflow" / "__init__.py").touch()
-    (package / "__init__.py").touch()
-    (package / "v1.py").write_text(
-        "import os\nos.write(2, b'this processor has no AVX\\n')\nos.abort()\n"
-    )
-    environment = {**script_environment(), "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
-    process = run_script("-c", "import cifar10_train", check=False, env=environment)
-    assert process.returncode == -6
-    assert process.stderr == "this processor has no AVX\n"

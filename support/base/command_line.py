@@ -27,13 +27,12 @@ def run(main, takes_arguments=False):
     """Runs a script's `main(argv)` and exits.
 
     The exit code is 1, after a message, for an error that the user can fix (`UserError`) and for a
-    mistake on the command line. For a stop signal, it is 128 plus the signal's number, after a line
-    that says how to resume; see `StopSignals`. If stdout can no longer be written, the script ends,
-    except within `streams.tolerate_lost_output`. It ends silently if the reader of stdout, for
-    example `head`, has exited.
+    mistake on the command line. For a stop signal, it is 128 plus the signal's number; see
+    `StopSignals`. If stdout can no longer be written, the script ends, except within
+    `streams.tolerate_lost_output`; silently if the reader of stdout, such as `head`, has exited.
 
-    At the end of a run, all flags have the values that they had before, so that a command line has
-    no effect on later runs in the same process.
+    At the end, all flags have the values that they had before: a command line has no effect on
+    later runs in the same process.
 
     Args:
       main: function of the list of arguments that are not flags; the script's name comes first.
@@ -72,14 +71,12 @@ def run(main, takes_arguments=False):
 
 def _run_main(main, takes_arguments):
     """Parses the command line and calls `main`."""
+    if "--helpfull" in sys.argv[1:]:
+        app.usage(writeto_stdout=True, exitcode=0)  # absl itself would exit with 1
     try:
         argv = FLAGS(sys.argv)  # not `app.run`, which would make TensorFlow look for GPUs
     except flags.Error as error:
         raise app.UsageError(error) from error
-    except SystemExit:
-        if "--helpfull" in sys.argv[1:]:  # absl exits with 1 although it printed the help
-            sys.exit(0)
-        raise
     if FLAGS.only_check_args:
         return
     if len(argv) > 1 and not takes_arguments:
@@ -103,7 +100,7 @@ def _configure_logging():
 
 def _make_printable(record):
     """Escapes the message of a log record. This is a filter that lets all records pass."""
-    lines = record.getMessage().splitlines()
+    lines = record.getMessage().split("\n")
     record.msg, record.args = shorten("\n".join(map(printable, lines))), None
     return True
 

@@ -10,8 +10,8 @@ class UserError(Exception):
     """The user can fix this. The message is one line that says what is wrong and what to do."""
 
     def __init__(self, message):
-        # Quoted text may span several lines.
-        super().__init__(shorten(printable(mask_secrets(" ".join(message.split())))))
+        line = re.sub(r"\s*\n\s*", " ", message.strip())  # quoted text may span several lines
+        super().__init__(shorten(printable(mask_secrets(line))))
 
 
 class DataError(UserError):
@@ -42,20 +42,16 @@ def first_line(error):
     TensorFlow's errors have dozens of lines; the reason follows the line that names the node.
     """
     match = re.search(r"^Node: .*\n(.+)", str(error), re.MULTILINE)
-    return match[1] if match else (str(error).splitlines() or [repr(error)])[0]
+    return match[1] if match else str(error).partition("\n")[0] or repr(error)
 
 
 @contextlib.contextmanager
 def foreign_file(path, error_class=DataError, cure=""):
-    """Turns any error in the context into an error of one line: "PATH cannot be read (reason)".
+    """Turns any error in the context into an error of one line: "PATH cannot be read (reason)CURE".
 
     Damaged and hostile files cause errors of any type, whichever library reads them. Put only the
     call of the library into the context: a mistake in our own code should have its traceback.
-
-    Args:
-      path: string; the path, or a description of what is read.
-      error_class: subclass of `UserError`.
-      cure: string; what to do, with a semicolon in front. It is appended to the message.
+    `error_class` is a subclass of `UserError`.
     """
     try:
         yield

@@ -15,13 +15,12 @@ import time
 import filelock
 
 from support.base.errors import DataError, UserError
-from support.base.messages import report
+from support.base.messages import report, report_once
 
 # How flock fails on file systems that have no locks: NFS without a lock daemon, Lustre mounted
 # without `flock`, FUSE and others. 524 is the Linux kernel's own ENOTSUPP, which some pass on.
 _NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EBADF, errno.EINVAL, 524}
-MAX_HOLDER_BYTES = 1000  # that are read from a lock file
-_without_locks = set()  # (device, error number) of the warnings that this process has printed
+MAX_HOLDER_BYTES = 1000  # of a lock file
 
 
 class LockedError(UserError):
@@ -30,15 +29,14 @@ class LockedError(UserError):
 
 @contextlib.contextmanager
 def lock(path, on_wait=None):
-    """Holds a lock that the operating system releases when the process ends, however it ends.
+    """Holds a lock that ends with the process, however that ends.
 
     On a file system without locks, it warns once and holds none.
 
     Args:
-      path: the lock file. It describes the holder and is removed when the lock is released. A file
-        left behind by a killed process does not lock anything.
-      on_wait: function that is called once, with a description of the holder, before waiting for a
-        lock that is held by another process.
+      path: the lock file, which describes the holder. A file left behind by a killed process does
+        not lock anything.
+      on_wait: function of a description of the holder, called before waiting for another process.
 
     Raises:
       LockedError: another process holds the lock, and `on_wait` is None.
@@ -52,7 +50,11 @@ def lock(path, on_wait=None):
         except OSError as error:
             if error.errno not in _NO_LOCKS:
                 raise
-            _warn_of_missing_locks(path, error)
+            folder = os.path.dirname(path) or "."
+            report_once(
+                f"Warning: the file system of {folder} does not support locks "
+                f"({error.strerror}); make sure that no two processes write to the same folder"
+            )
             _remove(path)
         else:
             _write_holder(path)
@@ -65,16 +67,18 @@ def lock(path, on_wait=None):
 
 
 def open_without_links(path, flags):
-    """Opens a file for writing, unless it is a link; pass this to `open` as `opener`.
+    """Opens a file for writing, or raises OSError; pass this to `open` as `opener`.
 
-    In a folder such as `/tmp`, another user may have created a link with this name, and writing
-    through it would overwrite a file elsewhere.
-
-    Raises:
-      OSError: the path is a link, or the file cannot be opened.
+    A link is refused: in a folder such as `/tmp`, another user may have created one with this name,
+    and writing through it would overwrite a file elsewhere.
     """
-    # Without O_NONBLOCK, opening a named pipe would wait forever.
-    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+    try:
+        # Without O_NONBLOCK, opening a named pipe would wait forever.
+        return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            error.strerror = "it is a link"
+        raise
 
 
 def read_regular(path, max_bytes):
@@ -95,21 +99,20 @@ def read_regular(path, max_bytes):
 
 
 def refuse_folder_of_others(flag, folder):
-    """Raises UserError if another user created `folder` in a shared folder such as `/tmp`.
+    """Raises UserError if another user, but not root, created `folder` in one such as `/tmp`.
 
-    That user could read and replace what is written there. Mount points and folders of root are
-    accepted.
+    That user could read and replace what is written there. Mount points are accepted.
     """
-    path = os.path.abspath(folder)
     shared = stat.S_IWOTH | stat.S_ISVTX  # everybody can create files there, and delete only theirs
     with contextlib.suppress(OSError):  # it is missing, or cannot be read: reported later
-        owners = {os.stat(path).st_uid, os.lstat(path).st_uid}
-        is_in_shared = os.stat(os.path.dirname(path)).st_mode & shared == shared
-        if is_in_shared and owners - {os.geteuid(), 0} and not os.path.ismount(path):
-            raise UserError(
-                f"{flag}={folder} belongs to another user, in a folder that everybody can write "
-                "to; choose another folder"
-            )
+        for path in (os.path.abspath(folder), os.path.realpath(folder)):
+            owners = {os.stat(path).st_uid, os.lstat(path).st_uid}
+            is_in_shared = os.stat(os.path.dirname(path)).st_mode & shared == shared
+            if is_in_shared and owners - {os.geteuid(), 0} and not os.path.ismount(path):
+                raise UserError(
+                    f"{flag}={folder} belongs to another user, in a folder that everybody can "
+                    "write to; choose another folder"
+                )
 
 
 def _acquire(file_lock, path, on_wait):
@@ -130,18 +133,6 @@ def _remove(path):
         pathlib.Path(path).unlink(missing_ok=True)
 
 
-def _warn_of_missing_locks(path, error):
-    """Reports on stderr that a lock file cannot be locked, once for each file system and reason."""
-    folder = os.path.dirname(path) or "."
-    cause = os.stat(folder).st_dev, error.errno
-    if cause not in _without_locks:
-        _without_locks.add(cause)
-        report(
-            f"Warning: the file system of {folder} does not support locks ({error.strerror}); make "
-            "sure that no two processes write to the same folder"
-        )
-
-
 def _write_holder(path):
     script = os.path.basename(sys.argv[0])
     start = time.strftime("%Y-%m-%d %H:%M:%S")
@@ -151,12 +142,10 @@ def _write_holder(path):
 
 
 def _read_holder(path):
-    with contextlib.suppress(FileNotFoundError):
-        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
-            content = file.read(MAX_HOLDER_BYTES) or b""  # None: a pipe
-        if holder := content.decode(errors="replace").strip():
-            return holder
-    return "another process"
+    holder = ""
+    with contextlib.suppress(OSError, ValueError):  # it has been removed, or is no lock file
+        holder = read_regular(path, MAX_HOLDER_BYTES).decode(errors="replace").strip()
+    return holder or "another process"
 
 
 @contextlib.contextmanager
@@ -167,19 +156,15 @@ def exclusive_creation(folder, flag="--data_dir"):
 
     Args:
       folder: path.
-      flag: string; the flag that the user can set to choose another folder.
+      flag: string; for the message.
 
     Raises:
       DataError: the folder cannot be created or locked, or the block raises OSError.
     """
-
-    def report_wait(holder):
-        report(f"Waiting for {holder} to finish preparing {folder}")
-
-    path = _hidden_path(folder, "lock")
     try:
+        path = _hidden_path(folder, "lock")
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        with lock(path, on_wait=report_wait):
+        with lock(path, lambda other: report(f"Waiting for {other} to finish preparing {folder}")):
             yield
     except OSError as error:
         message = f"cannot write {folder}: {error}; choose another folder with {flag}"
@@ -190,9 +175,9 @@ def exclusive_creation(folder, flag="--data_dir"):
 def atomic_folder(folder):
     """Creates `folder` with all of its files, or not at all.
 
-    Yields the path of a hidden staging folder. If the `with` block succeeds, this folder is renamed
-    to `folder`, or, if `folder` is empty and cannot be replaced, its files are moved there. If the
-    block fails, it is deleted. Use this within `exclusive_creation`: all processes share it.
+    Yields a hidden staging folder, which all processes share: use this within `exclusive_creation`.
+    At the end, it is renamed to `folder`, or, if that is empty and cannot be replaced, its files
+    are moved there.
     """
     staging = _hidden_path(folder, "part")
     shutil.rmtree(staging, ignore_errors=True)  # left behind by a killed process
@@ -234,33 +219,20 @@ def new_folder(flag, folder):
 
     Raises:
       DataError: from `exclusive_creation`.
-      UserError: from `check_new_folder`.
+      UserError: the folder exists and is not empty, or is not a folder.
     """
-    check_new_folder(flag, folder)
     path = os.path.realpath(folder)
     with exclusive_creation(path, flag):
-        check_new_folder(flag, folder)  # again: another process may have just created it
+        if os.path.lexists(folder) and (not os.path.isdir(folder) or _has_files(folder)):
+            raise UserError(f"{flag}={folder} already exists; choose a new folder")
         with atomic_folder(path) as staging:
             yield staging
 
 
-def check_new_folder(flag, folder):
-    """Raises UserError if `folder`, the value of `flag`, exists and is not an empty folder."""
-    try:
-        is_new = not os.path.lexists(folder) or (os.path.isdir(folder) and not _has_files(folder))
-    except OSError as error:
-        raise UserError(f"{flag}={folder} cannot be read ({error.strerror})") from error
-    if not is_new:
-        raise UserError(f"{flag}={folder} already exists; choose a new folder")
-
-
 def _hidden_path(folder, suffix):
-    """Returns the path of the lock file or of the staging folder for the creation of `folder`.
-
-    It is inside `folder` if that cannot be replaced: a mount point, a folder with `lost+found`, or
-    a folder in a write-protected parent.
-    """
+    """Returns the path of the lock file or of the staging folder for the creation of `folder`."""
     parent, name = os.path.split(folder)
+    # A mount point, or a folder in a write-protected parent, cannot be replaced.
     is_fixed = os.path.isdir(folder) and (
         os.path.ismount(folder) or os.listdir(folder) or not os.access(parent or ".", os.W_OK)
     )

@@ -4,12 +4,17 @@ File names, file contents and responses of servers may contain control character
 received them, they could move the cursor or forge a message.
 """
 
+import functools
 import os
 import re
 import sys
 import unicodedata
 
 MAX_LENGTH = 2000  # characters of a message; only text from outside makes a message longer
+# A URL and its secrets: the user is all that an @ follows, because passwords may contain / and #.
+_URL = re.compile(
+    r"(?!file:)(?P<scheme>\w*://)(?P<user>.*(?=@)|)(?P<host>@?[^?#]*[?#]?)(?P<query>.*)", re.DOTALL
+)
 
 
 def printable(text):
@@ -38,14 +43,28 @@ def report(message):
     print(shorten(printable(mask_secrets(message))), file=sys.stderr, flush=True)
 
 
+report_once = functools.cache(report)
+
+
 def mask_secrets(text, url=""):
     """Returns a text in which the user names, passwords and queries of URLs are masked.
 
-    Those of `url` are masked wherever they occur, because messages quote parts of a URL.
+    In the text, a URL ends at a blank. The secrets of `url` are masked wherever they occur, because
+    messages quote parts of a URL.
     """
-    for secret in re.findall(r"(?<=://)[^/?#]*(?=@)|(?<=[?#]).+", url):
-        for part in re.split("[:&]", secret):
+    if match := _URL.fullmatch(url):
+        for part in re.split("[:&?#]", f"{match['user']}&{match['query']}"):
             if len(part) > 3:  # a shorter one would match parts of words
                 text = text.replace(part, "***")
-    text = re.sub(r"(?<=://)[^/?#\s]*@", "***@", text)
-    return re.sub(r"(?<=\w)(://[^?#\s]*[?#])\S+", r"\1***", text)
+    return re.sub(r"(?<=\w)(?<!file)://\S+", lambda match: mask_url(match[0]), text)
+
+
+def mask_url(url):
+    """Returns a URL with its secrets masked; any other text as it is."""
+    match = _URL.fullmatch(url)
+    if match is None:
+        return url
+    if re.search("[?#]", match["user"]):  # this may be a part of the query
+        return f"{match['scheme']}***"
+    user, query = (match[name] and "***" for name in ("user", "query"))
+    return f"{match['scheme']}{user}{match['host']}{query}"

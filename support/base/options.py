@@ -12,7 +12,6 @@ is parsed, as in a notebook. It does not import TensorFlow.
 """
 
 import contextlib
-import math
 import os
 import re
 import sys
@@ -44,9 +43,8 @@ _registered = {}
 def register_constants(namespace):
     """Makes the constants of a module available as defaults of flags.
 
-    A flag looks up the current value whenever it is read. Two modules may define the same
-    constant: `cifar10.py` copies some from `cifar10_input.py`. You can edit either copy. If you
-    edit both, the copy in the module that was registered later takes effect.
+    Two modules may define the same constant: `cifar10.py` copies some from `cifar10_input.py`. You
+    can edit either copy. If you edit both, that of the module that was registered later counts.
 
     Args:
       namespace: dict; the module's `globals()`. A module that is loaded again replaces itself.
@@ -77,24 +75,22 @@ def constant(name):
 class Flag(flags.Flag):
     """A flag that follows a constant, if its default is one, until it is given a value.
 
+    Its parser checks each value other than None, wherever it comes from: the command line, an
+    assignment, the default or the constant.
+
     Args:
       default: value; a `Constant` to follow; or None.
-      normalize: function of each value other than None, wherever it comes from: the command line,
-        an assignment, the default or the constant. It raises ValueError to refuse a value.
 
     The other arguments are those of `flags.Flag`.
 
     Attributes:
       defined_default: the default as it was passed, whatever `FLAGS.set_default` says.
-      rules: list of (function from a value to bool, what it checks).
     """
 
     _constant = None
 
-    def __init__(self, parser, name, default, help_string, normalize=None, **arguments):
+    def __init__(self, parser, name, default, help_string, **arguments):
         self.defined_default = default
-        self.rules = []
-        self._normalize = normalize
         follows = isinstance(default, Constant)
         serializer = None if arguments.get("boolean") else flags.ArgumentSerializer()
         value = None if follows else default
@@ -110,7 +106,7 @@ class Flag(flags.Flag):
         if not self._follows_constant():
             return self._value
         try:
-            return self._find_constant()
+            return self._check(constant(self._constant))
         except (TypeError, ValueError):
             return constant(self._constant)  # `verify` reports it
 
@@ -130,7 +126,7 @@ class Flag(flags.Flag):
         """Returns True, or raises ValidationError if the constant is invalid; an absl validator."""
         try:
             if self._follows_constant():
-                self._find_constant()
+                self._check(constant(self._constant))
         except (TypeError, ValueError) as error:
             problem = f"{error}; the value comes from the constant {self._constant}"
             raise flags.ValidationError(problem) from None
@@ -145,30 +141,19 @@ class Flag(flags.Flag):
     def _follows_constant(self):
         return self.using_default_value and self._constant is not None
 
-    def _find_constant(self):
-        """Returns the value of the constant as the flag's type; raises TypeError or ValueError."""
-        return self._check(self.parser.parse(constant(self._constant)))
-
     def _check(self, value):
         """Returns a value as `value` will return it; raises TypeError or ValueError."""
-        if value is None:
-            if self.default is not None:
-                raise ValueError("it needs a value")
-            return None
-        if self._normalize is not None:
-            value = self._normalize(value)
-        for is_valid, rule in self.rules:
-            if not is_valid(value):
-                raise ValueError(rule)
-        return value
+        if value is not None:
+            return self.parser.parse(value)
+        if self.default is not None:
+            raise ValueError("it needs a value")
+        return None
 
 
-def _define(flag, *rules):
-    """Defines a flag for the module that calls this one, unless the flag already exists.
-
-    The flag exists if another script in the process or the user's own script has defined it, or if
-    the module is loaded a second time (reloaded, or run as a script and then imported).
-    """
+def _define(flag):
+    """Defines a flag for the module that calls this one, unless the flag already exists."""
+    # It exists if another script or the user's own has defined it, or if the module is loaded a
+    # second time (reloaded, or run as a script and then imported).
     _names.add(flag.name)
     if flag.name in FLAGS:
         existing = FLAGS[flag.name]
@@ -178,7 +163,6 @@ def _define(flag, *rules):
         flags.declare_key_flag(flag.name)
         return
     flags.DEFINE_flag(flag)
-    flag.rules.extend(rules)
     flags.register_validator(flag.name, flag.verify)
 
 
@@ -192,17 +176,20 @@ def local_path(path):
       path: string, bytes or `os.PathLike`.
 
     Raises:
-      ValueError: it is a URL, there is no such user, or it has more than MAX_FOLDERS folders.
+      ValueError: it is empty or a URL, there is no such user, or it has more than MAX_FOLDERS
+        folders.
     """
     path = os.fsdecode(path)
     expanded = os.path.expanduser(path)
+    if not path:
+        raise ValueError("it must name a file or a folder")
+    if path.count("/") > MAX_FOLDERS:
+        raise ValueError(f"a path may name at most {MAX_FOLDERS} folders")
     # At least two letters, because C:/ is a drive of Windows. pathlib removes the second slash.
     if scheme := re.match("[a-z][a-z0-9+.-]+:/", path, re.IGNORECASE):
         problem = f"{scheme[0]}/ is not supported"
     elif expanded.startswith("~"):
         problem = f"there is no home folder for {path.partition('/')[0]}"
-    elif path.count("/") > MAX_FOLDERS:
-        raise ValueError(f"a path may name at most {MAX_FOLDERS} folders")
     else:
         return expanded
     raise ValueError(f"{problem}; write ./{path} if it is a local path")
@@ -234,35 +221,22 @@ def checkpoint_path(path):
     return path
 
 
+def _saved_model_path(path):
+    path = tensorflow_path(path)
+    if re.search(r"\[[^/]*\]|\\", path):
+        raise ValueError("TensorFlow cannot load a model from a path with brackets or a backslash")
+    return path
+
+
 def _url_or_path(path):
     is_url = re.match("(https?|ftp|file):/", path, re.IGNORECASE)
     return path if is_url else tensorflow_path(path)
 
 
-# --- Rules: a function from a value to bool, and what it checks.
-
-_ANYTHING = (lambda value: True, "")
-_FINITE = (math.isfinite, "it must be a finite number")
-_NAMED = (bool, "it must name a folder")
-_POSITIVE = (  # float32 and int64 can hold the results
-    lambda value: 0 < value <= 1e9,
-    "it must be greater than 0 and at most 1e9",
-)
-_NOT_GRAY = (
-    lambda value: 0 < value < math.inf,
-    "it must be finite and greater than 0; otherwise every image would be gray",
-)
-_EXPORTABLE = (
-    lambda path: path and not re.search(r"\[[^/]*\]|\\", path),
-    "it must name a folder without brackets or a backslash, which TensorFlow cannot load a model "
-    "from",
-)
-
-
 # --- The definition of a flag.
 
 # These functions have absl's names, and define one flag for the module that calls them. `default`
-# may be a `Constant`, and `valid` is a rule as above.
+# may be a `Constant`.
 # ruff: noqa: N802
 
 
@@ -274,14 +248,12 @@ def DEFINE_boolean(name, default, help_string):
 def DEFINE_integer(name, default, help_string, lower_bound=None, upper_bound=2**31 - 1):
     """Defines a flag for an integer within bounds."""
     parser = flags.IntegerParser(lower_bound, upper_bound)
-    _define(Flag(parser, name, default, help_string), _within_bounds(parser))
+    _define(Flag(parser, name, default, help_string))
 
 
-def DEFINE_float(name, default, help_string, lower_bound=None, upper_bound=None, valid=None):
-    """Defines a flag for a finite float within bounds."""
-    parser = flags.FloatParser(lower_bound, upper_bound)
-    flag = Flag(parser, name, default, help_string)
-    _define(flag, _within_bounds(parser), valid or _FINITE)
+def DEFINE_float(name, default, help_string, interval):
+    """Defines a flag for a float in an interval, such as "(0, 1]", which excludes 0."""
+    _define(Flag(_FloatParser(interval), name, default, help_string))
 
 
 def DEFINE_enum(name, default, enum_values, help_string):
@@ -290,9 +262,9 @@ def DEFINE_enum(name, default, enum_values, help_string):
     _define(Flag(flags.EnumParser(enum_values), name, default, help_string))
 
 
-def DEFINE_path(name, default, help_string, normalize=tensorflow_path, valid=_NAMED):
+def DEFINE_path(name, default, help_string, normalize=tensorflow_path):
     """Defines a flag for a path; `normalize` is one of the functions above."""
-    _define(Flag(flags.ArgumentParser(), name, default, help_string, normalize), valid)
+    _define(Flag(_PathParser(normalize), name, default, help_string))
 
 
 def DEFINE_alias(name, original_name):
@@ -302,16 +274,32 @@ def DEFINE_alias(name, original_name):
     flags.declare_key_flag(name)
 
 
-def _within_bounds(parser):
-    """Returns the rule that a value is within the bounds of a parser of numbers."""
-    return lambda value: not parser.is_outside_bounds(value), f"it must be {parser.syntactic_help}"
+class _FloatParser(flags.FloatParser):
+    def __init__(self, interval):
+        super().__init__(*map(float, interval[1:-1].split(", ")))
+        ends = {"(": self.lower_bound, ")": self.upper_bound}
+        self._excluded = [end for mark, end in ends.items() if mark in interval]
+        self._interval = interval
+
+    def parse(self, argument):
+        value = self.convert(argument)
+        # A NaN is in no interval.
+        if value in self._excluded or not self.lower_bound <= value <= self.upper_bound:
+            raise ValueError(f"it must be in the interval {self._interval}")
+        return value
+
+
+class _PathParser(flags.ArgumentParser):
+    def __init__(self, normalize):
+        self.parse = normalize
 
 
 # --- The table.
 
 _SVHN_URL = "http://ufldl.stanford.edu/housenumbers/"
 
-# The groups of flags: for each flag, the function that defines it and its arguments.
+# The groups of flags: for each flag, the function that defines it and its arguments. With values of
+# up to 1e9, float32 and int64 can hold the results.
 # fmt: off
 _GROUPS = {
     "input": [
@@ -326,16 +314,16 @@ _GROUPS = {
          "mirroring changes what an image means, for example with digits."),
         (DEFINE_float, "max_brightness_delta", Constant("MAX_BRIGHTNESS_DELTA"),
          "Maximum brightness change, added to or subtracted from every pixel (0 to 255) of a "
-         "training image. Standardization cancels this change.", 0.0, 255.0),
+         "training image. Standardization cancels this change.", "[0, 255]"),
         (DEFINE_float, "min_contrast_factor", Constant("MIN_CONTRAST_FACTOR"),
-         "Minimum factor for the contrast of a training image.", 0.0, 1000.0),
+         "Minimum factor for the contrast of a training image.", "[0, 1000]"),
         (DEFINE_float, "max_contrast_factor", Constant("MAX_CONTRAST_FACTOR"),
-         "Maximum factor for the contrast of a training image, greater than 0.",
-         0.0, 1000.0, _NOT_GRAY),
+         "Maximum factor for the contrast of a training image, greater than 0. With 0, every "
+         "image would be gray.", "(0, 1000]"),
         (DEFINE_float, "min_fraction_of_examples_in_queue",
          Constant("MIN_FRACTION_OF_EXAMPLES_IN_QUEUE"),
          "Fraction of an epoch (all training images) that stays in the shuffling queue. A "
-         "larger queue shuffles better; a smaller one starts sooner.", 0.0, 1.0),
+         "larger queue shuffles better; a smaller one starts sooner.", "[0, 1]"),
         (DEFINE_integer, "num_preprocess_threads", Constant("NUM_PREPROCESS_THREADS"),
          "Number of threads that read and distort training images.", 1, 1024),
     ],
@@ -346,27 +334,24 @@ _GROUPS = {
         (DEFINE_path, "data_url", Constant("DATA_URL"),
          "Where to get cifar-10-binary.tar.gz if data_dir has no dataset: an http(s)://, ftp:// "
          "or file:// URL, or a path. The SHA-256 must match that of the original archive.",
-         _url_or_path, _ANYTHING),
+         _url_or_path),
         (DEFINE_enum, "top_layers", "full", ["full", "local"],
          "Type of the layers local3 and local4: fully connected, or locally connected with "
          "separate filters for each position."),
         (DEFINE_float, "initial_learning_rate", Constant("INITIAL_LEARNING_RATE"),
-         "Learning rate before the first decay, greater than 0.", None, None, _POSITIVE),
+         "Learning rate before the first decay, greater than 0.", "(0, 1e9]"),
         (DEFINE_float, "num_epochs_per_decay", Constant("NUM_EPOCHS_PER_DECAY"),
-         "Number of epochs between decays of the learning rate, greater than 0.",
-         None, None, _POSITIVE),
+         "Number of epochs between decays of the learning rate, greater than 0.", "(0, 1e9]"),
         (DEFINE_float, "learning_rate_decay_factor", Constant("LEARNING_RATE_DECAY_FACTOR"),
          "Factor by which each decay multiplies the learning rate, greater than 0. 1 turns "
-         "decay off.",
-         None, None, (lambda value: 0 < value <= 1, "it must be greater than 0 and at most 1")),
+         "decay off.", "(0, 1]"),
         (DEFINE_float, "moving_average_decay", Constant("MOVING_AVERAGE_DECAY"),
          "Decay of the moving averages of the variables per update, from 0 to less than 1.",
-         None, None, (lambda value: 0 <= value < 1, "it must be at least 0 and less than 1")),
+         "[0, 1)"),
         (DEFINE_float, "weight_decay", Constant("WEIGHT_DECAY"),
          "Weight of the L2 loss of local3 and local4 (with --top_layers=local, of "
          "softmax_linear as well). The L2 loss is half the sum of the squared weights. 0 turns "
-         "weight decay off.",
-         None, None, (lambda value: 0 <= value <= 1e9, "it must be at least 0 and at most 1e9")),
+         "weight decay off.", "[0, 1e9]"),
     ],
     "run": [
         (DEFINE_path, "train_dir", "/tmp/cifar10_train",
@@ -381,8 +366,7 @@ _GROUPS = {
         (DEFINE_integer, "save_checkpoint_steps", None,
          "Steps between checkpoints, instead of save_checkpoint_secs.", 1),
         (DEFINE_integer, "max_checkpoints_to_keep", 5,
-         "Number of checkpoints to keep. Older checkpoints of the same run are deleted.",
-         1),
+         "Number of checkpoints to keep. Older checkpoints of the same run are deleted.", 1),
         (DEFINE_integer, "save_summaries_steps", 100,
          "Steps between scalars for TensorBoard. 0 turns off all summaries.", 0),
         (DEFINE_integer, "save_histograms_steps", 1000,
@@ -411,38 +395,35 @@ _GROUPS = {
     ],
     "prediction": [
         (DEFINE_integer, "top", 3,
-         "Number of most likely classes to print for each image. 0 prints all classes.",
-         0),
+         "Number of most likely classes to print for each image. 0 prints all classes.", 0),
         (DEFINE_boolean, "json", False,
          "Print one JSON object per image, each on its own line."),
         (DEFINE_path, "export_dir", None,
          "Folder to write the model to, as a SavedModel. It must be new or empty.",
-         tensorflow_path, _EXPORTABLE),
+         _saved_model_path),
     ],
     "conversion": [
         (DEFINE_path, "images", None,
          "Folder that contains your images as train/CLASS/* and test/CLASS/*, or as CLASS/* if "
          "you give --test_fraction. Images can be PNG, JPEG, GIF, BMP or WebP files of up "
-         "to 250 megapixels.", local_path, _ANYTHING),
+         "to 250 megapixels.", local_path),
         (DEFINE_alias, "pictures", "images"),
         (DEFINE_path, "svhn", None,
          f"Folder with train_32x32.mat and test_32x32.mat, the cropped digits from {_SVHN_URL}.",
-         local_path, _ANYTHING),
+         local_path),
         (DEFINE_path, "cifar10_python", None,
          "The Python version of CIFAR-10: the folder cifar-10-batches-py or the archive "
-         "cifar-10-python.tar.gz.", local_path, _ANYTHING),
+         "cifar-10-python.tar.gz.", local_path),
         (DEFINE_path, "cifar100", None,
-         "The binary or the Python version of CIFAR-100: its folder or its archive.",
-         local_path, _ANYTHING),
+         "The binary or the Python version of CIFAR-100: its folder or its archive.", local_path),
         (DEFINE_enum, "cifar100_labels", "fine", ["fine", "coarse"],
          "The labels of CIFAR-100 to use: 100 fine classes or 20 coarse ones."),
         (DEFINE_path, "output", None,
          "Folder to create for the dataset; pass it to the other scripts as --data_dir. It may "
-         "exist if it is empty.", local_path, _ANYTHING),
+         "exist if it is empty.", local_path),
         (DEFINE_float, "test_fraction", None,
          "Fraction of each class to use as test images, for images that are not divided into "
-         "train and test.",
-         None, None, (lambda value: 0 < value < 1, "it must be more than 0 and less than 1")),
+         "train and test.", "(0, 1)"),
         (DEFINE_integer, "shuffle_seed", 0,
          "Seed that determines the order of the records, and which images --test_fraction "
          "selects. The same images and seed produce the same files. The order of CIFAR-10 and "

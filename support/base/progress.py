@@ -19,16 +19,15 @@ def show_progress(description, total, unit, initial=0, unit_scale=False):
     """Shows the progress of an operation on stderr, with its rate and the remaining time.
 
     Args:
-      description: string; the name of the operation, such as "Downloading".
-      total: int; the number of units to process, or None if it is unknown.
+      description: string, such as "Downloading".
+      total: int; the number of units, or None if it is unknown.
       unit: string; the name of the unit.
       initial: int; the number of units that were processed earlier.
       unit_scale: bool; abbreviate numbers as 1.50k or 2.00M.
 
     Returns:
-      A context manager. It yields an object with the methods `update(count)`, to call after `count`
-      more units, and `write_line(line)`, which prints on stderr without disturbing the bar, and the
-      attribute `n`, the number of units so far. The bar is erased at the end.
+      A context manager that erases the bar at the end. It yields an object with `update(count)`, to
+      call after `count` more units; `write_line(line)`, for stderr; and `n`, the units so far.
     """
     arguments = {
         "desc": description,

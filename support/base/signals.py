@@ -39,10 +39,10 @@ def running_script():
 class StopSignals:
     """A context in which the first stop signal raises `Interrupted`.
 
-    The stop signals are SIGINT, SIGTERM, SIGHUP, SIGUSR1, SIGUSR2 and SIGXCPU. A second SIGINT or
-    SIGTERM ends a script at once. Other signals do not count for this, because shells, schedulers
-    and the system may send several. In a process that does more than run a script, for example a
-    notebook, SIGINT or SIGTERM after any stop signal raises KeyboardInterrupt instead.
+    A second SIGINT or SIGTERM ends a script at once. Other signals do not count for this, because
+    shells, schedulers and the system may send several. In a process that does more than run a
+    script, for example a notebook, SIGINT or SIGTERM after any stop signal raises KeyboardInterrupt
+    instead.
 
     Python runs signal handlers only in the main thread and only between two of its instructions,
     but a call into TensorFlow can take minutes. So a thread is notified of the signals as well.
@@ -54,6 +54,8 @@ class StopSignals:
     Attributes:
       signal_number: int; the number of the first signal, or None.
     """
+
+    _interrupts = True
 
     def __init__(self):
         self.signal_number = None
@@ -85,13 +87,11 @@ class StopSignals:
         self._thread.join()
         self._receiver.close()
 
-    def _stop(self, number):
-        raise Interrupted(number)
-
     def _handle(self, number, frame):
         if self._is_first and not _is_stopping:
             self._is_first = False
-            self._stop(number)
+            if self._interrupts:
+                raise Interrupted(number)
         elif number in _REQUESTS and not _runs_script:
             raise KeyboardInterrupt
 
@@ -107,10 +107,6 @@ class StopSignals:
 
 
 class DeferredSignals(StopSignals):
-    """A context in which the first signal interrupts nothing: the program polls `signal_number`.
+    """A context in which the first signal interrupts nothing: the program polls `signal_number`."""
 
-    For the list of signals, and for a second signal, see the base class.
-    """
-
-    def _stop(self, number):
-        pass
+    _interrupts = False

@@ -14,14 +14,8 @@ import sys
 class _Output:
     """A text stream that the null device replaces as soon as it cannot be written.
 
-    Args:
-      stream: the text stream to write to.
-      is_needed: bool; whether the method that finds the stream lost raises its OSError.
-      notice: string; printed on stderr when the stream is lost, together with the reason. None for
-        no notice.
-
-    Attributes:
-      error: the OSError of the loss, or None.
+    The attribute `error` is then the OSError, which is raised if the stream is needed. A notice is
+    printed.
     """
 
     def __init__(self, stream, is_needed=False, notice=None):
@@ -46,17 +40,13 @@ class _Output:
         except OSError as error:
             self.error = error
             # The stream keeps what it could not write, and would fail again when Python exits.
-            with contextlib.suppress(io.UnsupportedOperation):  # a notebook's has no descriptor
-                _redirect_to_null_device(self._stream.fileno())
+            # A notebook's stream has no descriptor.
+            with contextlib.suppress(io.UnsupportedOperation), open(os.devnull, "wb") as device:
+                os.dup2(device.fileno(), self._stream.fileno())
             if self._is_needed:
                 raise
             if self._notice is not None:
                 print(f"{self._notice} ({error.strerror})", file=sys.stderr, flush=True)
-
-
-def _redirect_to_null_device(descriptor):
-    with open(os.devnull, "wb") as null_device:
-        os.dup2(null_device.fileno(), descriptor)
 
 
 @contextlib.contextmanager

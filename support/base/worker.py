@@ -30,24 +30,17 @@ class Worker:
         return
 
     def average_gradients(self, gradients, global_step):
-        """Returns the average gradients of all workers. Call it once.
+        """Returns the average gradients of all workers: list of (gradient, variable). Call it once.
 
-        Args:
-          gradients: list of (gradient, variable) of this worker's batch.
-          global_step: int64 [] variable.
-
-        Returns:
-          list of (gradient, variable).
+        `gradients` are those of this worker's batch, as such a list; `global_step` is an int64 [].
         """
         return gradients
 
     def synchronize(self, update_op):
-        """Returns the operation to run in each step, which ends when the update is complete.
+        """Returns the operation to run in each step, which ends when `update_op` has run.
 
-        Call it once, after `average_gradients` and before `hooks`.
-
-        Args:
-          update_op: applies the average gradients, counts the step and updates the moving averages.
+        Call it once, after `average_gradients` and before `hooks`. `update_op` applies the average
+        gradients, counts the step and updates the moving averages.
         """
         return update_op
 

@@ -13,7 +13,7 @@ import urllib.request
 
 from support.base import files
 from support.base.errors import DataError
-from support.base.messages import mask_secrets, report
+from support.base.messages import mask_secrets, mask_url, report
 from support.base.progress import show_progress
 from support.data import dataset, formats, records
 
@@ -97,7 +97,7 @@ def _download(url, archive, sha256):
         url = pathlib.Path(os.path.expanduser(url)).absolute().as_uri()
     data_dir = os.path.dirname(archive)
     report(
-        f"No dataset in {data_dir}. Downloading CIFAR-10 from {url} (to use your own "
+        f"No dataset in {data_dir}. Downloading CIFAR-10 from {mask_url(url)} (to use your own "
         "images instead, run cifar10_convert.py)"
     )
     if found := formats.find_version(os.path.expanduser("~/.keras/datasets"), formats.VERSIONS[:1]):
@@ -118,7 +118,7 @@ def _download(url, archive, sha256):
         size = os.path.getsize(part)
         os.remove(part)
         raise DataError(
-            f"{url} is not the expected archive (it may be a web page): the SHA-256 "
+            f"{mask_url(url)} is not the expected archive (it may be a web page): the SHA-256 "
             f"of its {size} bytes is {digest}, not {sha256}; {RETRY_ADVICE}"
         )
     os.replace(part, archive)
@@ -140,7 +140,8 @@ def _fetch_with_retries(url, part):
             if _size_of(part) >= largest_size + MIN_PROGRESS:
                 delays, largest_size = iter(retry_delays), _size_of(part)
             if (delay := next(delays, None)) is None:
-                raise DataError(f"cannot download {url}: {reason}; {RETRY_ADVICE}") from error
+                message = f"cannot download {mask_url(url)}: {reason}; {RETRY_ADVICE}"
+                raise DataError(message) from error
             report(f"Download failed ({reason}); retrying in {delay:g} s")
             time.sleep(delay)
 
@@ -178,8 +179,8 @@ def _store(response, url, part, offset):
             if bar.n > MAX_ARCHIVE_BYTES:
                 os.remove(part)
                 raise DataError(
-                    f"{url} is not CIFAR-10: it has more than {MAX_ARCHIVE_BYTES:,} bytes; "
-                    f"{RETRY_ADVICE}"
+                    f"{mask_url(url)} is not CIFAR-10: it has more than "
+                    f"{MAX_ARCHIVE_BYTES:,} bytes; {RETRY_ADVICE}"
                 )
             if time.monotonic() > deadline:
                 if bar.n - start < MIN_RATE * RATE_PERIOD:

@@ -4,7 +4,6 @@ This module needs NumPy and Pillow, but not TensorFlow.
 """
 
 import contextlib
-import functools
 import os
 import pathlib
 import re
@@ -14,7 +13,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from support.base.errors import UserError
-from support.base.messages import printable, report
+from support.base.messages import printable, report, report_once
 from support.data import records
 
 FORMATS = ("PNG", "JPEG", "GIF", "BMP", "WEBP")
@@ -183,7 +182,7 @@ def _convert_to_interpolable(image):
 
 def _convert_to_8_bits(image):
     """Converts 16-bit grayscale to L: its largest value and transparent values become white."""
-    _report_scaling()
+    report_once("Scaling 16-bit grayscale images: the largest value of each becomes white")
     values = np.asarray(image)
     scaled = np.multiply(values, 255, dtype=np.uint32)
     scaled //= max(1, values.max())  # in place, because it takes a gigabyte for 250 megapixels
@@ -192,9 +191,3 @@ def _convert_to_8_bits(image):
     converted = Image.fromarray(scaled.astype(np.uint8))
     converted.info = image.info  # with the EXIF data
     return converted
-
-
-@functools.cache
-def _report_scaling():
-    """Reports on stderr, once, that 16-bit images are scaled."""
-    report("Scaling 16-bit grayscale images: the largest value of each becomes white")

@@ -29,18 +29,12 @@ def test_an_error_that_the_user_can_fix_is_one_line_with_exit_code_1(write_scrip
     assert run_file(path) == (1, "", "script.py: error: the disk is full\n")
 
 
-@pytest.mark.parametrize(
-    ("statement", "error"),
-    [
-        ("1 / 0", "ZeroDivisionError"),
-        ("raise BrokenPipeError('a socket')", "BrokenPipeError: a socket"),
-    ],
-)
-def test_a_bug_has_a_traceback(write_script, statement, error):
+def test_a_bug_has_a_traceback(write_script):
+    statement = "raise BrokenPipeError('a socket')"  # not that of stdout
     code, output, errors = run_file(write_script(FAILS.format(statement=statement)))
     assert (code, output) == (1, "")
     assert "Traceback" in errors
-    assert error in errors
+    assert "BrokenPipeError: a socket" in errors
 
 
 @pytest.mark.parametrize(
@@ -200,7 +194,7 @@ def rate_script(write_script):
         from absl import flags
         from support.base import command_line, options
 
-        options.DEFINE_float("rate", 0.1, "A rate.")
+        options.DEFINE_float("rate", 0.1, "A rate.", "[0, 9]")
         options.DEFINE_boolean("quiet", False, "Whether to be quiet.")
 
         def main(argv):
@@ -238,23 +232,15 @@ def test_a_script_can_be_run_again_imported_and_run_again(rate_script, run_in_a_
     path = rate_script
     code, output, errors = run_in_a_notebook(
         f"run_file({str(path)!r}, '--rate=0.5')",
-        f"run_file({str(path)!r})",
         f"os.chdir({str(path.parent)!r})",
+        "import importlib, rate",
         "run_file('rate.py', '--rate=0.25')",
-        "os.mkdir('other')",
-        "os.chdir('other')",
-        "import rate",
-        "run_file('../rate.py')",
-        f"run_file({str(path)!r}, '--rate=2')",
-        "import importlib",
         "importlib.reload(rate)",
         f"run_file({str(path)!r})",
     )
     assert (code, errors) == (0, "")
-    assert [float(line.split()[0]) for line in output.splitlines()[::2]] == [
-        0.5, 0.1, 0.25, 0.1, 2.0, 0.1,
-    ]  # fmt: skip
-    assert output.splitlines()[1::2] == ["exit code 0"] * 6
+    assert [float(line.split()[0]) for line in output.splitlines()[::2]] == [0.5, 0.25, 0.1]
+    assert output.splitlines()[1::2] == ["exit code 0"] * 3
 
 
 def test_a_run_that_was_interrupted_leaves_nothing_behind(write_script, run_in_a_notebook):

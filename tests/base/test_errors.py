@@ -8,8 +8,8 @@ from support.base.errors import CheckpointError, UserError, first_line, foreign_
 
 
 def test_the_message_of_a_user_error_is_one_line():
-    error = UserError("cannot read x:\n\n  line one\n\tline two\n")
-    assert str(error) == "cannot read x: line one line two"
+    error = UserError("cannot read a  b\r\x85\u2028:\n\n  line one\n\tline two\n")
+    assert str(error) == r"cannot read a  b\r\x85\u2028: line one line two"
 
 
 @pytest.mark.parametrize(
@@ -19,7 +19,7 @@ def test_the_message_of_a_user_error_is_one_line():
             "Graph execution error:\n\nDetected at ...\nNode: 'a/b'\nno such file\n\t [[a/b]]",
             "no such file",
         ),
-        ("one line\nand another", "one line"),
+        ("one\rline\nand another", "one\rline"),
         ("", "ValueError('')"),
     ],
 )

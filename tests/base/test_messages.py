@@ -1,10 +1,11 @@
 """Tests of messages: text from outside stays on its line."""
 
+import logging
 import pathlib
 
 import pytest
 
-from support.base import messages
+from support.base import command_line, messages
 
 
 @pytest.mark.parametrize(
@@ -30,9 +31,21 @@ def test_a_report_is_one_printable_line(text, expected, capsys):
         ("https://ann:secret@host/a.tar.gz", "https://***@host/a.tar.gz"),
         ("https://token@host:80/a?sig=b&c=d#e", "https://***@host:80/a?***"),
         ("cannot get ftp://a:p@ss@host/x?y: gone", "cannot get ftp://***@host/x?*** gone"),
-        ("https://host/a@b is /tmp/a?b=c", "https://host/a@b is /tmp/a?b=c"),
-        ("/tmp/a.tar.gz", "/tmp/a.tar.gz"),
+        ("a https://ann:se/cret@host/a?b c", "a https://***@host/a?*** c"),
+        ("https://ann:se#cr?et@host/a", "https://***"),  # the @ may be part of the query
+        ("file:///home/me@here/a?b is /tmp/a?b=c", "file:///home/me@here/a?b is /tmp/a?b=c"),
     ],
 )
 def test_secrets_in_urls_are_masked(text, expected):
     assert messages.mask_secrets(text) == expected
+
+
+def test_all_of_a_query_is_masked_also_after_a_blank():
+    assert messages.mask_url("https://a b@host/c?sig=d e\n") == "https://***@host/c?***"
+    assert messages.mask_url("/tmp/a@b?c") == "/tmp/a@b?c"
+
+
+def test_a_log_record_keeps_only_its_own_line_breaks():
+    record = logging.makeLogRecord({"msg": "a\n%s\n", "args": ("\r\x85\u2028\x1b",)})
+    assert command_line._make_printable(record)
+    assert record.getMessage() == "a\n\\r\\x85\\u2028\\x1b\n"

@@ -1,6 +1,5 @@
 """Tests of the flags: their constants, their checks, their table, and flags for paths."""
 
-import importlib
 import os
 import pathlib
 import sys
@@ -32,7 +31,7 @@ def modules(monkeypatch):
     for module in (first, second):
         options.register_constants(vars(module))
     options.DEFINE_integer("size", Constant("SIZE"), "A size.", 8, 32)
-    options.DEFINE_float("rate", Constant("RATE"), "A rate.")
+    options.DEFINE_float("rate", Constant("RATE"), "A rate.", "[0, 5]")
     return first, second
 
 
@@ -60,7 +59,7 @@ def test_a_given_flag_wins_over_its_constant(modules, given):
 
 
 def test_a_refused_assignment_leaves_the_flag_with_its_constant_or_its_value(modules):
-    with pytest.raises(flags.IllegalFlagValueError, match="--size=33: it must be an integer in"):
+    with pytest.raises(flags.IllegalFlagValueError, match="--size=33: 33 is not an integer in"):
         FLAGS.size = 33
     assert FLAGS.size == 24
     modules[0].SIZE = 20
@@ -113,7 +112,7 @@ FOLLOWS = """
 
     RATE = 1.0
     options.register_constants(globals())
-    options.DEFINE_float("rate", options.Constant("RATE"), "A rate.")
+    options.DEFINE_float("rate", options.Constant("RATE"), "A rate.", "[0, 5]")
 
     def main(argv):
         global RATE
@@ -134,12 +133,12 @@ def test_a_constant_may_be_edited_before_and_after_flags_are_parsed(write_script
 
 
 def test_a_constant_that_is_edited_to_a_bad_value_in_the_file_gives_a_usage_message(write_script):
-    code = FOLLOWS.replace('"A rate.")', '"A rate.", 0.0, 5.0)').replace("RATE = 1.5 ", "pass  ")
+    code = FOLLOWS.replace("RATE = 1.5 ", "pass  ")
     code, output, errors = run_file(write_script(code.replace("RATE = 1.0", "RATE = 9.0")))
     assert (code, output) == (1, "")
     assert errors.splitlines()[0] == (
-        "script.py: error: flag --rate=9.0: 9.0 is not a number in the range [0.0, 5.0]; the value "
-        "comes from the constant RATE"
+        "script.py: error: flag --rate=9.0: it must be in the interval [0, 5]; the value comes "
+        "from the constant RATE"
     )
 
 
@@ -158,27 +157,15 @@ def test_a_flag_that_exists_keeps_its_value_unless_its_default_is_edited():
     assert FLAGS.steps == 8
 
 
-def test_a_module_of_the_project_can_be_reloaded(monkeypatch):
-    cifar10 = sys.modules["cifar10"]
-    monkeypatch.setattr(cifar10, "WEIGHT_DECAY", 0.25)
-    assert FLAGS.weight_decay == 0.25
-    importlib.reload(cifar10)
-    assert FLAGS.weight_decay == 0.004
-    FLAGS.weight_decay = 0.5
-    importlib.reload(cifar10)
-    assert FLAGS.weight_decay == 0.5
-
-
 FORK = """
     import tensorflow.compat.v1 as tf
-    {first}
 
     FLAGS = tf.app.flags.FLAGS
     tf.app.flags.DEFINE_string("train_dir", "/tmp/fork", "A folder of the fork.")
     tf.app.flags.DEFINE_integer("max_steps", 7, "Steps of the fork.")
     tf.app.flags.DEFINE_boolean("log_device_placement", False, "Devices.")
     tf.app.flags.DEFINE_integer("log_frequency", 5, "Lines.")
-    {then}
+    import cifar10, cifar10_train  # after these definitions
 
     def main(argv):
         print(FLAGS.train_dir, FLAGS.max_steps, FLAGS.batch_size, cifar10.NUM_CLASSES)
@@ -188,13 +175,8 @@ FORK = """
     """
 
 
-@pytest.mark.parametrize(
-    ("first", "then"),
-    [("import cifar10", ""), ("", "import cifar10, cifar10_train")],
-)
-def test_a_copy_of_the_originals_trainer_defines_its_own_flags(write_script, first, then):
-    path = write_script(FORK.format(first=first, then=then))
-    code, output, errors = run_file(path, "--max_steps=9", "--batch_size=3")
+def test_a_copy_of_the_originals_trainer_defines_its_own_flags(write_script):
+    code, output, errors = run_file(write_script(FORK), "--max_steps=9", "--batch_size=3")
     assert (code, output) == (0, "/tmp/fork 9 3 10\n"), errors
 
 
@@ -226,9 +208,6 @@ def test_the_contrast_factors_are_checked_together(monkeypatch):
     monkeypatch.setattr(cifar10_input, "MIN_CONTRAST_FACTOR", 2.0)
     with pytest.raises(UserError, match="must not exceed the maximum"):
         options.values()
-    FLAGS.min_contrast_factor = 0.0
-    with pytest.raises(flags.IllegalFlagValueError, match="every image would be gray"):
-        FLAGS.max_contrast_factor = 0.0
 
 
 # --- Paths.
@@ -237,7 +216,7 @@ def test_the_contrast_factors_are_checked_together(monkeypatch):
 @pytest.fixture
 def path_flag(monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
-    options.DEFINE_path("some_path", "/tmp/default", "A folder.", valid=options._ANYTHING)
+    options.DEFINE_path("some_path", "/tmp/default", "A folder.")
 
 
 @pytest.mark.usefixtures("path_flag")
@@ -246,11 +225,9 @@ def path_flag(monkeypatch):
     [
         ("~/data", "/home/me/data"),
         ("~root", "/root"),
-        ("data/~", "data/~"),
         ("/tmp/x[1]*?", "/tmp/x[1]*?"),
         ("run:1/x", "run:1/x"),
         ("./gs://bucket", "./gs://bucket"),
-        ("", ""),
     ],
 )
 def test_a_home_folder_in_a_path_flag_is_expanded_however_the_flag_is_set(text, path):
@@ -270,6 +247,7 @@ GS = r"gs:// is not supported; write \./gs:/+bucket/x if it is a local path$"
 @pytest.mark.parametrize(
     ("path", "message"),
     [
+        ("", "it must name a file or a folder"),
         ("gs://bucket/x", GS),
         (pathlib.Path("gs://bucket/x"), GS),
         ("file:///tmp/x", "file:// is not supported"),
@@ -284,19 +262,11 @@ def test_a_path_flag_refuses_what_is_not_a_local_path_in_utf_8(path, message):
 
 
 @pytest.mark.usefixtures("path_flag")
-@pytest.mark.parametrize(
-    ("encoding", "path"),
-    [
-        ("latin-1", "/tmp/k\xe4se"),  # TensorFlow would open its UTF-8
-        ("ascii", "/tmp/k\udcc3\udca4se"),
-    ],
-)
-def test_a_path_that_tensorflow_would_take_for_another_one_is_refused(monkeypatch, encoding, path):
-    monkeypatch.setattr(os, "fsencode", lambda path: path.encode(encoding, "surrogateescape"))
+def test_a_path_that_tensorflow_would_take_for_another_one_is_refused(monkeypatch):
+    monkeypatch.setattr(os, "fsencode", lambda path: path.encode("latin-1"))
     with pytest.raises(flags.IllegalFlagValueError, match="a locale that uses UTF-8"):
-        FLAGS.some_path = path
-    FLAGS.images = path  # not for TensorFlow
-    assert FLAGS.images == path
+        FLAGS.some_path = "/tmp/k\xe4se"  # TensorFlow would open its UTF-8
+    FLAGS.images = "/tmp/k\xe4se"  # not for TensorFlow
 
 
 def test_the_archive_may_be_a_url_of_some_schemes_or_a_path(monkeypatch):

@@ -68,36 +68,22 @@ WAITS = """
     """
 
 
-@pytest.mark.parametrize(
-    ("first", "second"), [(signal.SIGINT, signal.SIGINT), (signal.SIGINT, signal.SIGTERM)]
-)
-def test_the_first_signal_is_recorded_and_a_second_one_ends_the_process_during_any_call(
-    write_script, first, second
+@pytest.mark.parametrize("first", [signal.SIGINT, *NOTICES])
+def test_a_lost_terminal_or_a_scheduler_may_send_several_signals_but_a_second_request_ends_it(
+    write_script, first
 ):
     with running_file(write_script(WAITS)) as process:
         process.send_signal(first)
         assert process.stdout.readline() == f"received {first.value}\n"
-        assert process.poll() is None
-        process.send_signal(second)
-        assert process.wait(timeout=5) == 128 + second
-        assert process.stderr.read() == ""
-
-
-@pytest.mark.parametrize("notice", NOTICES)
-def test_a_lost_terminal_or_a_scheduler_may_send_several_signals_without_ending_the_process(
-    write_script, notice
-):
-    with running_file(write_script(WAITS)) as process:
-        process.send_signal(notice)
-        assert process.stdout.readline() == f"received {notice.value}\n"
         # A shell and the kernel each send SIGHUP, and a session manager sends SIGTERM as well.
         # The kernel repeats SIGXCPU every second.
-        for number in (notice, signal.SIGTERM, notice):
+        for number in (first, signal.SIGTERM, first) if first in NOTICES else ():
             process.send_signal(number)
             time.sleep(0.1)
             assert process.poll() is None
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=5) == 128 + signal.SIGTERM
+        assert process.stderr.read() == ""
 
 
 @pytest.mark.parametrize(

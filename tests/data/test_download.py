@@ -462,7 +462,7 @@ def test_a_hostile_server_ends_the_download_and_no_secret_is_printed(
     "url",
     [
         "http://ann:pa55word@localhost/a",
-        "http://localhost/a?sig=pa55 word",
+        "http://localhost/a?sig=my pa55word",
         "http://a:1/b#pa55word",
     ],
 )
@@ -485,6 +485,6 @@ def test_a_partial_download_that_is_a_link_is_refused(tmp_path, archive):
     victim.write_bytes(b"mine")
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / PART).symlink_to(victim)
-    with Server(content) as server, pytest.raises(DataError, match="symbolic links"):
+    with Server(content) as server, pytest.raises(DataError, match="it is a link"):
         download.maybe_download_and_extract(tmp_path / "data", server.url, sha256)
     assert victim.read_bytes() == b"mine"

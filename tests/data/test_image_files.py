@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from support.data import image_files
+from support.base.messages import report_once
 from support.data.image_files import ImageError, find_files, read_image, read_images
 
 RED, BLUE = (255, 0, 0), (0, 0, 255)
@@ -78,7 +78,7 @@ def test_16_bit_grayscale_is_scaled_by_its_largest_value(tmp_path, largest):
 
 
 def test_the_scaling_of_16_bit_images_is_reported_once(tmp_path, capsys):
-    image_files._report_scaling.cache_clear()
+    report_once.cache_clear()
     save_and_read(tmp_path / "image.png", Image.fromarray(draw_scene(32)))
     assert capsys.readouterr().err == ""
     for name in ("a.png", "b.png"):
