@@ -84,8 +84,14 @@ def _run_main(main, takes_arguments):
     with contextlib.suppress(io.UnsupportedOperation):  # a notebook's stderr
         faulthandler.enable()
     _configure_logging()
-    with StopSignals():
-        main(argv)
+    with StopSignals() as signals:
+        try:
+            main(argv)
+        except Exception as error:
+            if signals.signal_number is None or isinstance(error, UserError):
+                raise
+            # Code in C++ that calls Python may turn `Interrupted` into other errors.
+            raise Interrupted(signals.signal_number) from error
     sys.stdout.flush()
 
 

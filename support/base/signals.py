@@ -16,6 +16,7 @@ _REQUESTS = (signal.SIGINT, signal.SIGTERM)
 _NOTICES = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
 _STOP_SIGNALS = (*_REQUESTS, *_NOTICES)
 
+_current = None  # the innermost context
 _runs_script = False  # whether the process does nothing but run a script, so that it may be ended
 _is_stopping = False  # whether a signal has stopped the script, which is about to exit
 
@@ -65,6 +66,10 @@ class StopSignals:
         self._previous = {}
         if threading.current_thread() is not threading.main_thread():
             return self
+        global _current
+        if _current is not None:  # code in C++ may have discarded `Interrupted`
+            self.signal_number = _current.signal_number
+        self._outer, _current = _current, self
         self._receiver, self._sender = socket.socketpair()
         self._sender.setblocking(False)
         self._wakeup_fd = signal.set_wakeup_fd(self._sender.fileno(), warn_on_full_buffer=False)
@@ -78,7 +83,8 @@ class StopSignals:
     def __exit__(self, *exception):
         if threading.current_thread() is not threading.main_thread():
             return
-        global _is_stopping
+        global _current, _is_stopping
+        _current = self._outer
         _is_stopping = _runs_script and (_is_stopping or self.signal_number is not None)
         for number, handler in self._previous.items():
             signal.signal(number, handler)
@@ -90,6 +96,7 @@ class StopSignals:
     def _handle(self, number, frame):
         if self._is_first and not _is_stopping:
             self._is_first = False
+            self.signal_number = self.signal_number or number
             if self._interrupts:
                 raise Interrupted(number)
         elif number in _REQUESTS and not _runs_script:

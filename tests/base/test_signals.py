@@ -36,6 +36,30 @@ SAVES = """
 """
 
 
+@pytest.mark.parametrize("then", ["use_signals()", "raise RuntimeError('a step later')"])
+def test_a_signal_counts_although_code_that_calls_python_discards_its_exception(write_script, then):
+    path = write_script(f"""
+        import contextlib, os, signal
+        from support.base.command_line import run
+        from support.base.errors import Interrupted
+        from support.base.signals import DeferredSignals
+
+        def use_signals():
+            with DeferredSignals() as signals:
+                raise Interrupted(signals.signal_number)
+
+        def main(argv):
+            with contextlib.suppress(Interrupted):  # as TensorFlow does while it builds a graph
+                os.kill(os.getpid(), signal.SIGUSR1)
+            {then}
+
+        run(main)
+        """)
+    code, _, errors = run_file(path)
+    assert (code, errors.count("\n")) == (128 + signal.SIGUSR1, 1)
+    assert "stopped by SIGUSR1" in errors
+
+
 @pytest.mark.parametrize("second", [signal.SIGXCPU, signal.SIGTERM])
 def test_a_signal_after_the_last_save_does_not_change_how_the_script_ends(write_script, second):
     with running_file(write_script(SAVES)) as process:
