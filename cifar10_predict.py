@@ -149,7 +149,8 @@ def export(model, export_dir):
 
     Its input is `images`, uint8 [n, 32, 32, 3]. Its outputs are `probabilities`, float32
     [n, classes]; `classes`, int64 [n], the index of the most likely class; and `class_names`,
-    string [n, classes], repeated because servers expect each output to have a row per image.
+    string [n, classes], the names in the order of the probabilities, repeated for each image
+    because servers expect a row per image in each output.
 
     Raises:
       UserError: the folder is neither new nor empty, or cannot be written.

@@ -26,12 +26,12 @@ _HELP_WIDTH = 100  # columns
 def run(main, takes_arguments=False):
     """Runs a script's `main(argv)` and exits.
 
-    The exit code is 1, after a message, for an error that the user can fix (`UserError`) and for a
-    mistake on the command line. For a stop signal, it is 128 plus the signal's number; see
-    `StopSignals`. If stdout can no longer be written, the script ends, except within
-    `streams.tolerate_lost_output`; silently if the reader of stdout, such as `head`, has exited.
+    The exit code is 1 for an error that the user can fix (`UserError`) and for a mistake on the
+    command line, and 128 plus the signal's number for a stop signal; see `StopSignals`. A message
+    gives the reason. If stdout can no longer be written, the script ends, except within
+    `streams.tolerate_lost_output`; without a message if the reader, such as `head`, has exited.
 
-    At the end, all flags have the values that they had before: a command line has no effect on
+    At the end, all flags have the values that they had before, so the command line does not affect
     later runs in the same process.
 
     Args:

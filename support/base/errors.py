@@ -47,11 +47,12 @@ def first_line(error):
 
 @contextlib.contextmanager
 def foreign_file(path, error_class=DataError, cure=""):
-    """Turns any error in the context into an error of one line: "PATH cannot be read (reason)CURE".
+    """Turns any error in the context into an error of one line: "PATH cannot be read (reason)".
 
     Damaged and hostile files cause errors of any type, whichever library reads them. Put only the
     call of the library into the context: a mistake in our own code should have its traceback.
-    `error_class` is a subclass of `UserError`.
+    `path` may also be a description. `error_class` is a subclass of `UserError`. `cure`, such as
+    "; move it away", is appended to the message.
     """
     try:
         yield

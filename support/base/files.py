@@ -20,7 +20,7 @@ from support.base.messages import report, report_once
 # How flock fails on file systems that have no locks: NFS without a lock daemon, Lustre mounted
 # without `flock`, FUSE and others. 524 is the Linux kernel's own ENOTSUPP, which some pass on.
 _NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EBADF, errno.EINVAL, 524}
-MAX_HOLDER_BYTES = 1000  # of a lock file
+MAX_HOLDER_BYTES = 1000  # in a lock file
 
 
 class LockedError(UserError):
@@ -29,14 +29,14 @@ class LockedError(UserError):
 
 @contextlib.contextmanager
 def lock(path, on_wait=None):
-    """Holds a lock that ends with the process, however that ends.
+    """Holds a lock that the system releases when the process ends, even if it is killed.
 
     On a file system without locks, it warns once and holds none.
 
     Args:
       path: the lock file, which describes the holder. A file left behind by a killed process does
         not lock anything.
-      on_wait: function of a description of the holder, called before waiting for another process.
+      on_wait: function of a description of the holder, called once before waiting for that process.
 
     Raises:
       LockedError: another process holds the lock, and `on_wait` is None.
@@ -99,9 +99,9 @@ def read_regular(path, max_bytes):
 
 
 def refuse_folder_of_others(flag, folder):
-    """Raises UserError if another user, but not root, created `folder` in one such as `/tmp`.
+    """Raises UserError if `folder` is another user's and is in a shared folder such as `/tmp`.
 
-    That user could read and replace what is written there. Mount points are accepted.
+    That user could read and replace its files. Root's folders and mount points are accepted.
     """
     shared = stat.S_IWOTH | stat.S_ISVTX  # everybody can create files there, and delete only theirs
     with contextlib.suppress(OSError):  # it is missing, or cannot be read: reported later
@@ -156,7 +156,7 @@ def exclusive_creation(folder, flag="--data_dir"):
 
     Args:
       folder: path.
-      flag: string; for the message.
+      flag: string; the flag with which the user can choose another folder.
 
     Raises:
       DataError: the folder cannot be created or locked, or the block raises OSError.
@@ -175,9 +175,9 @@ def exclusive_creation(folder, flag="--data_dir"):
 def atomic_folder(folder):
     """Creates `folder` with all of its files, or not at all.
 
-    Yields a hidden staging folder, which all processes share: use this within `exclusive_creation`.
-    At the end, it is renamed to `folder`, or, if that is empty and cannot be replaced, its files
-    are moved there.
+    Yields the path of a hidden staging folder, which is the same in all processes: use this within
+    `exclusive_creation`. At the end, the staging folder is renamed to `folder`, or, if that is
+    empty and cannot be replaced, its files are moved there.
     """
     staging = _hidden_path(folder, "part")
     shutil.rmtree(staging, ignore_errors=True)  # left behind by a killed process
@@ -232,7 +232,7 @@ def new_folder(flag, folder):
 def _hidden_path(folder, suffix):
     """Returns the path of the lock file or of the staging folder for the creation of `folder`."""
     parent, name = os.path.split(folder)
-    # A mount point, or a folder in a write-protected parent, cannot be replaced.
+    # Mount points, folders with `lost+found` and those in write-protected parents must stay.
     is_fixed = os.path.isdir(folder) and (
         os.path.ismount(folder) or os.listdir(folder) or not os.access(parent or ".", os.W_OK)
     )

@@ -11,7 +11,7 @@ import sys
 import unicodedata
 
 MAX_LENGTH = 2000  # characters of a message; only text from outside makes a message longer
-# A URL and its secrets: the user is all that an @ follows, because passwords may contain / and #.
+# A URL and its secrets. All text before the last @ is the user: passwords may contain / and #.
 _URL = re.compile(
     r"(?!file:)(?P<scheme>\w*://)(?P<user>.*(?=@)|)(?P<host>@?[^?#]*[?#]?)(?P<query>.*)", re.DOTALL
 )
@@ -43,14 +43,14 @@ def report(message):
     print(shorten(printable(mask_secrets(message))), file=sys.stderr, flush=True)
 
 
-report_once = functools.cache(report)
+report_once = functools.cache(report)  # prints the same message only once
 
 
 def mask_secrets(text, url=""):
     """Returns a text in which the user names, passwords and queries of URLs are masked.
 
-    In the text, a URL ends at a blank. The secrets of `url` are masked wherever they occur, because
-    messages quote parts of a URL.
+    In the text, a URL ends at the first whitespace. The secrets of `url` are masked wherever they
+    occur, because messages may quote a part of it.
     """
     if match := _URL.fullmatch(url):
         for part in re.split("[:&?#]", f"{match['user']}&{match['query']}"):
@@ -60,7 +60,7 @@ def mask_secrets(text, url=""):
 
 
 def mask_url(url):
-    """Returns a URL with its secrets masked; any other text as it is."""
+    """Returns a URL with its secrets masked. Returns file:// URLs and other texts unchanged."""
     match = _URL.fullmatch(url)
     if match is None:
         return url

@@ -44,7 +44,7 @@ def register_constants(namespace):
     """Makes the constants of a module available as defaults of flags.
 
     Two modules may define the same constant: `cifar10.py` copies some from `cifar10_input.py`. You
-    can edit either copy. If you edit both, that of the module that was registered later counts.
+    can edit either copy. If you edit both, the one in the module registered later takes effect.
 
     Args:
       namespace: dict; the module's `globals()`. A module that is loaded again replaces itself.
@@ -152,8 +152,8 @@ class Flag(flags.Flag):
 
 def _define(flag):
     """Defines a flag for the module that calls this one, unless the flag already exists."""
-    # It exists if another script or the user's own has defined it, or if the module is loaded a
-    # second time (reloaded, or run as a script and then imported).
+    # It exists if another script in the process or the user's own script has defined it, or if the
+    # module is loaded a second time (reloaded, or run as a script and then imported).
     _names.add(flag.name)
     if flag.name in FLAGS:
         existing = FLAGS[flag.name]
@@ -298,8 +298,8 @@ class _PathParser(flags.ArgumentParser):
 
 _SVHN_URL = "http://ufldl.stanford.edu/housenumbers/"
 
-# The groups of flags: for each flag, the function that defines it and its arguments. With values of
-# up to 1e9, float32 and int64 can hold the results.
+# The groups of flags: for each flag, the function that defines it and its arguments. The bound 1e9
+# ensures that float32 and int64 can hold the results.
 # fmt: off
 _GROUPS = {
     "input": [

@@ -27,7 +27,7 @@ def show_progress(description, total, unit, initial=0, unit_scale=False):
 
     Returns:
       A context manager that erases the bar at the end. It yields an object with `update(count)`, to
-      call after `count` more units; `write_line(line)`, for stderr; and `n`, the units so far.
+      call after `count` units; `write_line(line)`, for text on stderr; and `n`, the units so far.
     """
     arguments = {
         "desc": description,

@@ -38,7 +38,7 @@ def running_script():
 
 
 class StopSignals:
-    """A context in which the first stop signal raises `Interrupted`.
+    """A context in which the first of the stop signals listed above raises `Interrupted`.
 
     A second SIGINT or SIGTERM ends a script at once. Other signals do not count for this, because
     shells, schedulers and the system may send several. In a process that does more than run a

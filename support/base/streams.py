@@ -14,8 +14,8 @@ import sys
 class _Output:
     """A text stream that the null device replaces as soon as it cannot be written.
 
-    The attribute `error` is then the OSError, which is raised if the stream is needed. A notice is
-    printed.
+    The attribute `error` is then the OSError. It is raised if the stream is needed; otherwise the
+    notice, unless None, is printed on stderr.
     """
 
     def __init__(self, stream, is_needed=False, notice=None):

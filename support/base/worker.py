@@ -30,14 +30,15 @@ class Worker:
         return
 
     def average_gradients(self, gradients, global_step):
-        """Returns the average gradients of all workers: list of (gradient, variable). Call it once.
+        """Returns the average gradients of all workers. Call it once.
 
-        `gradients` are those of this worker's batch, as such a list; `global_step` is an int64 [].
+        The result and `gradients`, those of this worker's batch, are lists of (gradient, variable).
+        `global_step` is an int64 [] variable.
         """
         return gradients
 
     def synchronize(self, update_op):
-        """Returns the operation to run in each step, which ends when `update_op` has run.
+        """Returns the operation to run in each step. It ends when the update is complete.
 
         Call it once, after `average_gradients` and before `hooks`. `update_op` applies the average
         gradients, counts the step and updates the moving averages.

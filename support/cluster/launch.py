@@ -42,14 +42,15 @@ def run_worker(task, server, train, settings, timeout, shard_data=False):
     Args:
       task: the `Task`.
       server: the `tf.train.Server` from `start_server`.
-      train: function of a `Worker` that trains up to the last step, if it is not reached yet.
+      train: function of a `Worker` that trains up to the last step. On the chief, it also restores
+        and saves.
       settings: the `TrainingSettings`. They must be those of the chief.
       timeout: seconds that another task may be missing.
       shard_data: bool; whether each worker reads its own part of the records.
 
     Raises:
-      UserError: a task is missing for too long, the chief has stopped, or it trains with different
-        settings.
+      UserError: a task is missing for too long, an earlier chief has used the parameter servers,
+        or the chief has stopped or trains with other settings. Also what `train` raises.
     """
     wait_for_peers(task, task.parameter_servers, timeout)
     statuses = [ChiefStatus(task, server.target, index) for _, index in task.parameter_servers]

@@ -44,11 +44,12 @@ def start_server(task, config, timeout=0):
 
     Args:
       task: the `Task`. A "ps" task uses no GPU.
-      config: the `tf.ConfigProto` of every session that uses this server, from `session_config`.
+      config: the `tf.ConfigProto` from `session_config`, for all sessions that use this server.
       timeout: seconds that the host name of this task may be unknown.
 
     Raises:
-      UserError: the server cannot start at this address, or a worker is configured for float16.
+      UserError: the host name is unknown for too long, the server cannot start at this address, or
+        a worker is configured for float16.
     """
     rewrites = config.graph_options.rewrite_options
     if task.type == "ps":

@@ -14,7 +14,8 @@ FAILED = "failed"  # an error or a signal has ended training
 class ChiefStatus:
     """The status of the chief, stored on a parameter server, where all tasks can read it.
 
-    `task` and `target` are those of this process's server; `index` is that of the parameter server.
+    `task` is the `Task` of this process, `target` the target of its server, a string, and `index`
+    the index of the parameter server.
     """
 
     def __init__(self, task, target, index):
@@ -42,7 +43,7 @@ class ChiefStatus:
     def read(self, key, timeout=0):
         """Returns the string under STATE or SETTINGS; an empty one if none is stored.
 
-        Raises DeadlineExceededError after a `timeout` in seconds: a lost server may never answer.
+        Raises DeadlineExceededError if no answer comes within `timeout` seconds; 0 means no limit.
         """
         options = tf.RunOptions(timeout_in_ms=1000 * timeout)
         return self._session.run(self._lookup, {self._key: key}, options).decode()
@@ -69,7 +70,7 @@ class SynchronizedStep(tf.train.SessionRunHook):
       gradients: list of (gradient, variable) of this worker.
       global_step: int64 [] variable.
       num_workers: int.
-      on_ready: function that the chief calls when the other workers can start; else None.
+      on_ready: function that the chief calls when the other workers can start; None elsewhere.
     """
 
     def __init__(self, gradients, global_step, num_workers, on_ready):
@@ -84,7 +85,7 @@ class SynchronizedStep(tf.train.SessionRunHook):
         self._synchronizer.ready_for_local_init_op.mark_used()  # unused: workers wait for READY
         self._read_step_op = self._synchronizer.local_step_init_op
         self._start_op = self._synchronizer.chief_init_op
-        # Ends steps that wait for an update: a token for each worker.
+        # Adds a token for each worker, which ends steps that wait for an update.
         self.add_tokens_op = self._synchronizer.get_init_tokens_op(num_workers)
         self._num_workers = num_workers
         self._update_op = None

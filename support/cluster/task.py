@@ -59,9 +59,9 @@ class Task(NamedTuple):
 def find_task():
     """Returns the `Task` of this process, or None if it trains alone.
 
-    It does if TF_CONFIG is unset, has an empty cluster, or describes a single worker without
-    parameter servers. The cluster of the task omits evaluators, because no other task contacts
-    them. It may be empty for an evaluator.
+    A process trains alone if TF_CONFIG is unset, has an empty cluster, or describes a single worker
+    without parameter servers. The cluster of the task omits evaluators, because no other task
+    contacts them. It may be empty for an evaluator.
 
     Raises:
       UserError: TF_CONFIG is malformed or describes a cluster that cannot train.
@@ -101,7 +101,7 @@ def _malformed(reason):
 
 
 def _read_object(config, name):
-    """Returns the object of a name in TF_CONFIG, a dict; an empty one if it is missing."""
+    """Returns the JSON object with this name in TF_CONFIG: a dict, empty if it is missing."""
     if not isinstance(config, dict):
         raise _malformed("it is not a JSON object")
     if not isinstance(value := config.get(name) or {}, dict):
@@ -146,9 +146,9 @@ def _parse_task(task, cluster):
 
 
 def split_address(address):
-    """Returns the host, without brackets, and the port of `host:port` or `[IPv6 address]:port`.
+    """Returns the host (string) and the port (int) of `host:port` or `[IPv6 address]:port`.
 
-    Raises UserError if the string is not such an address.
+    The host has no brackets. Raises UserError if the string is not such an address.
     """
     match = re.fullmatch(r"\[?([^][\s/]+)\]?:(\d{1,5})", address)
     if match is None or not 0 < int(match[2]) < 65536:

@@ -17,8 +17,8 @@ class Worker(worker.Worker):
 
     Its sessions connect to no other worker, because workers may stop and restart at any time.
 
-    `target` is that of this process's server, and `statuses` has a `ChiefStatus` for each parameter
-    server. For the other arguments, see `run_worker`.
+    `target` is a string, the target of this process's server. `statuses` is a list with a
+    `ChiefStatus` for each parameter server. For the other arguments, see `run_worker`.
     """
 
     def __init__(self, task, target, statuses, timeout, shard_data=False):
@@ -73,14 +73,14 @@ class Worker(worker.Worker):
         return [self._step]
 
     def release(self, session):
-        """Ends a step that waits for other workers."""
+        """Ends a step that waits for other workers. Closes the session, except on the chief."""
         if self.is_chief:
-            session.run(self._step.add_tokens_op)  # so that the session can save a checkpoint
+            session.run(self._step.add_tokens_op)  # the session can then save a checkpoint
         else:
             session.close()
 
     def check_peers(self):
-        """On the chief, reports lost workers and those that are back; call it once a second.
+        """On the chief, reports which workers are lost and which are back. Call it once a second.
 
         Raises UserError if a worker has been missing for longer than the timeout.
         """

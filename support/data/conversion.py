@@ -36,9 +36,9 @@ _ENTRY = np.dtype([("key", ">u8"), ("pixels", ">u8"), ("label", np.uint8), ("is_
 class ImageFolders:
     """Images in folders, one folder for each class.
 
-    `class_names` are the sorted names of the folders in `parent`, in printable form. `len()` is the
-    number of files. Iterating yields (name, label, image): bytes, int, and the image that
-    `read_images` yields.
+    `class_names` is a tuple of the sorted, printable names of the folders in `parent`. `len()` is
+    the number of files. Iterating yields (name, label, image): bytes, int, and what `read_images`
+    yields for the file.
 
     Raises:
       DataError: the folder cannot be read, there are fewer than 2 or more than 256 classes, or two
@@ -89,7 +89,7 @@ class SVHN:
     """The training or test images of the Street View House Numbers, cropped to 32 x 32 pixels.
 
     `len()` is the number of images. Iterating yields (name, label, image): bytes, int, uint8
-    [32, 32, 3]. The file `train_32x32.mat` or `test_32x32.mat` in `folder` has `X`, uint8
+    [32, 32, 3]. `split` is "train" or "test". The file `SPLIT_32x32.mat` in `folder` has `X`, uint8
     [32, 32, 3, n], and `y`, [n, 1], the digits, where 10 stands for 0. It is loaded into memory.
 
     Raises:
@@ -236,10 +236,10 @@ def convert(train, test, output, seed=0, test_fraction=None):
 
     Args:
       train: `ImageFolders` or `SVHN`; the training images.
-      test: the test images, of the same classes; None to use a part of `train`.
+      test: the test images, of the same classes; None to hold out a part of `train`.
       output: path of the folder to create.
       seed: int; determines the order of the records.
-      test_fraction: float between 0 and 1; that part of each class, if `test` is None.
+      test_fraction: float in (0, 1); the part of each class to hold out if `test` is None.
 
     Returns:
       (train_count, test_count, class_names, unreadable_count): the numbers of records written; a

@@ -87,9 +87,9 @@ def find_folder(data_dir, synthetic=False):
 def read_class_names(folder, num_classes=NUM_CLASSES):
     """Returns the class names, in the order of the labels: a tuple of strings.
 
-    They are the lines of `batches.meta.txt`: `num_classes` lines, or any number if that is
-    CIFAR-10's. If that file does not exist, they are CIFAR-10's, or, for a `num_classes` other than
-    10, "class 0", "class 1" and so on.
+    They are the lines of `batches.meta.txt`: `num_classes` lines, or any number of them if
+    `num_classes` is 10, as in CIFAR-10. Without that file, they are CIFAR-10's, or, for another
+    `num_classes`, "class 0", "class 1" and so on.
 
     Raises:
       DataError: the file cannot be read, does not list 2 to 256 distinct names, or does not list

@@ -30,7 +30,7 @@ RATE_PERIOD = 60.0  # seconds
 MAX_ARCHIVE_BYTES = 200_000_000  # the archive has 170,052,171
 MAX_DIGITS = 16  # of Content-Length
 RETRY_DELAYS = (1.0, 3.0, 10.0)  # seconds before each retry; progress restarts the sequence
-MIN_PROGRESS = 60_000  # bytes; fewer do not count, so that a slow server cannot go on forever
+MIN_PROGRESS = 60_000  # bytes; without this minimum, a slow server could cause endless retries
 CHUNK_BYTES = 1 << 20
 RETRY_ADVICE = (
     "run the same command again, choose another source with --data_url (a file or a URL), or use "
@@ -157,7 +157,7 @@ def _fetch(url, part):
         return  # there are no more bytes
     try:
         _store(response, url, part, offset)
-    finally:  # in a thread, because this waits until a read that takes too long has ended
+    finally:  # in a thread, because closing waits for a read that is still running
         threading.Thread(target=response.close, daemon=True).start()
 
 

@@ -75,8 +75,8 @@ CIFAR_100_LABELS = ("coarse", "fine")  # the first two bytes of a record
 def find_version(path, versions=VERSIONS):
     """Finds a version of CIFAR-10 or CIFAR-100.
 
-    The path is that of an archive; of a folder with the files; or of a folder with the archive or
-    the folder, as torchvision and Keras (in `~/.keras/datasets`) keep them.
+    `path` names an archive; a folder with the files; or a folder that contains such an archive or
+    folder, as with torchvision and Keras (`~/.keras/datasets`).
 
     Returns:
       (`Version`, path of the folder or archive), or None.
@@ -113,7 +113,7 @@ def convert(path, flag, output, label_kind=""):
 
     Args:
       path: see `find_version`; an archive may have any name.
-      flag: string; that of the versions to look for, "cifar10_python" or "cifar100".
+      flag: string; the flag of the versions to look for, "cifar10_python" or "cifar100".
       output: path of the folder to create.
       label_kind: string; "fine" or "coarse" for CIFAR-100.
 
@@ -148,6 +148,7 @@ def convert(path, flag, output, label_kind=""):
 
 
 def _require_version(path, flag):
+    """Returns the `Version` and the path of its folder or archive, or raises DataError."""
     versions = [version for version in VERSIONS if version.flag == flag]
     if found := find_version(path, versions):
         return found
@@ -175,12 +176,12 @@ def _read_files(version, path):
         for member in archive:
             name = os.path.basename(member.name)
             if name in names and member.isfile():
-                # A second header may have changed the size.
+                # A second header may have changed the size that `_Member` has checked.
                 yield name, archive.extractfile(member).read(MAX_FILE_BYTES)
 
 
 class _Member(tarfile.TarInfo):
-    """A member of an archive. Members may claim gigabytes or be endless, which is refused."""
+    """A member of an archive; archives with sparse, too large or too many members are refused."""
 
     def _proc_member(self, archive):
         limit = MAX_FILE_BYTES if self.isfile() else MAX_HEADER_BYTES

@@ -59,7 +59,7 @@ def find_files(folder):
 
 
 def read_images(paths):
-    """Reads the image files at some paths, and those in folders and their subfolders.
+    """Reads image files, and those in folders and their subfolders; `paths` may name both.
 
     Yields:
       (path, image), where image is uint8 [32, 32, 3]; the `ImageError` that `read_image` raised, or

@@ -32,7 +32,7 @@ def _decode(text):
     return text.decode() if isinstance(text, bytes) else text
 
 
-class _Dict(dict):
+class _Dict(dict):  # its keys are short strings
     def __setitem__(self, key, value):
         super().__setitem__(_decode(key), value)
 
@@ -69,7 +69,7 @@ def _create_array(data, data_type, shape, order):
     return array
 
 
-# What the names stand for. Not classes, because a pickle could then change their attributes.
+# What the names stand for: functions, because a pickle could change the attributes of classes.
 _FUNCTIONS = {
     "numpy.core.multiarray._reconstruct": lambda *_: _Array(),
     "numpy.core.numeric._frombuffer": _create_array,
@@ -102,7 +102,7 @@ class _Unpickler(pickle._Unpickler):  # the unpickler that is written in Python
                 **{code: self.dispatch[code] for code in codes},
                 pickle.EMPTY_DICT[0]: lambda self: self.append(_Dict()),
                 pickle.BUILD[0]: _Unpickler.load_build,
-                # The operation of its own would reserve memory in advance.
+                # The method for this operation would reserve memory in advance.
                 pickle.BYTEARRAY8[0]: pickle._Unpickler.load_binbytes8,
             }
         )

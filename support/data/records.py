@@ -86,7 +86,7 @@ class ChangeDetector:
     """Detects changes to the `record_files` while they are being read.
 
     If one is truncated or overwritten, TensorFlow reads fewer records or wrong labels without an
-    error. Creating a detector reads the files once; CIFAR-10's take a fraction of a second.
+    error. Creating a detector reads the files once, in a fraction of a second for CIFAR-10.
     """
 
     def __init__(self, folder, eval_data):

@@ -54,8 +54,8 @@ def find_mismatch(trained, wanted):
     """Finds the first setting that prevents a checkpoint from being used.
 
     Returns:
-      (string, string): the setting in `trained`, and in `wanted`; None if they match, or if
-      `trained` is None: unknown.
+      (string, string): the setting in `trained` and in `wanted`, both `TrainingSettings`. None if
+      they match, or if `trained` is None because it is unknown.
     """
     if trained is None:
         return None

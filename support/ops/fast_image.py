@@ -110,9 +110,9 @@ def _change(image, is_contrast, low, high):
 
 
 def supports(distort):
-    """Returns whether blocks support a distortion, a function like `cifar10_input.distort`.
+    """Returns whether blocks support a distortion; prints a warning if they do not.
 
-    If they do not, it prints a warning.
+    `distort` is a function of an image and a module of operations, as `cifar10_input.distort`.
     """
     with tf.Graph().as_default():  # so that the attempt leaves nothing in the training graph
         shape = [None, records.DEPTH, records.HEIGHT, records.WIDTH]
@@ -149,15 +149,15 @@ def finish(image):
 
 
 def _crop_and_flip(image):
-    """Returns float32 [n, depth, height, width]."""
+    """Returns the cropped and flipped images: float32 [n, depth, height, width]."""
     depth, full_height, full_width = image.planes.shape.as_list()[1:]
     height, width, _ = image.shape.as_list()
     top, left = image.corner or [tf.zeros([image.count, 1], tf.int32)] * 2
     first_rows = tf.reshape(tf.range(tf.shape(top)[0] * depth) * full_height, [-1, depth, 1])
     rows = first_rows + (top + tf.range(height))[:, tf.newaxis, :]  # [n, depth, height]
     selected = tf.gather(tf.reshape(image.planes, [-1, full_width]), rows)
-    # A matrix product selects and flips the columns: each factor has a single one. That is faster
-    # than gathering single values, and exact even in 16 bits, as pixels are integers below 256.
+    # A product with a matrix that has a single 1 in each column selects and flips the columns. It
+    # is faster than gathering single values, and exact even in 16 bits: pixels are integers < 256.
     columns = left + tf.range(width)  # [n, width]
     if image.is_mirrored is not None:
         columns = tf.where_v2(image.is_mirrored, tf.reverse(columns, [1]), columns)
@@ -173,6 +173,6 @@ def _standardize(mean, contrast, deviation):
     between_channels = tf.reduce_mean(tf.square(mean - image_mean), 1, keepdims=True)
     within_channels = tf.reduce_mean(tf.square(deviation), [1, 2, 3], keepdims=True)
     variance = between_channels + tf.square(contrast) * within_channels
-    # Limited as in `tf.image.per_image_standardization`: an image of one color becomes zeros.
+    # Limited as in `tf.image.per_image_standardization`: an image of equal values becomes zeros.
     scale = tf.minimum(tf.rsqrt(variance), math.sqrt(depth * height * width))
     return (mean - image_mean) * scale, contrast * scale

@@ -27,7 +27,7 @@ def images_offset():
 def check_finite(tensor, name=None):
     """Makes the session check after every step that all values of a float32 tensor are finite.
 
-    Error messages call it `name`, by default its own.
+    Error messages call the tensor `name`, by default the name of its operation.
     """
     name = name or tensor.op.name
     with tf.name_scope(FINITE_SCOPE):  # a sum is finite only if all of its terms are
@@ -41,6 +41,6 @@ def record_learning_rate(learning_rate):
 
 
 def watch_queue(size, min_size):
-    """Makes the session show how the training queue fills: `size`, int32 [], up to `min_size`."""
+    """Makes the session show how the queue's `size`, int32 [], grows to `min_size`, an int."""
     tf.add_to_collection(QUEUE_LEVEL, size)
     tf.add_to_collection(QUEUE_LEVEL, tf.constant(min_size))

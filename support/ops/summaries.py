@@ -69,7 +69,8 @@ def image_sheet(tag, images):
 def merge_collected():
     """Merges the summaries of the default graph, including those from `tf.summary`.
 
-    Returns scalars and others, which are much larger, each as a string []; None if there are none.
+    Returns (scalars, others): the serialized scalars, and the serialized histograms and images,
+    which are much larger. Each is a string [], or None if the graph has no such summaries.
     """
     scalars, others = [], []
     for summary in tf.get_collection(tf.GraphKeys.SUMMARIES):
@@ -110,11 +111,11 @@ def _new_file_name(folder):
 
 
 class Writer(contextlib.AbstractContextManager):
-    """Writes an event file for TensorBoard to a folder, which the flag names in error messages.
+    """Writes an event file for TensorBoard to a folder, created if needed; a context manager.
 
     A `tf.summary.FileWriter` writes from a thread. If the file cannot be written, the thread prints
     a traceback, and a later call raises RuntimeError. Here, the call that fails raises UserError,
-    and events are on disk when the call returns.
+    which names the folder's `flag`, and events are on disk when the call returns.
     """
 
     def __init__(self, folder, flag):

@@ -88,8 +88,8 @@ def _transform_filters(filters, num_tile_columns):
 
 @functools.cache
 def _transforms(size):
-    """Returns the transforms of a row or a column: [8 * tiles, size] and [size, 8 * tiles]."""
-    # They include the division into tiles and the padding. Values are in the order (point, tile).
+    """Returns the transforms of data and products: float32 [8 * tiles, size], [size, 8 * tiles]."""
+    # For a row or column, with the division into tiles and the padding. The order: (point, tile).
     num_tiles = -(-size // TILE_SIZE)
     data_matrix, _, product_matrix = _matrices()
     padded_size = TILE_SIZE * num_tiles + FILTER_SIZE - 1
@@ -105,9 +105,9 @@ def _transforms(size):
 
 @functools.cache
 def _matrices():
-    """Returns the matrices of F(4, 5): of data d [8], a filter g [5] and products p [8].
+    """Returns the matrices of F(4, 5) in float64: D [8, 8], F [8, 5] and P [4, 8].
 
-    The 4 outputs are `of_products @ p`, where p is `(of_filter @ g) * (of_data @ d)`.
+    With data d [8] and a filter g [5], the 4 outputs are `P @ ((F @ g) * (D @ d))`.
     """
 
     def evaluate(degree):  # a polynomial with that many coefficients at all points: [8, degree]

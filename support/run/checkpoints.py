@@ -46,7 +46,7 @@ class Checkpoint(NamedTuple):
     path: str  # of its files, without a suffix
     step: int
     settings: TrainingSettings | None  # None if its `.meta` file is missing
-    shapes: dict  # of its variables, lists of ints by name
+    shapes: dict  # from the names of its variables to their shapes, lists of ints
 
     def check_settings(self, wanted, folder_flag="--checkpoint_dir"):
         """Raises CheckpointError unless the checkpoint matches `TrainingSettings`.
@@ -65,7 +65,7 @@ class Checkpoint(NamedTuple):
     def check_variables(self, variables, folder_flag="--checkpoint_dir"):
         """Raises CheckpointError unless the checkpoint has these variables, and no more layers.
 
-        `variables` is a dict of `tf.Variable` by name in the checkpoint.
+        `variables` is a dict of `tf.Variable` by name in the checkpoint. Shapes must be equal.
         """
         differences = []
         for name, variable in variables.items():
@@ -74,7 +74,7 @@ class Checkpoint(NamedTuple):
                 differences.append(f"{name} is missing")
             elif self.shapes[name] != shape:
                 differences.append(f"{name} is {self.shapes[name]}, not {shape}")
-        # Only trained variables have averages. Others that the model lacks are ignored.
+        # Only trained variables have averages. Other variables that the model lacks are ignored.
         known = {name.removesuffix(_AVERAGE) for name in variables}
         trained = {name.removesuffix(_AVERAGE) for name in self.shapes if name.endswith(_AVERAGE)}
         differences += [f"{name} is additional" for name in sorted(trained - known)]
@@ -96,8 +96,8 @@ def find_latest_checkpoint(path, check=lambda path: None):
     one with the highest step.
 
     Args:
-      path: a folder; or a checkpoint or one of its files, whose path is then returned.
-      check: called with a path before that checkpoint is read; may raise CheckpointError.
+      path: a folder; or a checkpoint or one of its files: the checkpoint's path is then returned.
+      check: called with a checkpoint's path before it is read; raises CheckpointError to skip it.
     """
     if (single := find_single_checkpoint(path)) is not None:
         return single
@@ -114,10 +114,10 @@ def find_single_checkpoint(path):
 
 
 def use_newest(path, use=lambda checkpoint: checkpoint):
-    """Returns what `use` returns for the newest `Checkpoint`; for `path`, see above.
+    """Calls `use` with the newest `Checkpoint`, and returns what it returns.
 
-    If it raises CheckpointError because a trainer has deleted the checkpoint meanwhile, it is
-    called with the next one.
+    If `use` raises CheckpointError, but another checkpoint is the newest by then, it is called with
+    that one: a trainer may have deleted the first. For `path`, see `find_latest_checkpoint`.
 
     Raises:
       UserError: there is no checkpoint, or the newest one cannot be read.
@@ -256,6 +256,7 @@ def check_in_other_process(path):
 
 @functools.cache  # it takes seconds, and a checkpoint may be looked for every second
 def _read_in_other_process(path, _):
+    """Returns the exit code of a process that reads a checkpoint; the time is for the cache."""
     command = [sys.executable, "-P", "-c", _READ_ALL, path]
     return subprocess.run(command, capture_output=True, check=False).returncode
 
@@ -357,7 +358,7 @@ def save(session, saver, folder, step, max_to_keep):
         _remove(path)  # left from before training resumed from an earlier step
         with session.graph.as_default():
             saver.export_meta_graph(f"{path}.meta")
-        if others:  # listed before it exists: after a kill, a later save deletes it
+        if others:  # listed before it exists: a later save then deletes what a kill leaves
             _write_state(folder, [name, *others])
         saver.save(session, path, write_meta_graph=False, write_state=False)
         _write_state(folder, saved)

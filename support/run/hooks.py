@@ -26,7 +26,7 @@ class ProgressHook(tf.train.SessionRunHook):
 
     def __init__(self, loss, examples_per_step, options, worker):
         self._loss = loss
-        self.examples_per_step = examples_per_step  # over all towers or workers
+        self.examples_per_step = examples_per_step  # images, over all towers or workers
         self._log_frequency = options.log_frequency
         self._global_step = tf.train.get_or_create_global_step()
         self._must_be_finite = tf.get_collection(graph_notes.MUST_BE_FINITE) or [loss]
@@ -40,7 +40,7 @@ class ProgressHook(tf.train.SessionRunHook):
         self.step = int(session.run(self._global_step))  # the one that is being trained
         self._first_step_since_line = self.step
         self._start_time = time.monotonic()
-        self.has_trained = self.is_in_step = False  # has_trained: whether it has finished a step
+        self.has_trained = self.is_in_step = False  # has_trained: whether this run finished a step
 
     def before_run(self, run_context):
         self.is_in_step = True

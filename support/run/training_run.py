@@ -57,7 +57,7 @@ class Options(NamedTuple):
 
     @classmethod
     def select(cls, flags, data_folder):
-        """Returns the `Options` that flags describe, a dict of values by name.
+        """Returns the `Options` for the flags, given as a dict of values by name.
 
         `check_input` detects changes to the record files in `data_folder`.
         """
@@ -72,7 +72,7 @@ class TrainingRun:
 
     In its context, no other process can train in `train_dir`, and work continues if stdout or
     stderr is lost. In a cluster, only the chief uses `train_dir`. Each checkpoint records the
-    settings, which must include `examples_per_step`, and the number of images seen.
+    number of images seen and the `TrainingSettings`, which must include `examples_per_step`.
 
     Raises:
       UserError: on entering the context: `train_dir` cannot be used, another process is training
@@ -141,7 +141,7 @@ class TrainingRun:
         In a resumed run, random operations draw different numbers than at the start of the run, and
         the learning rate schedule continues from the number of images seen so far. In a cluster,
         each worker draws different random numbers, and the variables are on the parameter servers.
-        If `seed`, an int, is None, it is drawn at random.
+        `seed` is an int, or None to draw one at random.
         """
         seed = secrets.randbelow(2**31) if seed is None else seed
         self._seed = (seed + self._worker.index) % 2**31

@@ -40,7 +40,7 @@ def test_secrets_in_urls_are_masked(text, expected):
     assert messages.mask_secrets(text) == expected
 
 
-def test_all_of_a_query_is_masked_also_after_a_blank():
+def test_a_query_is_masked_to_its_end_even_after_a_blank():
     assert messages.mask_url("https://a b@host/c?sig=d e\n") == "https://***@host/c?***"
     assert messages.mask_url("/tmp/a@b?c") == "/tmp/a@b?c"
 
