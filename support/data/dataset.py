@@ -62,6 +62,7 @@ def read_dataset(
     with contextlib.suppress(OSError):
         if num_train == NUM_EXAMPLES_PER_EPOCH_FOR_TRAIN:
             num_train = records.count_records(folder, eval_data=False)
+    with contextlib.suppress(OSError):
         if num_eval == NUM_EXAMPLES_PER_EPOCH_FOR_EVAL:
             num_eval = records.count_records(folder, eval_data=True)
     class_names = class_names or read_class_names(folder, num_classes)

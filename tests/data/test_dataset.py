@@ -24,6 +24,9 @@ def test_a_dataset_is_described(folder):
     assert dataset.read_dataset(folder, 3, 100, 5)[1:] == (class_names, 100, 5)
     assert dataset.read_dataset(folder, num_train=100)[2:] == (100, 11)
     assert dataset.read_dataset(folder, num_eval=5)[2:] == (25, 5)
+    for name in records.TRAIN_FILES:
+        (folder / name).unlink()
+    assert dataset.read_dataset(folder)[2:] == (50000, 11)
     missing = dataset.read_dataset(folder / "missing")
     assert missing[1:] == (dataset.CLASS_NAMES, 50000, 10000)
 
