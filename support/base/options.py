@@ -144,7 +144,7 @@ class Flag(flags.Flag):
     def _check(self, value):
         """Returns a value as `value` will return it; raises TypeError or ValueError."""
         if value is not None:
-            return self.parser.parse(value)
+            return self.parser.parse(value.item() if hasattr(value, "item") else value)  # of NumPy
         if self.default is not None:
             raise ValueError("it needs a value")
         return None

@@ -171,8 +171,9 @@ def check_dataset(folder, num_classes=NUM_CLASSES):
       DataError: a file fails the check. The message names the record and says how to fix it.
     """
     cure = "replace the file"
-    if os.path.basename(folder) in (EXTRACTED_FOLDER, SYNTHETIC_FOLDER):
-        cure += f", or move {folder} away and run the same command again to create the dataset"
+    remedies = {EXTRACTED_FOLDER: "download CIFAR-10", SYNTHETIC_FOLDER: "generate the dataset"}
+    if remedy := remedies.get(os.path.basename(folder)):
+        cure += f", or move {folder} away and run the same command again to {remedy}"
     if num_classes != NUM_CLASSES:
         cure += f", or correct NUM_CLASSES, which is {num_classes}"
     class_names = read_class_names(folder, num_classes)

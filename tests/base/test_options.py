@@ -5,6 +5,7 @@ import pathlib
 import sys
 import types
 
+import numpy as np
 import pytest
 from absl import flags
 from absl.testing import flagsaver
@@ -70,6 +71,12 @@ def test_a_refused_assignment_leaves_the_flag_with_its_constant_or_its_value(mod
     assert FLAGS.size == 28
     modules[0].SIZE = 16
     assert FLAGS.size == 28
+
+
+def test_a_flag_takes_scalars_of_numpy(modules):
+    FLAGS.size = np.int64(16)
+    assert FLAGS.size == 16
+    assert isinstance(FLAGS.size, int)
 
 
 def test_a_saved_flag_follows_its_constant_again_when_it_is_restored(modules):

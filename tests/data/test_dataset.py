@@ -143,7 +143,7 @@ def test_an_invalid_file_is_refused(folder, numbers, content, problem):
         if content is not None:
             (folder / FILES[number]).write_bytes(content)
     path, problem = f"{folder}/{FILES[numbers[0]]}", f"{problem}; replace the file"
-    cure = "or move .*bin away and run the same command again to create the dataset"
+    cure = "or move .*bin away and run the same command again to download CIFAR-10"
     with pytest.raises(DataError, match=f"^{path} {problem}, {cure}$"):
         dataset.check_dataset(folder)
     # No command creates a dataset of your own.
