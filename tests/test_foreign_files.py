@@ -258,14 +258,23 @@ def test_class_names_that_would_be_read_differently_are_not_written(tmp_path, na
         dataset.write_class_names(tmp_path, names)
 
 
-def test_a_blank_line_in_the_names_of_cifar_100_does_not_shift_the_labels(tmp_path):
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("", "cannot be the lines of batches.meta.txt"),  # it would shift the labels after it
+        ("\n" * 100_000, "fine_label_names.txt has more than 100,000 bytes"),
+    ],
+)
+def test_names_of_cifar_100_that_would_shift_labels_or_take_long_are_refused(
+    tmp_path, line, message
+):
     names = [f"fine {label}" for label in range(100)]
-    names[50] = ""
+    names[50] = line
     (tmp_path / "fine_label_names.txt").write_text("\n".join(names))
     for name in ("train.bin", "test.bin"):
         make_100 = np.column_stack([np.zeros(5, np.uint8), make_records(5)])
         make_100.tofile(tmp_path / name)
-    with pytest.raises(DataError, match="cannot be the lines of batches.meta.txt"):
+    with pytest.raises(DataError, match=message):
         formats.convert(str(tmp_path), "cifar100", str(tmp_path / "out"), "fine")
     assert not (tmp_path / "out").exists()
 
@@ -282,12 +291,14 @@ def check_archive_is_refused(path, message):
         ("truncate -s 4G test_batch; tar --sparse -H posix -cf a.tar test_batch", "sparse"),
         ("mkdir {1..1001}; tar -cf a.tar *", "more than 1,000 files"),
         ("truncate -s 3M test_batch; tar -cf a.tar test_batch", "larger than 2,000,000 bytes"),
+        ("truncate -s 1M a b c d; tar -cf a.tar a b c d", "or 3,000,000 bytes"),
     ],
 )
 def test_an_archive_that_claims_too_much_is_refused_at_once(
     tmp_path, monkeypatch, commands, message
 ):
     monkeypatch.setattr(formats, "MAX_FILE_BYTES", 2_000_000)
+    monkeypatch.setattr(formats, "MAX_ARCHIVE_BYTES", 3_000_000)
     subprocess.run(["bash", "-ec", commands], cwd=tmp_path, check=True)
     check_archive_is_refused(tmp_path / "a.tar", f"a.tar cannot be read .*{message}")
 

@@ -9,11 +9,13 @@ import os
 import re
 import sys
 import unicodedata
+import urllib.parse
 
 MAX_LENGTH = 2000  # characters of a message; only text from outside makes a message longer
 # A URL and its secrets. All text before the last @ is the user: passwords may contain / and #.
 _URL = re.compile(
-    r"(?!file:)(?P<scheme>\w*://)(?P<user>.*(?=@)|)(?P<host>@?[^?#]*[?#]?)(?P<query>.*)", re.DOTALL
+    r"(?!\s*file:)(?P<scheme>[^/]*:/+)(?P<user>.*(?=@)|)(?P<host>@?[^?#]*[?#]?)(?P<query>.*)",
+    re.DOTALL,
 )
 
 
@@ -53,14 +55,16 @@ def mask_secrets(text, url=""):
     occur, because messages may quote a part of it.
     """
     if match := _URL.fullmatch(url):
-        for part in re.split("[:&?#]", f"{match['user']}&{match['query']}"):
-            if len(part) > 3:  # a shorter one would match parts of words
-                text = text.replace(part, "***")
-    return re.sub(r"(?<=\w)(?<!file)://\S+", lambda match: mask_url(match[0]), text)
+        for part in re.split("[:&?#=]", f"{match['user']}&{match['query']}"):
+            for secret in (part, urllib.parse.unquote(part)):
+                if len(secret) > 3:  # a shorter one would match parts of words
+                    text = text.replace(secret, "***")
+        text = re.sub(r"[^\s'\"]+@", "***@", text)
+    return re.sub(r"(?<=\w)(?<!file):/+\S+", lambda match: mask_url(match[0]), text)
 
 
 def mask_url(url):
-    """Returns a URL with its secrets masked. Returns file:// URLs and other texts unchanged."""
+    """Returns a URL with its secrets masked. Returns `file:` URLs and other texts unchanged."""
     match = _URL.fullmatch(url)
     if match is None:
         return url

@@ -69,6 +69,8 @@ DEFAULT_NAMES = {
 MAX_FILE_BYTES = 200_000_000  # the largest file has 153,700,000
 MAX_HEADER_BYTES = 10_000  # of a header in an archive that holds a long file name, for example
 MAX_MEMBERS = 1000  # of an archive
+MAX_ARCHIVE_BYTES = 500_000_000  # before the last member; CIFAR's have less than 200,000,000
+MAX_NAMES_BYTES = 100_000  # of a file with class names
 CIFAR_100_LABELS = ("coarse", "fine")  # the first two bytes of a record
 
 
@@ -129,12 +131,19 @@ def convert(path, flag, output, label_kind=""):
     parsed = {}
     for name, content in _read_files(version, path):
         if name in version.name_files:
-            class_names = _parse_class_names(content, name, path, label_kind) or class_names
+            listed = _parse_class_names(content, name, path, label_kind)
+            class_names = class_names if listed is None else listed
         else:
             parsed[name] = _parse_records(content, name, path, label_kind)
     for name in (*version.train_files, version.test_file):
         if name not in parsed:
             raise DataError(f"{path} has no file {name}")
+        if not len(parsed[name]):
+            raise DataError(f"{path}: {name} has no images")
+        if (largest := parsed[name][:, 0].max()) >= len(class_names):
+            raise DataError(
+                f"{path}: {name} has label {largest}, but there are only {len(class_names)} classes"
+            )
     train, test = [parsed[name] for name in version.train_files], parsed[version.test_file]
     if len(train) == 1:
         train = np.array_split(train[0], len(records.TRAIN_FILES))
@@ -187,8 +196,10 @@ class _Member(tarfile.TarInfo):
         limit = MAX_FILE_BYTES if self.isfile() else MAX_HEADER_BYTES
         if self.size > limit:
             raise ValueError(f"a file or header in it is larger than {limit:,} bytes")
-        if len(archive.members) == MAX_MEMBERS:
-            raise ValueError(f"it has more than {MAX_MEMBERS:,} files")
+        if len(archive.members) == MAX_MEMBERS or self.offset > MAX_ARCHIVE_BYTES:
+            raise ValueError(
+                f"it has more than {MAX_MEMBERS:,} files or {MAX_ARCHIVE_BYTES:,} bytes"
+            )
         return super()._proc_member(archive)
 
     def _proc_sparse(self, *_):
@@ -202,6 +213,8 @@ def _parse_class_names(content, name, path, label_kind):
     if name.endswith(".txt"):
         if name != f"{NAME_LISTS[label_kind]}.txt":
             return None
+        if len(content) > MAX_NAMES_BYTES:
+            raise DataError(f"{path}: {name} has more than {MAX_NAMES_BYTES:,} bytes")
         listed = content.rstrip().splitlines()
     else:
         listed = _unpickle(content, name, path).get(NAME_LISTS[label_kind])
@@ -224,7 +237,7 @@ def _parse_records(content, name, path, label_kind):
         return np.column_stack([labels, images])
     batch = _unpickle(content, name, path)
     images, labels = batch.get("data"), batch.get(LABEL_KINDS[label_kind])
-    if isinstance(labels, np.ndarray):
+    if isinstance(labels, np.ndarray) and labels.ndim == 1:  # not 10**12 times nothing
         labels = labels.tolist()
     if not isinstance(labels, list) or not all(label in range(256) for label in labels):
         raise DataError(f"{path}: {name} has no valid {LABEL_KINDS[label_kind]}")

@@ -13,13 +13,14 @@ import numpy as np
 
 MAX_OPERATIONS = 1_000_000  # more than twice as many as CIFAR-100's training file has
 MAX_NAME_LENGTH = 100  # of keys, data types and functions
+MAX_ARGUMENTS = 10  # of a function; also the dimensions of an array
 
 _OPERATIONS = (
     "PROTO FRAME MARK STOP NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 BINFLOAT "
     "BINSTRING SHORT_BINSTRING BINUNICODE SHORT_BINUNICODE BINUNICODE8 "
     "BINBYTES SHORT_BINBYTES BINBYTES8 "
     "EMPTY_LIST APPEND APPENDS EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 SETITEM SETITEMS "
-    "BINPUT LONG_BINPUT MEMOIZE BINGET LONG_BINGET GLOBAL STACK_GLOBAL REDUCE"
+    "BINPUT LONG_BINPUT MEMOIZE BINGET LONG_BINGET GLOBAL STACK_GLOBAL"
 )
 _DATA_TYPES = {"u1", "u2", "u4", "u8", "i8"}  # of arrays, without the byte order
 
@@ -30,6 +31,13 @@ def _decode(text):
     if not isinstance(text, bytes | str) or len(text) > MAX_NAME_LENGTH:
         raise ValueError("it has something else where a short string belongs")
     return text.decode() if isinstance(text, bytes) else text
+
+
+def _check_tuple(value):
+    """Returns a short tuple. Raises ValueError for anything else, such as a million bytes."""
+    if not isinstance(value, tuple) or len(value) > MAX_ARGUMENTS:
+        raise ValueError("it has something else where a short tuple belongs")
+    return value
 
 
 class _Dict(dict):  # its keys are short strings
@@ -57,7 +65,7 @@ class _Array:
     values = None
 
     def set_state(self, _, shape, data_type, is_fortran, data):
-        if not all(isinstance(size, int) and size >= 0 for size in shape):
+        if not all(isinstance(size, int) and size >= 0 for size in _check_tuple(shape)):
             raise ValueError("it has an array without a shape")  # -1 would mean any size
         values = np.frombuffer(data, data_type.byte_order + data_type.name)
         self.values = values.reshape(shape, order="F" if is_fortran else "C")
@@ -101,6 +109,7 @@ class _Unpickler(pickle._Unpickler):  # the unpickler that is written in Python
             {
                 **{code: self.dispatch[code] for code in codes},
                 pickle.EMPTY_DICT[0]: lambda self: self.append(_Dict()),
+                pickle.REDUCE[0]: _Unpickler.load_reduce,
                 pickle.BUILD[0]: _Unpickler.load_build,
                 # The method for this operation would reserve memory in advance.
                 pickle.BYTEARRAY8[0]: pickle._Unpickler.load_binbytes8,
@@ -122,8 +131,12 @@ class _Unpickler(pickle._Unpickler):  # the unpickler that is written in Python
             raise ValueError("it converts the same text again and again")
         return text.encode("latin-1")
 
+    def load_reduce(self):
+        arguments = _check_tuple(self.stack.pop())
+        self.stack[-1] = self.stack[-1](*arguments)
+
     def load_build(self):
-        state = self.stack.pop()
+        state = _check_tuple(self.stack.pop())
         self.stack[-1].set_state(*state)  # other values have no such method
 
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from support.base import files, streams
 from support.base.errors import Interrupted, UserError, first_line, foreign_file
-from support.base.messages import mask_url, report
+from support.base.messages import mask_secrets, mask_url, report
 from support.base.signals import DeferredSignals
 from support.base.worker import ALONE
 from support.data import records
@@ -295,7 +295,7 @@ class TrainingRun:
             "time": time.time(),
             "script": os.path.basename(sys.argv[0]),
             "flags": {
-                name: mask_url(value) if isinstance(value, str) else value
+                name: mask_secrets(mask_url(value)) if isinstance(value, str) else value
                 for name, value in (self._options.flags or {}).items()
             },
             "seed": self._seed,

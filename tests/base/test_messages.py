@@ -33,6 +33,7 @@ def test_a_report_is_one_printable_line(text, expected, capsys):
         ("cannot get ftp://a:p@ss@host/x?y: gone", "cannot get ftp://***@host/x?*** gone"),
         ("a https://ann:se/cret@host/a?b c", "a https://***@host/a?*** c"),
         ("https://ann:se#cr?et@host/a", "https://***"),  # the @ may be part of the query
+        ("https:/ann:secret@host/a", "https:/***@host/a"),
         ("file:///home/me@here/a?b is /tmp/a?b=c", "file:///home/me@here/a?b is /tmp/a?b=c"),
     ],
 )
@@ -42,7 +43,14 @@ def test_secrets_in_urls_are_masked(text, expected):
 
 def test_a_query_is_masked_to_its_end_even_after_a_blank():
     assert messages.mask_url("https://a b@host/c?sig=d e\n") == "https://***@host/c?***"
+    assert messages.mask_url(" URL:https://a b@host/c?d e") == " URL:https://***@host/c?***"
     assert messages.mask_url("/tmp/a@b?c") == "/tmp/a@b?c"
+
+
+def test_the_secrets_of_a_url_are_masked_in_a_message_that_quotes_a_part_of_it():
+    url = "https://ann:p%40ss@host/a?sig=abcd"
+    message = "nonnumeric port: 'p@ss@host', abcd, or 'xyz@host'"
+    assert messages.mask_secrets(message, url) == "nonnumeric port: '***@host', ***, or '***@host'"
 
 
 def test_a_log_record_keeps_only_its_own_line_breaks():

@@ -238,11 +238,12 @@ def set_content(**changes):
     [
         (set_batch(labels=None), "data_batch_2 has no valid labels"),
         (set_batch(labels=[300] * 12), "data_batch_2 has no valid labels"),
-        (set_batch(labels=[10] * 12), "data_batch_2.bin has label 10 in record 0"),
+        (set_batch(labels=np.zeros([10**12, 0], np.uint8)), "data_batch_2 has no valid labels"),
+        (set_batch(labels=[10] * 12), "data_batch_2 has label 10, but there are only 10 classes"),
         (set_batch(labels=[0] * 11), r"data_batch_2 has no array of data, uint8 \[11, 3072\]"),
         (set_batch(data=None), "data_batch_2 has no array of data"),
         (set_batch(data=np.zeros([12, 3072], int)), "data_batch_2 has no array of data, uint8"),
-        (set_batch(data=np.zeros([0, 3072], np.uint8), labels=[]), "data_batch_2.bin is empty"),
+        (set_batch(data=np.zeros([0, 3072], np.uint8), labels=[]), "data_batch_2 has no images"),
         (
             set_content(data_batch_2=pickle.dumps([1, 2])),
             "data_batch_2 cannot be read .it is not a pickled dict",
@@ -251,6 +252,10 @@ def set_content(**changes):
         (lambda content, records: content.pop("data_batch_2"), "has no file data_batch_2"),
         (set_content(data_batch_2=NESTED_LISTS), "data_batch_2 has no valid labels"),
         (set_content(**{"batches.meta": pickle.dumps({})}), "batches.meta has no list label_names"),
+        (
+            set_content(**{"batches.meta": pickle.dumps({"label_names": []})}),
+            "data_batch_1 has label 9, but there are only 0 classes",
+        ),
     ],
 )
 def test_damaged_and_other_files_are_refused_without_output(tmp_path, change, message):

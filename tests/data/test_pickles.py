@@ -53,8 +53,12 @@ def array_of(data_type=DATA_TYPE, shape=b"K\x04\x85", data=b"C\x04abcd"):
         ),
         (array_of(shape=b"J\xff\xff\xff\xff\x85"), "an array without a shape"),
         (array_of(shape=b"K\x05\x85"), "cannot reshape"),
+        # A call for which a million bytes would become a million arguments.
+        (dict_of(ARRAY[:-8] + b"C\xff" + bytes(255) + b"R"), "where a short tuple belongs"),
+        (array_of(shape=b"C\xff" + bytes(255)), "where a short tuple belongs"),
+        (dict_of(ARRAY + b"C\xff" + bytes(255) + b"b"), "where a short tuple belongs"),
         (dict_of(b"cnumpy\nload\n\x8c\x01a\x85R"), "it calls numpy.load"),
-        (dict_of(b"cnumpy\ndtype\n}b"), "no attribute 'set_state'"),
+        (dict_of(b"cnumpy\ndtype\n)b"), "no attribute 'set_state'"),
         # A tuple so deep that its hash would crash: the name of a type, a byte order, a key.
         (dict_of(b"cnumpy\ndtype\n)" + b"\x85" * 9_000 + b"R"), "where a short string belongs"),
         (array_of(DATA_TYPE + b"(K\x03)" + b"\x85" * 9_000 + b"tb"), "a short string belongs"),
