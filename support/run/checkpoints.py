@@ -46,7 +46,7 @@ class Checkpoint(NamedTuple):
     path: str  # of its files, without a suffix
     step: int
     settings: TrainingSettings | None  # None if its `.meta` file is missing
-    shapes: dict  # from the names of its variables to their shapes, lists of ints
+    variables: dict  # from their names to tuples of type, such as "float32", and shape, a list
 
     def check_settings(self, wanted, folder_flag="--checkpoint_dir"):
         """Raises CheckpointError unless the checkpoint matches `TrainingSettings`.
@@ -65,18 +65,22 @@ class Checkpoint(NamedTuple):
     def check_variables(self, variables, folder_flag="--checkpoint_dir"):
         """Raises CheckpointError unless the checkpoint has these variables, and no more layers.
 
-        `variables` is a dict of `tf.Variable` by name in the checkpoint. Shapes must be equal.
+        `variables` is a dict of `tf.Variable` by name in the checkpoint. Types and shapes must be
+        equal.
         """
         differences = []
         for name, variable in variables.items():
-            shape = variable.shape.as_list()
-            if name not in self.shapes:
+            if name not in self.variables:
                 differences.append(f"{name} is missing")
-            elif self.shapes[name] != shape:
-                differences.append(f"{name} is {self.shapes[name]}, not {shape}")
+                continue
+            wanted = variable.dtype.base_dtype.name, variable.shape.as_list()
+            for has, needed in zip(self.variables[name], wanted, strict=True):
+                if has != needed:
+                    differences.append(f"{name} is {has}, not {needed}")
         # Only trained variables have averages. Other variables that the model lacks are ignored.
         known = {name.removesuffix(_AVERAGE) for name in variables}
-        trained = {name.removesuffix(_AVERAGE) for name in self.shapes if name.endswith(_AVERAGE)}
+        averages = {name for name in self.variables if name.endswith(_AVERAGE)}
+        trained = {name.removesuffix(_AVERAGE) for name in averages}
         differences += [f"{name} is additional" for name in sorted(trained - known)]
         if differences:
             raise CheckpointError(
@@ -236,8 +240,8 @@ def read(path):
     Raises:
       CheckpointError: the checkpoint or its settings cannot be read, or its step is unknown.
     """
-    step, shapes = _read_variables(path)
-    return Checkpoint(path, step, _read_settings(path), shapes)
+    step, variables = _read_variables(path)
+    return Checkpoint(path, step, _read_settings(path), variables)
 
 
 def check_in_other_process(path):
@@ -262,7 +266,7 @@ def _read_in_other_process(path, _):
 
 
 def _read_variables(path):
-    """Returns the global step of a checkpoint, and the shapes of its variables."""
+    """Returns the global step of a checkpoint, and its variables as in `Checkpoint`."""
     step = _step_in_name(path)
     with foreign_file(path, CheckpointError):
         reader = tf.train.load_checkpoint(path)
@@ -271,13 +275,15 @@ def _read_variables(path):
             if value.shape or value.dtype.kind not in "iuf" or not 0 <= value < 2**63 or value % 1:
                 raise ValueError(f"its global_step is {value}, not a number of steps")
             step = int(value)
+        types = reader.get_variable_to_dtype_map()
         shapes = reader.get_variable_to_shape_map()
+        variables = {name: (types[name].name, shape) for name, shape in shapes.items()}
     if step is None:
         raise CheckpointError(
             f"the step of {path} is unknown: it has no variable global_step; rename its files so "
             "that its name ends in the step, for example model.ckpt-1000"
         )
-    return step, shapes
+    return step, variables
 
 
 def _read_settings(checkpoint):

@@ -262,6 +262,14 @@ def test_variables_that_are_missing_or_differ_in_shape_are_named(tmp_path, graph
         checkpoints.read(path).check_variables(variables, "--train_dir")
 
 
+def test_a_variable_of_another_type_is_refused_with_both_types(tmp_path, graph):
+    read = checkpoints.read(save(tmp_path, deep=[1]))
+    with pytest.raises(CheckpointError, match="in it, deep is int32, not float32; choose"):
+        read.check_variables({"deep": tf.get_variable("a", [1])})
+    with pytest.raises(CheckpointError, match="in it, global_step is int64, not int32; choose"):
+        read.check_variables({"global_step": tf.get_variable("b", [], tf.int32)})
+
+
 def test_a_checkpoint_with_a_layer_that_the_model_lacks_is_refused(tmp_path, graph):
     path = save(tmp_path, **{"a": 1.0, "b": 1.0, "b/ExponentialMovingAverage": 1.0, "b/avg": 1.0})
     read = checkpoints.read(path)
