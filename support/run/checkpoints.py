@@ -29,6 +29,7 @@ from support.ops.tensorflow_v1 import tf
 _STATE_FILE = "checkpoint"  # TensorFlow's record of which checkpoint is the newest
 _AVERAGE = "/ExponentialMovingAverage"  # the end of the names of variables' averages
 MAX_META_BYTES = 500_000_000
+MAX_STATE_BYTES = 1_000_000  # about 20,000 checkpoints
 _CRASHES = {signal.SIGABRT, signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE}
 # Reads all variables of a checkpoint.
 _READ_ALL = """
@@ -206,8 +207,10 @@ def _exists(checkpoint):
 def _read_state(folder):
     """Returns what TensorFlow's state file in a folder says; None if it is missing or damaged."""
     try:
+        # TensorFlow would wait for a pipe forever, and crash on a huge file.
+        files.read_regular(os.path.join(folder, _STATE_FILE), MAX_STATE_BYTES)
         return tf.train.get_checkpoint_state(folder)
-    except ValueError:  # it is not text, or names no checkpoint
+    except (OSError, ValueError):  # it is not text, or names no checkpoint
         return None
 
 
@@ -251,6 +254,7 @@ def check_in_other_process(path):
     """
     index = f"{path}.index"
     with foreign_file(path, CheckpointError):  # a trainer may have deleted it
+        _check_files(path)
         modified = os.path.getmtime(index if os.path.isfile(index) else path)
     number = -_read_in_other_process(path, modified)
     if number in _CRASHES:
@@ -265,10 +269,18 @@ def _read_in_other_process(path, _):
     return subprocess.run(command, capture_output=True, check=False).returncode
 
 
+def _check_files(path):
+    """Raises OSError if a file of a checkpoint is a named pipe, for example, which would block."""
+    for file in _list_files(path):
+        if not (os.path.isfile(file) or os.path.isdir(file)):  # a folder may have the same name
+            raise OSError(f"{file} is not a regular file")
+
+
 def _read_variables(path):
     """Returns the global step of a checkpoint, and its variables as in `Checkpoint`."""
     step = _step_in_name(path)
     with foreign_file(path, CheckpointError):
+        _check_files(path)
         reader = tf.train.load_checkpoint(path)
         if reader.has_tensor(tf.GraphKeys.GLOBAL_STEP):
             value = reader.get_tensor(tf.GraphKeys.GLOBAL_STEP)
@@ -399,11 +411,17 @@ def _write_state(folder, names):
 
 def _remove(checkpoint):
     """Deletes the files of a checkpoint. The one by which it is found comes first."""
+    first = (checkpoint, f"{checkpoint}.index")
+    for file in sorted(_list_files(checkpoint), key=lambda file: file not in first):
+        os.remove(file)
+
+
+def _list_files(checkpoint):
+    """Returns the paths of the files of a checkpoint."""
     folder, name = os.path.split(checkpoint)
     pattern = re.compile(re.escape(name) + r"(\.index|\.meta|\.data-[0-9]{5}-of-[0-9]{5})?")
-    found = filter(pattern.fullmatch, os.listdir(folder))
-    for file in sorted(found, key=lambda file: file not in (name, f"{name}.index")):
-        os.remove(os.path.join(folder, file))
+    names = filter(pattern.fullmatch, os.listdir(folder or "."))
+    return [os.path.join(folder, name) for name in names]
 
 
 def _remove_unfinished(folder):
