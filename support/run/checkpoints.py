@@ -31,6 +31,7 @@ _AVERAGE = "/ExponentialMovingAverage"  # the end of the names of variables' ave
 MAX_META_BYTES = 500_000_000
 MAX_STATE_BYTES = 1_000_000  # about 20,000 checkpoints
 _CRASHES = {signal.SIGABRT, signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE}
+CHECK_TIMEOUT = 600  # seconds
 # Reads all variables of a checkpoint.
 _READ_ALL = """
 import sys, tensorflow
@@ -248,7 +249,7 @@ def read(path):
 
 
 def check_in_other_process(path):
-    """Raises CheckpointError if reading a checkpoint would end the process.
+    """Raises CheckpointError if reading a checkpoint would end the process, or takes too long.
 
     TensorFlow aborts if an entry of an index file is invalid although its checksum is correct.
     """
@@ -256,17 +257,22 @@ def check_in_other_process(path):
     with foreign_file(path, CheckpointError):  # a trainer may have deleted it
         _check_files(path)
         modified = os.path.getmtime(index if os.path.isfile(index) else path)
-    number = -_read_in_other_process(path, modified)
-    if number in _CRASHES:
-        name = signal.Signals(number).name
+    code = _read_in_other_process(path, modified)
+    if code is None:
+        raise CheckpointError(f"{path} cannot be read within {CHECK_TIMEOUT} seconds")
+    if -code in _CRASHES:
+        name = signal.Signals(-code).name
         raise CheckpointError(f"{path} is damaged: reading it ends TensorFlow with {name}")
 
 
 @functools.cache  # it takes seconds, and a checkpoint may be looked for every second
 def _read_in_other_process(path, _):
-    """Returns the exit code of a process that reads a checkpoint; the time is for the cache."""
+    """Returns the exit code of reading a checkpoint, None after a timeout; `_` is for the cache."""
     command = [sys.executable, "-P", "-c", _READ_ALL, path]
-    return subprocess.run(command, capture_output=True, check=False).returncode
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process = subprocess.run(command, capture_output=True, check=False, timeout=CHECK_TIMEOUT)
+        return process.returncode
+    return None
 
 
 def _check_files(path):

@@ -164,6 +164,13 @@ def test_a_checkpoint_with_a_named_pipe_is_never_opened(tmp_path, suffix):
     assert checkpoints.find_checkpoint_to_resume(str(tmp_path)).path == older
 
 
+def test_the_time_for_reading_in_another_process_is_limited(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoints, "_READ_ALL", "import time; time.sleep(60)")
+    monkeypatch.setattr(checkpoints, "CHECK_TIMEOUT", 0.1)
+    with pytest.raises(CheckpointError, match="ckpt-3 cannot be read within 0.1 seconds$"):
+        checkpoints.check_in_other_process(save(tmp_path))
+
+
 def test_without_a_state_file_the_readable_checkpoint_of_the_highest_step_is_used(
     tmp_path, warnings
 ):
