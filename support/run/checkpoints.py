@@ -6,6 +6,7 @@ holds the training settings, so they accompany the checkpoint and add no variabl
 
 import contextlib
 import functools
+import glob
 import os
 import re
 import signal
@@ -29,7 +30,7 @@ from support.ops.tensorflow_v1 import tf
 _STATE_FILE = "checkpoint"  # TensorFlow's record of which checkpoint is the newest
 _AVERAGE = "/ExponentialMovingAverage"  # the end of the names of variables' averages
 MAX_META_BYTES = 500_000_000
-MAX_STATE_BYTES = 1_000_000  # about 20,000 checkpoints
+MAX_STATE_BYTES = 10_000_000  # about 200,000 checkpoints
 _CRASHES = {signal.SIGABRT, signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE}
 CHECK_TIMEOUT = 600  # seconds
 # Reads all variables of a checkpoint.
@@ -48,7 +49,7 @@ class Checkpoint(NamedTuple):
     path: str  # of its files, without a suffix
     step: int
     settings: TrainingSettings | None  # None if its `.meta` file is missing
-    variables: dict  # from their names to tuples of type, such as "float32", and shape, a list
+    types: dict  # from the names of its variables to types and shapes, such as "float32 [64]"
 
     def check_settings(self, wanted, folder_flag="--checkpoint_dir"):
         """Raises CheckpointError unless the checkpoint matches `TrainingSettings`.
@@ -67,22 +68,18 @@ class Checkpoint(NamedTuple):
     def check_variables(self, variables, folder_flag="--checkpoint_dir"):
         """Raises CheckpointError unless the checkpoint has these variables, and no more layers.
 
-        `variables` is a dict of `tf.Variable` by name in the checkpoint. Types and shapes must be
-        equal.
+        `variables` is a dict of `tf.Variable` by name in the checkpoint. Their types must be equal.
         """
         differences = []
         for name, variable in variables.items():
-            if name not in self.variables:
+            wanted = f"{variable.dtype.base_dtype.name} {variable.shape.as_list()}"
+            if name not in self.types:
                 differences.append(f"{name} is missing")
-                continue
-            wanted = variable.dtype.base_dtype.name, variable.shape.as_list()
-            for has, needed in zip(self.variables[name], wanted, strict=True):
-                if has != needed:
-                    differences.append(f"{name} is {has}, not {needed}")
+            elif self.types[name] != wanted:
+                differences.append(f"{name} is {self.types[name]}, not {wanted}")
         # Only trained variables have averages. Other variables that the model lacks are ignored.
         known = {name.removesuffix(_AVERAGE) for name in variables}
-        averages = {name for name in self.variables if name.endswith(_AVERAGE)}
-        trained = {name.removesuffix(_AVERAGE) for name in averages}
+        trained = {name.removesuffix(_AVERAGE) for name in self.types if name.endswith(_AVERAGE)}
         differences += [f"{name} is additional" for name in sorted(trained - known)]
         if differences:
             raise CheckpointError(
@@ -244,8 +241,8 @@ def read(path):
     Raises:
       CheckpointError: the checkpoint or its settings cannot be read, or its step is unknown.
     """
-    step, variables = _read_variables(path)
-    return Checkpoint(path, step, _read_settings(path), variables)
+    step, types = _read_variables(path)
+    return Checkpoint(path, step, _read_settings(path), types)
 
 
 def check_in_other_process(path):
@@ -276,14 +273,14 @@ def _read_in_other_process(path, _):
 
 
 def _check_files(path):
-    """Raises OSError if a file of a checkpoint is a named pipe, for example, which would block."""
-    for file in _list_files(path):
-        if not (os.path.isfile(file) or os.path.isdir(file)):  # a folder may have the same name
+    """Raises OSError if a file of a checkpoint is a pipe or a device: reading it could block."""
+    for file in [path, *glob.glob(f"{glob.escape(path)}.*")]:
+        if os.path.exists(file) and not (os.path.isfile(file) or os.path.isdir(file)):
             raise OSError(f"{file} is not a regular file")
 
 
 def _read_variables(path):
-    """Returns the global step of a checkpoint, and its variables as in `Checkpoint`."""
+    """Returns the global step of a checkpoint, and the types of its variables."""
     step = _step_in_name(path)
     with foreign_file(path, CheckpointError):
         _check_files(path)
@@ -293,15 +290,14 @@ def _read_variables(path):
             if value.shape or value.dtype.kind not in "iuf" or not 0 <= value < 2**63 or value % 1:
                 raise ValueError(f"its global_step is {value}, not a number of steps")
             step = int(value)
-        types = reader.get_variable_to_dtype_map()
-        shapes = reader.get_variable_to_shape_map()
-        variables = {name: (types[name].name, shape) for name, shape in shapes.items()}
+        dtypes, shapes = reader.get_variable_to_dtype_map(), reader.get_variable_to_shape_map()
+        types = {name: f"{dtypes[name].name} {shapes[name]}" for name in shapes}
     if step is None:
         raise CheckpointError(
             f"the step of {path} is unknown: it has no variable global_step; rename its files so "
             "that its name ends in the step, for example model.ckpt-1000"
         )
-    return step, variables
+    return step, types
 
 
 def _read_settings(checkpoint):
@@ -417,17 +413,11 @@ def _write_state(folder, names):
 
 def _remove(checkpoint):
     """Deletes the files of a checkpoint. The one by which it is found comes first."""
-    first = (checkpoint, f"{checkpoint}.index")
-    for file in sorted(_list_files(checkpoint), key=lambda file: file not in first):
-        os.remove(file)
-
-
-def _list_files(checkpoint):
-    """Returns the paths of the files of a checkpoint."""
     folder, name = os.path.split(checkpoint)
     pattern = re.compile(re.escape(name) + r"(\.index|\.meta|\.data-[0-9]{5}-of-[0-9]{5})?")
-    names = filter(pattern.fullmatch, os.listdir(folder or "."))
-    return [os.path.join(folder, name) for name in names]
+    found = filter(pattern.fullmatch, os.listdir(folder))
+    for file in sorted(found, key=lambda file: file not in (name, f"{name}.index")):
+        os.remove(os.path.join(folder, file))
 
 
 def _remove_unfinished(folder):
