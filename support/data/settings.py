@@ -27,7 +27,9 @@ class TrainingSettings(NamedTuple):
         """Returns the number of images that the run has seen at a step; None if unknown."""
         if self.examples_per_step is None:
             return None
-        return step * self.examples_per_step + self.examples_offset
+        images = step * self.examples_per_step + self.examples_offset
+        # A negative number could make the learning rate infinite; see `parse_settings` for 2**53.
+        return images if 0 <= images <= 2**53 else None
 
 
 def format_settings(settings):
@@ -38,10 +40,13 @@ def format_settings(settings):
 def parse_settings(text):
     """Returns the `TrainingSettings` in a string. Raises an exception of any type if invalid."""
     settings = TrainingSettings(**json.loads(text))
-    kinds = list, int, int, str, bool, int, int
+    # With these limits, an int64 can count the images of 2**31 steps.
+    count, offset = range(1, 2**31 + 1), range(-(2**53), 2**53 + 1)
+    kinds = list, count, count, str, bool, count, offset
     for (name, value), kind in zip(settings._asdict().items(), kinds, strict=True):
         is_unknown = name == "examples_per_step" and value is None
-        is_valid = type(value) is kind and (kind is not int or abs(value) < 2**63)
+        is_number = type(value) is int and isinstance(kind, range)
+        is_valid = value in kind if is_number else type(value) is kind
         if not is_valid and not is_unknown:
             raise ValueError(f"{name} is {value!r}")
     names = settings.class_names

@@ -6,6 +6,7 @@ holds the training settings, so they accompany the checkpoint and add no variabl
 
 import contextlib
 import functools
+import glob
 import os
 import re
 import signal
@@ -29,7 +30,9 @@ from support.ops.tensorflow_v1 import tf
 _STATE_FILE = "checkpoint"  # TensorFlow's record of which checkpoint is the newest
 _AVERAGE = "/ExponentialMovingAverage"  # the end of the names of variables' averages
 MAX_META_BYTES = 500_000_000
+MAX_STATE_BYTES = 10_000_000  # about 200,000 checkpoints
 _CRASHES = {signal.SIGABRT, signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE}
+CHECK_TIMEOUT = 600  # seconds
 # Reads all variables of a checkpoint.
 _READ_ALL = """
 import sys, tensorflow
@@ -46,7 +49,7 @@ class Checkpoint(NamedTuple):
     path: str  # of its files, without a suffix
     step: int
     settings: TrainingSettings | None  # None if its `.meta` file is missing
-    shapes: dict  # from the names of its variables to their shapes, lists of ints
+    types: dict  # from the names of its variables to types and shapes, such as "float32 [64]"
 
     def check_settings(self, wanted, folder_flag="--checkpoint_dir"):
         """Raises CheckpointError unless the checkpoint matches `TrainingSettings`.
@@ -65,18 +68,18 @@ class Checkpoint(NamedTuple):
     def check_variables(self, variables, folder_flag="--checkpoint_dir"):
         """Raises CheckpointError unless the checkpoint has these variables, and no more layers.
 
-        `variables` is a dict of `tf.Variable` by name in the checkpoint. Shapes must be equal.
+        `variables` is a dict of `tf.Variable` by name in the checkpoint. Their types must be equal.
         """
         differences = []
         for name, variable in variables.items():
-            shape = variable.shape.as_list()
-            if name not in self.shapes:
+            wanted = f"{variable.dtype.base_dtype.name} {variable.shape.as_list()}"
+            if name not in self.types:
                 differences.append(f"{name} is missing")
-            elif self.shapes[name] != shape:
-                differences.append(f"{name} is {self.shapes[name]}, not {shape}")
+            elif self.types[name] != wanted:
+                differences.append(f"{name} is {self.types[name]}, not {wanted}")
         # Only trained variables have averages. Other variables that the model lacks are ignored.
         known = {name.removesuffix(_AVERAGE) for name in variables}
-        trained = {name.removesuffix(_AVERAGE) for name in self.shapes if name.endswith(_AVERAGE)}
+        trained = {name.removesuffix(_AVERAGE) for name in self.types if name.endswith(_AVERAGE)}
         differences += [f"{name} is additional" for name in sorted(trained - known)]
         if differences:
             raise CheckpointError(
@@ -202,8 +205,10 @@ def _exists(checkpoint):
 def _read_state(folder):
     """Returns what TensorFlow's state file in a folder says; None if it is missing or damaged."""
     try:
+        # TensorFlow would wait for a pipe forever, and crash on a huge file.
+        files.read_regular(os.path.join(folder, _STATE_FILE), MAX_STATE_BYTES)
         return tf.train.get_checkpoint_state(folder)
-    except ValueError:  # it is not text, or names no checkpoint
+    except (OSError, ValueError):  # it is not text, or names no checkpoint
         return None
 
 
@@ -236,48 +241,63 @@ def read(path):
     Raises:
       CheckpointError: the checkpoint or its settings cannot be read, or its step is unknown.
     """
-    step, shapes = _read_variables(path)
-    return Checkpoint(path, step, _read_settings(path), shapes)
+    step, types = _read_variables(path)
+    return Checkpoint(path, step, _read_settings(path), types)
 
 
 def check_in_other_process(path):
-    """Raises CheckpointError if reading a checkpoint would end the process.
+    """Raises CheckpointError if reading a checkpoint would end the process, or takes too long.
 
     TensorFlow aborts if an entry of an index file is invalid although its checksum is correct.
     """
     index = f"{path}.index"
     with foreign_file(path, CheckpointError):  # a trainer may have deleted it
+        _check_files(path)
         modified = os.path.getmtime(index if os.path.isfile(index) else path)
-    number = -_read_in_other_process(path, modified)
-    if number in _CRASHES:
-        name = signal.Signals(number).name
+    code = _read_in_other_process(path, modified)
+    if code is None:
+        raise CheckpointError(f"{path} cannot be read within {CHECK_TIMEOUT} seconds")
+    if -code in _CRASHES:
+        name = signal.Signals(-code).name
         raise CheckpointError(f"{path} is damaged: reading it ends TensorFlow with {name}")
 
 
 @functools.cache  # it takes seconds, and a checkpoint may be looked for every second
 def _read_in_other_process(path, _):
-    """Returns the exit code of a process that reads a checkpoint; the time is for the cache."""
+    """Returns the exit code of reading a checkpoint, None after a timeout; `_` is for the cache."""
     command = [sys.executable, "-P", "-c", _READ_ALL, path]
-    return subprocess.run(command, capture_output=True, check=False).returncode
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process = subprocess.run(command, capture_output=True, check=False, timeout=CHECK_TIMEOUT)
+        return process.returncode
+    return None
+
+
+def _check_files(path):
+    """Raises OSError if a file of a checkpoint is a pipe or a device: reading it could block."""
+    for file in [path, *glob.glob(f"{glob.escape(path)}.*")]:
+        if os.path.exists(file) and not (os.path.isfile(file) or os.path.isdir(file)):
+            raise OSError(f"{file} is not a regular file")
 
 
 def _read_variables(path):
-    """Returns the global step of a checkpoint, and the shapes of its variables."""
+    """Returns the global step of a checkpoint, and the types of its variables."""
     step = _step_in_name(path)
     with foreign_file(path, CheckpointError):
+        _check_files(path)
         reader = tf.train.load_checkpoint(path)
         if reader.has_tensor(tf.GraphKeys.GLOBAL_STEP):
             value = reader.get_tensor(tf.GraphKeys.GLOBAL_STEP)
             if value.shape or value.dtype.kind not in "iuf" or not 0 <= value < 2**63 or value % 1:
                 raise ValueError(f"its global_step is {value}, not a number of steps")
             step = int(value)
-        shapes = reader.get_variable_to_shape_map()
+        dtypes, shapes = reader.get_variable_to_dtype_map(), reader.get_variable_to_shape_map()
+        types = {name: f"{dtypes[name].name} {shapes[name]}" for name in shapes}
     if step is None:
         raise CheckpointError(
             f"the step of {path} is unknown: it has no variable global_step; rename its files so "
             "that its name ends in the step, for example model.ckpt-1000"
         )
-    return step, shapes
+    return step, types
 
 
 def _read_settings(checkpoint):

@@ -367,6 +367,8 @@ def test_a_named_pipe_is_refused_at_once(tmp_path):
         files.read_regular(tmp_path / "a", 10)
     with pytest.raises(OSError, match="not a regular file"):
         files.hash_file(tmp_path / "a")
+    with pytest.raises(UserError, match=r"^cannot write .*/a: .*not seekable"):
+        append(tmp_path / "a")
 
 
 def test_a_file_is_read_up_to_a_size(tmp_path):

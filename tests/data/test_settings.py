@@ -34,6 +34,25 @@ def test_invalid_settings_are_refused(text):
         parse_settings(text)
 
 
+@pytest.mark.parametrize("name", ["examples_per_epoch", "crop_size", "examples_per_step"])
+@pytest.mark.parametrize("value", [0, 2**31 + 1, 8.0, True])
+def test_counts_that_no_training_writes_are_refused(name, value):
+    with pytest.raises(ValueError, match=f"^{name} is {value}"):
+        parse_settings(format_settings(OWN._replace(**{name: value})))
+
+
+@pytest.mark.parametrize("offset", [2**53 + 1, -(2**53) - 1])
+def test_an_offset_that_no_training_writes_is_refused(offset):
+    with pytest.raises(ValueError, match=f"^examples_offset is {offset}$"):
+        parse_settings(format_settings(OWN._replace(examples_offset=offset)))
+
+
+def test_a_number_of_images_that_no_run_has_seen_is_unknown():
+    settings = OWN._replace(examples_per_step=2, examples_offset=-6)
+    images = [settings.images_seen(step) for step in (2, 3, 2**52 + 3, 2**52 + 4)]
+    assert images == [None, 0, 2**53, None]
+
+
 def test_the_keys_in_checkpoints_do_not_change():
     settings = OWN._replace(examples_per_step=64, examples_offset=-4)
     text = format_settings(settings)

@@ -35,6 +35,11 @@ def remove(checkpoint):
             os.remove(os.path.join(folder, file))
 
 
+def replace_by_pipe(path):
+    path.unlink()
+    os.mkfifo(path)
+
+
 # --- Finding the newest checkpoint.
 
 
@@ -137,6 +142,35 @@ def test_if_the_state_file_names_no_checkpoint_the_highest_step_is_used_but_not_
     assert (tmp_path / "checkpoint").read_bytes() == state
 
 
+@pytest.mark.parametrize("prepare", [lambda path: os.truncate(path, 2**40), replace_by_pipe])
+def test_a_state_file_that_is_huge_or_a_pipe_is_treated_like_a_damaged_one(tmp_path, prepare):
+    newest = save(tmp_path)
+    prepare(tmp_path / "checkpoint")
+    assert checkpoints.find_latest_checkpoint(str(tmp_path)) == newest
+    with pytest.raises(UserError, match="is unreadable or names a missing checkpoint; remove that"):
+        checkpoints.find_checkpoint_to_resume(str(tmp_path))
+
+
+@pytest.mark.parametrize("suffix", [".index", ".data-00000-of-00001"])
+def test_a_checkpoint_with_a_named_pipe_is_never_opened(tmp_path, suffix):
+    older, newest = save(tmp_path, 3), save(tmp_path, 7)
+    replace_by_pipe(tmp_path / f"model.ckpt-7{suffix}")
+    for use in (checkpoints.read, checkpoints.check_in_other_process):
+        with pytest.raises(CheckpointError, match="ckpt-7 cannot be read .*not a regular file"):
+            use(newest)
+    with pytest.raises(UserError, match=f"remove .* file .*to resume from {older}"):
+        checkpoints.find_checkpoint_to_resume(str(tmp_path))
+    (tmp_path / "checkpoint").unlink()
+    assert checkpoints.find_checkpoint_to_resume(str(tmp_path)).path == older
+
+
+def test_the_time_for_reading_in_another_process_is_limited(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoints, "_READ_ALL", "import time; time.sleep(60)")
+    monkeypatch.setattr(checkpoints, "CHECK_TIMEOUT", 0.1)
+    with pytest.raises(CheckpointError, match="ckpt-3 cannot be read within 0.1 seconds$"):
+        checkpoints.check_in_other_process(save(tmp_path))
+
+
 def test_without_a_state_file_the_readable_checkpoint_of_the_highest_step_is_used(
     tmp_path, warnings
 ):
@@ -162,13 +196,15 @@ def test_a_folder_that_cannot_be_listed_is_a_one_line_error(tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize("suffix", ["", ".index", ".meta", ".data-00000-of-00001"])
-def test_a_path_may_name_one_checkpoint_or_one_of_its_files(tmp_path, suffix):
+def test_a_path_may_name_one_checkpoint_or_one_of_its_files(tmp_path, monkeypatch, suffix):
     path = save(tmp_path, 3, OWN, x=3.5)
     save(tmp_path, 4, OWN, x=4.5)
     assert checkpoints.find_single_checkpoint(f"{path}{suffix}") == path
     assert checkpoints.find_latest_checkpoint(f"{path}{suffix}") == path
     assert checkpoints.use_newest(f"{path}{suffix}").path == path
     assert restore(f"{path}{suffix}") == (path, 3, 3.5)
+    monkeypatch.chdir(tmp_path)
+    assert checkpoints.use_newest(f"model.ckpt-3{suffix}").path == "model.ckpt-3"
     assert checkpoints.find_single_checkpoint(str(tmp_path)) is None
     assert checkpoints.find_single_checkpoint(str(tmp_path / f"model.ckpt-5{suffix}")) is None
 
@@ -251,13 +287,15 @@ def test_settings_that_do_not_match_are_an_error_that_names_the_checkpoint_and_t
 # --- Variables.
 
 
-def test_variables_that_are_missing_or_differ_in_shape_are_named(tmp_path, graph):
+def test_variables_that_are_missing_or_differ_in_type_or_shape_are_named(tmp_path, graph):
     path = save(tmp_path, wide=[1.0, 2.0])
     variables = {"wide": tf.get_variable("a", [3]), "deep": tf.get_variable("b", [1])}
+    variables["global_step"] = tf.get_variable("c", [], tf.int32)
     with pytest.raises(
         CheckpointError,
-        match=rf"^{path} belongs to another model: in it, wide is \[2\], not \[3\], deep is "
-        "missing; choose another folder with --train_dir$",
+        match=rf"^{path} belongs to another model: in it, wide is float32 \[2\], not "
+        r"float32 \[3\], deep is missing, global_step is int64 \[\], not int32 \[\]; choose "
+        "another folder with --train_dir$",
     ):
         checkpoints.read(path).check_variables(variables, "--train_dir")
 

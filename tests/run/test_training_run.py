@@ -276,7 +276,7 @@ def test_a_checkpoint_of_another_model_is_refused_before_the_start_is_recorded(t
     run(count_step(), tmp_path, max_steps=2)
     with tf.Graph().as_default():
         tf.get_variable("layer", initializer=[1.0, 2.0, 3.0])
-        message = r"another model: in it, layer is \[2\], not \[3\]; .* with --train_dir$"
+        message = r"in it, layer is float32 \[2\], not float32 \[3\]; .* with --train_dir$"
         with pytest.raises(UserError, match=message):
             run(count_step(), tmp_path, max_steps=4)
     assert saved_step(tmp_path) == 2
