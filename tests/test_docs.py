@@ -4,6 +4,7 @@ import csv
 import functools
 import pathlib
 import re
+import runpy
 
 import pages
 import pytest
@@ -165,7 +166,12 @@ def test_the_chinese_tutorial_is_in_step():
     assert outline(translated) == outline(TUTORIAL)
 
 
-# --- The tables of docs/results.md and the points of its picture.
+# --- The table of flags, and the tables of docs/results.md and the points of its picture.
+
+
+def test_the_table_of_flags_has_all_flags_with_their_defaults_and_meanings():
+    written = (ROOT / "docs" / "flags.md").read_text()
+    assert runpy.run_path(str(ROOT / "docs" / "list_flags.py"))["format_page"]() == written
 
 
 def read_curve(run):
